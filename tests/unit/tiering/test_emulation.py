@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch import nn
+
+from lib.errors import InputError
+from lib.hints import Tier
+from lib.tiering import Clock, EmulationSpec, TierSpec, attach
+from lib.tiering.emulation import HostWaiter
+
+
+def toy() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+HINTS = {"0": "HBM", "2": "CPU", "3": "SSD"}
+BLOCK_BYTES = (64 + 8) * 4
+
+
+def test_each_use_is_charged_setup_plus_bytes_over_bandwidth() -> None:
+    spec = EmulationSpec(
+        specs={
+            Tier.HBM: TierSpec("HBM", 1, 1000),
+            Tier.CPU: TierSpec("CPU", 10, 1),
+            Tier.SSD: TierSpec("SSD", 100, 0.5),
+        }
+    )
+    with attach(toy(), HINTS, mode="emulated", emulation=spec) as runtime, torch.no_grad():
+        for _ in range(3):
+            runtime._model(torch.ones(1, 8))
+        stats = runtime.stats()
+        once = {
+            "0": 1e-6 + BLOCK_BYTES / 1000e9,
+            "2": 10e-6 + BLOCK_BYTES / 1e9,
+            "3": 100e-6 + BLOCK_BYTES / 0.5e9,
+        }
+        for name, seconds in once.items():
+            assert stats.blocks[name].calls == 3
+            assert stats.blocks[name].transfer_seconds == pytest.approx(3 * seconds)
+        assert runtime.virtual_seconds == pytest.approx(3 * sum(once.values()))
+        assert stats.bytes_moved == 3 * 2 * BLOCK_BYTES  # what lies in HBM isn't moved into it
+        assert stats.wait_error is None
+        runtime.reset_stats()
+        assert runtime.virtual_seconds == 0.0
+
+
+def test_outputs_are_those_of_the_model() -> None:
+    model, inputs = toy(), torch.randn(4, 8)
+    with torch.no_grad():
+        expected = model(inputs)
+        with attach(model, HINTS, mode="emulated"):
+            assert torch.equal(model(inputs), expected)
+
+
+def test_the_wall_clock_really_waits_and_reports_its_error() -> None:
+    spec = EmulationSpec(
+        specs={tier: TierSpec(str(tier), 4000, 1) for tier in (Tier.HBM, Tier.CPU, Tier.SSD)},
+        clock=Clock.WALL,
+    )
+    with attach(toy(), HINTS, mode="emulated", emulation=spec) as runtime, torch.no_grad():
+        runtime._model(torch.ones(1, 8))
+        stats = runtime.stats()
+    assert runtime.virtual_seconds == 0.0
+    assert stats.transfer_seconds >= 3 * 4000e-6
+    assert stats.wait_error is not None
+    assert stats.wait_error["n"] == 3
+    assert 0 <= stats.wait_error["mean_us"] <= stats.wait_error["max_us"]
+
+
+def test_a_wait_is_never_too_short() -> None:
+    waiter = HostWaiter()
+    for seconds in (5e-6, 1e-4, 3e-3):
+        waiter.wait(seconds)
+    assert all(error >= 0 for error in waiter.errors_us())
+
+
+def test_a_tier_without_a_spec_is_refused() -> None:
+    with pytest.raises(InputError, match="tier OBJECT has no emulation spec"):
+        attach(toy(), {**HINTS, "3": "OBJECT"}, mode="emulated")
