@@ -1,0 +1,135 @@
+# make help lists the targets; V=1 shows the commands; PYTHON=python3.12 picks the interpreter.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON ?= python3
+KCONFIG_CONFIG ?= .config
+Q := $(if $(filter 1,$(V)),,@)
+
+BIN := .venv/bin
+STAMP := .venv/.stamp
+KCONFIG := $(BIN)/python -m scripts.kconfig --config $(KCONFIG_CONFIG)
+PIPELINE := $(BIN)/python -m scripts.pipeline --config $(KCONFIG_CONFIG)
+QUICKSTART_CONFIG := runs/quickstart.config
+
+list_presets = for f in defconfigs/*; do \
+	printf '  %-24s %s\n' "$${f\#\#*/}" "$$(sed -n '1s/^\# *//p' "$$f")"; done
+
+##@ Run
+
+.PHONY: all
+ifneq ($(wildcard $(KCONFIG_CONFIG)),)
+all: $(STAMP) ## Do what .config says: train, benchmark, report (the default)
+	$(Q)$(PIPELINE)
+else
+# A failed recipe makes GNU make exit with 2; with --question it exits with 1 when something is to
+# be done, and runs only the lines that start with +.
+ifeq ($(or $(MAKECMDGOALS),all),all)
+MAKEFLAGS += --question
+endif
+all:
+	+@echo 'There is no $(KCONFIG_CONFIG) yet. One of:'
+	+@echo '  make quickstart          the whole pipeline on a small model, in minutes'
+	+@echo '  make <preset>_defconfig  load a preset (below); make defconfig-<a>+<b> merges'
+	+@echo '  make menuconfig          choose everything yourself'
+	+@echo 'then make. Presets:'
+	+@$(list_presets)
+	@false
+endif
+
+.PHONY: quickstart
+quickstart: $(STAMP) ## Install, train a small GPT-2 on local text, benchmark, report
+	$(Q)$(BIN)/python -m scripts.kconfig --config $(QUICKSTART_CONFIG) defconfig gpt2-quickstart
+	$(Q)$(BIN)/python -m scripts.pipeline --config $(QUICKSTART_CONFIG)
+
+.PHONY: train
+train: $(STAMP) ## Train as .config says, and write the hints
+	$(Q)$(PIPELINE) train
+
+.PHONY: bench
+bench: $(STAMP) ## Benchmark what was trained
+	$(Q)$(PIPELINE) bench
+
+.PHONY: report
+report: $(STAMP) ## Write the report of what was trained and benchmarked
+	$(Q)$(PIPELINE) report
+
+##@ Configure
+
+.PHONY: menuconfig
+menuconfig: $(STAMP) ## Change .config in a menu
+	$(Q)$(KCONFIG) menuconfig
+
+%_defconfig: $(STAMP) ## Load the preset defconfigs/<name> into .config
+	$(Q)$(KCONFIG) defconfig $*
+
+defconfig-%: $(STAMP) ## The same; defconfig-<base>+<fragment>+... merges presets
+	$(Q)$(KCONFIG) defconfig $*
+
+.PHONY: olddefconfig
+olddefconfig: $(STAMP) ## Bring an old .config up to date, with defaults for what is new
+	$(Q)$(KCONFIG) olddefconfig
+
+.PHONY: savedefconfig
+savedefconfig: $(STAMP) ## Write the lines of .config that differ from the defaults to defconfig
+	$(Q)$(KCONFIG) savedefconfig
+
+.PHONY: listdefconfigs
+listdefconfigs: ## List the presets
+	@$(list_presets)
+
+##@ Develop
+
+.PHONY: check
+check: lint types test ## Lint, types, Kconfig lint and tests
+
+.PHONY: lint
+lint: $(STAMP) ## Check style, and the Kconfig files and presets
+	$(Q)$(BIN)/ruff check
+	$(Q)$(BIN)/ruff format --check
+	$(Q)$(BIN)/python -m scripts.kconfig lint
+
+.PHONY: types
+types: $(STAMP) ## Check types
+	$(Q)$(BIN)/mypy
+
+.PHONY: test
+test: $(STAMP) ## Run the tests; PYTEST_ARGS="-m slow" runs the slow ones
+	$(Q)$(BIN)/python -m pytest $(or $(PYTEST_ARGS),-m "not slow")
+
+.PHONY: style
+style: $(STAMP) ## Fix style where a program can
+	$(Q)$(BIN)/ruff check --fix
+	$(Q)$(BIN)/ruff format
+
+.PHONY: doctor
+doctor: $(STAMP) ## Say what this machine has, and what won't work on it
+	$(Q)$(BIN)/python -m scripts.doctor --config $(KCONFIG_CONFIG)
+
+##@ Clean
+
+.PHONY: clean
+clean: ## Remove caches; runs, data, .config and .venv stay
+	$(Q)rm -rf build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	$(Q)find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: mrproper
+mrproper: clean ## Remove also .config and .venv; runs and data stay
+	$(Q)rm -rf .venv .config .config.old defconfig
+
+.PHONY: help
+help: ## Show this text
+	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} \
+		/^[a-z%_-]+:.*## /{sub("%", "<name>", $$1); printf "  %-18s %s\n", $$1, $$2}' Makefile
+
+$(STAMP): constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo 'error: no $(PYTHON): install Python >= 3.11, or say make PYTHON=/path' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"error: $(PYTHON) is older than Python 3.11: say make PYTHON=/path/to/python3.11")'
+	$(Q)$(PYTHON) -m venv .venv
+	$(Q)$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(Q)touch $@

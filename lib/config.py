@@ -1,0 +1,368 @@
+"""The configuration: Kconfig evaluates ``.config``, and frozen dataclass groups carry it on.
+
+Ranges and defaults live in the Kconfig files, beside what they configure, and are not repeated
+here. Here are the Python types, the numbers that Kconfig holds as strings, and the checks over more
+than one symbol. Nothing else reads ``.config``.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from .errors import InputError
+from .kconfig import Symbols, check_effective, load_assignments, open_kconfig, parse_number
+
+Device = Literal["auto", "cpu", "cuda"]
+Source = Literal[
+    "stdlib",
+    "files",
+    "wikitext-2",
+    "wikitext-103",
+    "tiny-shakespeare",
+    "tiny-stories",
+    "openwebtext",
+    "fineweb-edu",
+]
+Parallel = Literal["ddp", "fsdp2"]
+Signal = Literal["adam_state", "fim_trace", "fim_diag"]
+FisherLabels = Literal["sampled", "data"]
+Mode = Literal["emulated", "real"]
+Clock = Literal["virtual", "wall"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+_DEVICES: dict[str, Device] = {
+    "RUN_DEVICE_AUTO": "auto",
+    "RUN_DEVICE_CPU": "cpu",
+    "RUN_DEVICE_CUDA": "cuda",
+}
+_SOURCES: dict[str, Source] = {
+    "DATA_STDLIB": "stdlib",
+    "DATA_FILES": "files",
+    "DATA_WIKITEXT_2": "wikitext-2",
+    "DATA_WIKITEXT_103": "wikitext-103",
+    "DATA_TINY_SHAKESPEARE": "tiny-shakespeare",
+    "DATA_TINY_STORIES": "tiny-stories",
+    "DATA_OPENWEBTEXT": "openwebtext",
+    "DATA_FINEWEB_EDU": "fineweb-edu",
+}
+_PARALLEL: dict[str, Parallel] = {"TRAIN_DDP": "ddp", "TRAIN_FSDP2": "fsdp2"}
+_SIGNALS: dict[str, Signal] = {
+    "TIERING_ADAM_STATE": "adam_state",
+    "TIERING_FIM_TRACE": "fim_trace",
+    "TIERING_FIM_DIAG": "fim_diag",
+}
+_FISHER_LABELS: dict[str, FisherLabels] = {
+    "HINTS_FISHER_SAMPLED_LABELS": "sampled",
+    "HINTS_FISHER_DATA_LABELS": "data",
+}
+_MODES: dict[str, Mode] = {"TIERING_EMULATED": "emulated", "TIERING_REAL_OFFLOAD": "real"}
+_CLOCKS: dict[str, Clock] = {"TIERING_CLOCK_VIRTUAL": "virtual", "TIERING_CLOCK_WALL": "wall"}
+_DTYPES: dict[str, DtypeName] = {
+    "BENCH_FLOAT32": "float32",
+    "BENCH_BFLOAT16": "bfloat16",
+    "BENCH_FLOAT16": "float16",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Where the run lies, what computes it, and its seed."""
+
+    name: str
+    output_dir: str
+    seed: int
+    device: Device
+
+    @property
+    def directory(self) -> Path:
+        """The folder of this run."""
+        return Path(self.output_dir) / self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The model; with ``pretrained``, layers, heads, width and vocabulary mean nothing."""
+
+    pretrained: str
+    layers: int
+    heads: int
+    width: int
+    context: int  # tokens
+    vocab_size: int
+    dropout: float  # in [0, 0.9]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """The corpus and its tokenizer."""
+
+    source: Source
+    files: str  # path or glob, only for the source "files"
+    max_mib: int
+    heldout_permille: int  # of the documents
+    tokenizer: str  # empty: the pretrained model's own, or a new BPE
+    cache_dir: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """The optimizer, its schedule, and what happens every so many steps."""
+
+    steps: int
+    batch_size: int  # sequences per micro-batch, over all processes
+    accumulation: int  # micro-batches per step
+    learning_rate: float  # peak
+    min_lr_ratio: float  # of the peak, where the cosine ends
+    warmup_steps: int
+    weight_decay: float
+    beta1: float
+    beta2: float
+    clip: float  # largest gradient norm; 0: off
+    eval_every: int
+    eval_sequences: int
+    checkpoint_every: int  # 0: only at the end
+    compile: bool
+    parallel: Parallel
+
+
+class TierNumbers(NamedTuple):
+    """What emulation charges one tier."""
+
+    tier: str
+    label: str
+    setup_us: float
+    bandwidth_gb_s: float  # 10^9 bytes per second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TieringConfig:
+    """Signal, thresholds and execution of tiering; the flags are all off where ``enabled`` is."""
+
+    enabled: bool
+    signal: Signal
+    fisher_labels: FisherLabels
+    fisher_sequences: int
+    attention_sequences: int  # 0: off
+    hbm_threshold: float  # cumulative fraction of the weight bytes, most important first
+    cpu_threshold: float  # the same, HBM's share included
+    mode: Mode
+    spill_dir: str  # empty: the system's folder for temporary files
+    generate_json: bool
+    json_output: str  # relative to the run's folder, or absolute
+    inference_benchmark: bool
+    clock: Clock
+    specs: tuple[TierNumbers, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """The inference benchmark."""
+
+    batch_size: int
+    seq_length: int
+    iterations: int
+    warmup: int
+    dtype: DtypeName
+    both_modes: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig:
+    """The report."""
+
+    html: bool
+    dpi: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole configuration; functions take the group they need."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    tiering: TieringConfig
+    bench: BenchConfig
+    report: ReportConfig
+
+    @property
+    def hints_path(self) -> Path:
+        """Where training writes the hints and the benchmark reads them."""
+        return self.run.directory / self.tiering.json_output
+
+
+def load_config(path: Path | str = ".config") -> Config:
+    """Evaluate a .config file against the Kconfig files; raises InputError on anything amiss."""
+    kconf = open_kconfig()
+    assignments = load_assignments(kconf, path)
+    check_effective(kconf, assignments)
+    return build_config(Symbols(kconf, path, assignments))
+
+
+def parse_thresholds(
+    hbm: str | float,
+    cpu: str | float,
+    *,
+    names: tuple[str, str] = ("HBM threshold", "CPU threshold"),
+) -> tuple[float, float]:
+    """Parse the cumulative fractions of weight bytes at which the HBM and the CPU tier end.
+
+    ``names`` are what the errors call them; raises InputError.
+    """
+    hbm_end = parse_number(hbm, name=names[0], interval="[0, 1]", example="0.3")
+    cpu_end = parse_number(cpu, name=names[1], interval="[0, 1]", example="0.8")
+    if hbm_end > cpu_end:
+        raise InputError(
+            f"{names[0]} {hbm} is above {names[1]} {cpu}: both are cumulative fractions in [0, 1] "
+            f"and HBM comes first, so lower the first or raise the second (0.3 and 0.8 give 30 % "
+            f"HBM, 50 % CPU, 20 % SSD)"
+        )
+    return hbm_end, cpu_end
+
+
+def build_config(symbols: Symbols) -> Config:
+    """Make the dataclasses from evaluated symbols, reading every one; raises InputError."""
+    config = Config(
+        run=_run(symbols),
+        model=_model(symbols),
+        data=_data(symbols),
+        train=_train(symbols),
+        tiering=_tiering(symbols),
+        bench=BenchConfig(
+            batch_size=symbols.integer("BENCH_BATCH_SIZE"),
+            seq_length=symbols.integer("BENCH_SEQ_LENGTH"),
+            iterations=symbols.integer("BENCH_ITERATIONS"),
+            warmup=symbols.integer("BENCH_WARMUP"),
+            dtype=symbols.option(_DTYPES),
+            both_modes=symbols.flag("BENCH_BOTH_MODES"),
+        ),
+        report=ReportConfig(html=symbols.flag("REPORT_HTML"), dpi=symbols.integer("REPORT_DPI")),
+    )
+    if not config.model.pretrained and config.bench.seq_length > config.model.context:
+        raise InputError(
+            f"{symbols.label('BENCH_SEQ_LENGTH')}={config.bench.seq_length} is more than the model "
+            f"can read: give at most GPT2_CONTEXT, which is {config.model.context}"
+        )
+    return config
+
+
+def _run(symbols: Symbols) -> RunConfig:
+    name = symbols.text("RUN_NAME")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(
+            f"{symbols.label('RUN_NAME')} {name!r} is not a folder name: use letters, digits, "
+            f"dots, dashes and underscores, the first a letter or digit"
+        )
+    return RunConfig(
+        name=name,
+        output_dir=symbols.text("RUN_OUTPUT_DIR"),
+        seed=symbols.integer("RUN_SEED"),
+        device=symbols.option(_DEVICES),
+    )
+
+
+def _model(symbols: Symbols) -> ModelConfig:
+    config = ModelConfig(
+        pretrained=symbols.text("GPT2_PRETRAINED"),
+        layers=symbols.integer("GPT2_LAYERS"),
+        heads=symbols.integer("GPT2_HEADS"),
+        width=symbols.integer("GPT2_WIDTH"),
+        context=symbols.integer("GPT2_CONTEXT"),
+        vocab_size=symbols.integer("GPT2_VOCAB_SIZE"),
+        dropout=symbols.integer("GPT2_DROPOUT_PCT") / 100,
+    )
+    if config.width % config.heads:
+        raise InputError(
+            f"{symbols.label('GPT2_WIDTH')}={config.width} is not a multiple of GPT2_HEADS, "
+            f"which is {config.heads}: change one of them (64 channels per head are usual)"
+        )
+    return config
+
+
+def _data(symbols: Symbols) -> DataConfig:
+    config = DataConfig(
+        source=symbols.option(_SOURCES),
+        files=symbols.text("DATA_FILES_GLOB"),
+        max_mib=symbols.integer("DATA_MAX_MIB"),
+        heldout_permille=symbols.integer("DATA_HELDOUT_PERMILLE"),
+        tokenizer=symbols.text("DATA_TOKENIZER"),
+        cache_dir=symbols.text("DATA_CACHE_DIR"),
+    )
+    if config.source == "files" and not config.files:
+        raise InputError(
+            f"{symbols.label('DATA_FILES_GLOB')} is empty: give a file, a folder or a glob, or "
+            f"choose another corpus"
+        )
+    return config
+
+
+def _train(symbols: Symbols) -> TrainConfig:
+    config = TrainConfig(
+        steps=symbols.integer("TRAIN_STEPS"),
+        batch_size=symbols.integer("TRAIN_BATCH_SIZE"),
+        accumulation=symbols.integer("TRAIN_ACCUMULATION"),
+        learning_rate=symbols.number("TRAIN_LEARNING_RATE", "(0, 1]", example="0.001"),
+        min_lr_ratio=symbols.integer("TRAIN_MIN_LR_PCT") / 100,
+        warmup_steps=symbols.integer("TRAIN_WARMUP_STEPS"),
+        weight_decay=symbols.number("TRAIN_WEIGHT_DECAY", "[0, 10]", example="0.1"),
+        beta1=symbols.number("TRAIN_BETA1", "[0, 1)", example="0.9"),
+        beta2=symbols.number("TRAIN_BETA2", "[0, 1)", example="0.99"),
+        clip=symbols.number("TRAIN_CLIP", "[0, inf)", example="1.0"),
+        eval_every=symbols.integer("TRAIN_EVAL_EVERY"),
+        eval_sequences=symbols.integer("TRAIN_EVAL_SEQUENCES"),
+        checkpoint_every=symbols.integer("TRAIN_CHECKPOINT_EVERY"),
+        compile=symbols.flag("TRAIN_COMPILE"),
+        parallel=symbols.option(_PARALLEL),
+    )
+    if config.warmup_steps > config.steps:
+        raise InputError(
+            f"{symbols.label('TRAIN_WARMUP_STEPS')}={config.warmup_steps} is more than "
+            f"TRAIN_STEPS, which is {config.steps}: a tenth of it is usual"
+        )
+    return config
+
+
+def _tiering(symbols: Symbols) -> TieringConfig:
+    hbm_threshold, cpu_threshold = parse_thresholds(
+        symbols.text("TIERING_HBM_THRESHOLD"),
+        symbols.text("TIERING_CPU_THRESHOLD"),
+        names=(symbols.label("TIERING_HBM_THRESHOLD"), symbols.label("TIERING_CPU_THRESHOLD")),
+    )
+    cpu_numbers = "CXL" if symbols.flag("TIERING_CPU_IS_CXL") else "CPU"
+    json_output = symbols.text("TIERING_JSON_OUTPUT")
+    if not json_output:
+        raise InputError(
+            f"{symbols.label('TIERING_JSON_OUTPUT')} is empty: give a path, for example "
+            f"tier_hints.json"
+        )
+    return TieringConfig(
+        enabled=symbols.flag("ENABLE_HIERARCHICAL_TIERING"),
+        signal=symbols.option(_SIGNALS),
+        fisher_labels=symbols.option(_FISHER_LABELS),
+        fisher_sequences=symbols.integer("HINTS_FISHER_SEQUENCES"),
+        attention_sequences=symbols.integer("HINTS_ATTENTION_SEQUENCES"),
+        hbm_threshold=hbm_threshold,
+        cpu_threshold=cpu_threshold,
+        mode=symbols.option(_MODES),
+        spill_dir=symbols.text("TIERING_SPILL_DIR"),
+        generate_json=symbols.flag("TIERING_GENERATE_JSON"),
+        json_output=json_output,
+        inference_benchmark=symbols.flag("TIERING_INFERENCE_BENCHMARK"),
+        clock=symbols.option(_CLOCKS),
+        specs=tuple(
+            TierNumbers(
+                tier=tier,
+                label=numbers,
+                setup_us=float(symbols.integer(f"TIERING_{numbers}_SETUP_US")),
+                bandwidth_gb_s=symbols.integer(f"TIERING_{numbers}_BANDWIDTH_MB_S") / 1000,
+            )
+            for tier, numbers in (
+                ("HBM", "HBM"),
+                ("CPU", cpu_numbers),
+                ("SSD", "SSD"),
+                ("CXL", "CXL"),
+            )
+        ),
+    )

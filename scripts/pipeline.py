@@ -1,0 +1,219 @@
+"""What `make` does: train, benchmark and report, as the configuration says.
+
+Each stage is a command of its own, printed before it runs, so that a user can run it alone. Ctrl-C
+and SIGTERM are left to the stage: training saves and ends, and the pipeline stops after it.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lib.config import Config, Mode, load_config
+from lib.errors import InputError
+from scripts.cli import run_main
+
+STAGES = ("train", "bench", "report")
+CONTENTS = {
+    "checkpoint": "the model: --model of the benchmark, or from_pretrained",
+    "tier_hints.json": "importance and tier of each block",
+    "benchmark_emulated.json": "what emulated tiers cost",
+    "benchmark_real.json": "what real offload costs and saves",
+    "fisher_diag.safetensors": "the Fisher information of every parameter",
+    "metrics.jsonl": "loss, learning rate and gradient norm of each step",
+    "loss.png": "the loss curve",
+    "report.html": "everything on one page: open it in a browser",
+    ".config": "the configuration of this run",
+}
+
+
+class StageFailed(Exception):
+    """A stage ended early, and has said why itself; carries the exit code to end with."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if unknown := set(args.stages).difference(STAGES):
+        raise InputError(f"stage {min(unknown)!r} is none of {', '.join(STAGES)}")
+    config = load_config(args.config)
+    tables: list[str] = []
+    try:
+        for stage in args.stages or configured_stages(config):
+            if stage == "train":
+                train(config, args.config)
+            elif stage == "bench":
+                tables = benchmark(config)
+            else:
+                text, _ = run_command(["scripts.report", str(config.run.directory)])
+                print(text)
+    except StageFailed as error:
+        return error.code
+    print_contents(config)
+    for table in tables:
+        print(f"\n{table}")
+    return 0
+
+
+def configured_stages(config: Config) -> list[str]:
+    wanted = {
+        "train": True,
+        "bench": config.tiering.inference_benchmark,
+        "report": config.report.html,
+    }
+    return [stage for stage in STAGES if wanted[stage]]
+
+
+def train(config: Config, path: Path) -> None:
+    text, result = run_command(["gpt2.train", "--config", str(path)])
+    print(text)
+    if not result["complete"]:
+        print(
+            f"stopped: training was interrupted at step {result['step']} of {config.train.steps}; "
+            f"its checkpoint is saved, and the same make command continues it",
+            file=sys.stderr,
+        )
+        raise StageFailed(1)
+
+
+def benchmark(config: Config) -> list[str]:
+    """Benchmark the mode that is set, after the other one if both are wanted; return the tables."""
+    if not config.tiering.generate_json:
+        raise InputError(
+            "there are no hints to benchmark: ENABLE_HIERARCHICAL_TIERING or TIERING_GENERATE_JSON "
+            "is off (make menuconfig)"
+        )
+    checkpoint = config.run.directory / "checkpoint"
+    for path in (checkpoint, config.hints_path):
+        if not path.exists():
+            raise InputError(f"nothing to benchmark, there is no {path}: run make train")
+    modes: list[Mode] = [config.tiering.mode]
+    if config.bench.both_modes:
+        modes.insert(0, "real" if config.tiering.mode == "emulated" else "emulated")
+    return [benchmark_mode(config, mode, checkpoint) for mode in modes]
+
+
+def benchmark_mode(config: Config, mode: Mode, checkpoint: Path) -> str:
+    command = ["scripts.benchmark_tiered_inference", "--model", str(checkpoint)]
+    command += ["--tier-hints", str(config.hints_path), "--mode", mode, "--baseline"]
+    command += ["--batch-size", str(config.bench.batch_size)]
+    command += ["--seq-length", str(config.bench.seq_length)]
+    command += ["--num-iterations", str(config.bench.iterations)]
+    command += ["--warmup", str(config.bench.warmup)]
+    command += ["--device", config.run.device, "--dtype", config.bench.dtype]
+    if mode == "emulated":
+        spec = config.run.directory / "tier_spec.json"
+        write_spec(config, spec)
+        command += ["--spec", str(spec)]
+    command += ["--json", str(config.run.directory / f"benchmark_{mode}.json")]
+    table, _ = run_command(command, temporary=config.tiering.spill_dir)
+    return table
+
+
+def write_spec(config: Config, path: Path) -> None:
+    from lib.hints import Tier
+    from lib.tiering import EmulationSpec, TierSpec, save_specs
+    from lib.tiering.specs import Clock
+
+    specs = {
+        Tier(numbers.tier): TierSpec(numbers.label, numbers.setup_us, numbers.bandwidth_gb_s)
+        for numbers in config.tiering.specs
+    }
+    save_specs(EmulationSpec(specs=specs, clock=Clock(config.tiering.clock)), path)
+
+
+def run_command(command: Sequence[str], *, temporary: str = "") -> tuple[str, Any]:
+    """Run a module of this project; return its stdout without the last line, and that as JSON.
+
+    ``temporary`` is the folder for its temporary files, the system's if empty. A failure raises
+    StageFailed; the command itself has printed the reason.
+    """
+    print(f"\n$ {shlex.join(['python', '-m', *command])}", file=sys.stderr, flush=True)
+    environment = dict(os.environ)
+    if temporary:
+        Path(temporary).mkdir(parents=True, exist_ok=True)
+        environment["TMPDIR"] = temporary
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    with signals_left_to(process):
+        output, _ = process.communicate()
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        print(f"failed: {command[0]} was killed by {name}", file=sys.stderr)
+        raise StageFailed(1)
+    if process.returncode > 0:
+        raise StageFailed(process.returncode)
+    text, _, document = output.rstrip("\n").rpartition("\n")
+    return text.strip("\n"), json.loads(document)
+
+
+@contextmanager
+def signals_left_to(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Let the running stage decide what SIGINT and SIGTERM mean; both are handled as before after.
+
+    A terminal sends SIGINT to both processes, SIGTERM reaches this one only and is passed on.
+    """
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    def ignore(number: int, frame: FrameType | None) -> None:
+        pass
+
+    # Handlers, not SIG_IGN, which the child would inherit.
+    previous = {
+        signal.SIGINT: signal.signal(signal.SIGINT, ignore),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def print_contents(config: Config) -> None:
+    directory = config.run.directory
+    print(f"\nIn {directory}:")
+    contents = CONTENTS | {config.tiering.json_output: CONTENTS["tier_hints.json"]}
+    for name, description in contents.items():
+        if (directory / name).exists():
+            print(f"  {name:24} {description}")
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train, benchmark and report.")
+    parser.add_argument(
+        "stages",
+        nargs="*",
+        metavar="STAGE",
+        help=f"{', '.join(STAGES)} (default: those that the configuration asks for)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path(".config"),
+        metavar="FILE",
+        help="configuration (default: %(default)s)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

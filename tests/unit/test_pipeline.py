@@ -1,0 +1,164 @@
+"""What `make` runs, in which order, and how it ends."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib.config import Config, load_config
+from lib.errors import InputError
+from lib.tiering import load_specs
+from scripts import doctor, pipeline
+
+
+def load(folder: Path, *lines: str) -> Config:
+    path = folder / ".config"
+    path.write_text(
+        f'CONFIG_RUN_NAME="r"\nCONFIG_RUN_OUTPUT_DIR="{folder}"\n'
+        + "".join(f"{x}\n" for x in lines)
+    )
+    return load_config(path)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Replace the running of stages by noting them."""
+    ran: list[list[str]] = []
+
+    def note(command: list[str], *, temporary: str = "") -> tuple[str, Any]:
+        ran.append([*command, temporary])
+        return f"table {len(ran)}", {"complete": True, "step": 300}
+
+    monkeypatch.setattr(pipeline, "run_command", note)
+    return ran
+
+
+def make_trained(config: Config) -> None:
+    (config.run.directory / "checkpoint").mkdir(parents=True)
+    config.hints_path.touch()
+
+
+def test_all_stages_run_and_the_chosen_mode_ends_the_output(
+    tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trained(load(tmp_path, "CONFIG_TIERING_REAL_OFFLOAD=y"))
+    assert pipeline.main(["--config", str(tmp_path / ".config")]) == 0
+    assert [command[0] for command in commands] == [
+        "gpt2.train",
+        "scripts.benchmark_tiered_inference",
+        "scripts.benchmark_tiered_inference",
+        "scripts.report",
+    ]
+    modes = [command[command.index("--mode") + 1] for command in commands[1:3]]
+    assert modes == ["emulated", "real"]
+    assert capsys.readouterr().out.endswith("table 3\n")
+
+
+def test_only_what_the_configuration_asks_for_runs(tmp_path: Path) -> None:
+    config = load(tmp_path, "# CONFIG_ENABLE_HIERARCHICAL_TIERING is not set")
+    assert pipeline.configured_stages(config) == ["train", "report"]
+
+
+def test_emulated_mode_is_given_the_speeds_of_the_configuration(
+    tmp_path: Path, commands: list[list[str]]
+) -> None:
+    config = load(
+        tmp_path,
+        "CONFIG_TIERING_CPU_IS_CXL=y",
+        "CONFIG_TIERING_SSD_SETUP_US=77",
+        'CONFIG_TIERING_SPILL_DIR="spill"',
+        "# CONFIG_BENCH_BOTH_MODES is not set",
+    )
+    make_trained(config)
+    pipeline.benchmark(config)
+    (command,) = commands
+    spec = load_specs(command[command.index("--spec") + 1])
+    numbers = {
+        tier.value: (spec.specs[tier].name, spec.specs[tier].setup_us) for tier in spec.specs
+    }
+    assert numbers["CPU"] == ("CXL", 2.0)
+    assert numbers["SSD"] == ("SSD", 77.0)
+    assert command[-1] == "spill"
+
+
+def test_a_benchmark_without_hints_or_model_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run make train"):
+        pipeline.benchmark(load(tmp_path))
+    with pytest.raises(InputError, match="no hints to benchmark"):
+        pipeline.benchmark(load(tmp_path, "# CONFIG_TIERING_GENERATE_JSON is not set"))
+    with pytest.raises(InputError, match="stage 'bnech' is none of train, bench, report"):
+        pipeline.main(["bnech"])
+
+
+def test_interrupted_training_stops_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load(tmp_path)
+    monkeypatch.setattr(pipeline, "run_command", lambda _: ("", {"complete": False, "step": 7}))
+    assert pipeline.main(["--config", str(tmp_path / ".config")]) == 1
+    assert "interrupted at step 7 of 300" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a file that ``run_command(["stage"])`` runs."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path / "stage.py"
+
+
+def test_a_stage_gives_its_table_and_its_document(stage: Path, tmp_path: Path) -> None:
+    stage.write_text(
+        "import json, tempfile\nprint('a\\nb\\n')\nprint(json.dumps(tempfile.gettempdir()))"
+    )
+    folder = tmp_path / "spill"
+    assert pipeline.run_command(["stage"], temporary=str(folder)) == ("a\nb", str(folder))
+
+
+@pytest.mark.parametrize(("code", "expected"), [("exit(2)", 2), ("import os; os.abort()", 1)])
+def test_a_failed_stage_ends_the_pipeline_with_its_code(
+    stage: Path, code: str, expected: int
+) -> None:
+    stage.write_text(code)
+    with pytest.raises(pipeline.StageFailed) as caught:
+        pipeline.run_command(["stage"])
+    assert caught.value.code == expected
+
+
+def test_sigterm_is_passed_on_to_the_stage(stage: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    stage.write_text(
+        "import signal, time, pathlib\n"
+        "def stop(*_):\n    print('\"saved\"')\n    raise SystemExit\n"
+        f"signal.signal(signal.SIGTERM, stop)\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(30)"
+    )
+
+    def terminate() -> None:
+        while not ready.exists():
+            threading.Event().wait(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=terminate).start()
+    assert pipeline.run_command(["stage"]) == ("", "saved")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_doctor_describes_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, output = tmp_path / ".config", tmp_path / "doctor.json"
+    config.write_text("CONFIG_NOPE=y\n")
+    assert doctor.main(["--config", str(config), "--json", str(output)]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document == json.loads(output.read_text())
+    assert document["python"]["executable"] == sys.executable
+    assert document["cpu"]["cores"] >= 1
+    assert document["memory"]["total_bytes"] > document["memory"]["available_bytes"] > 0
+    assert document["configuration"]["state"] == "invalid"
+    assert "unknown symbol" in document["configuration"]["error"]
+    assert document["next"] == "make menuconfig"
