@@ -3,10 +3,29 @@
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+
+
+def check_writable(path: str | Path | None) -> None:
+    """Refuse, before the work starts, an output file that could not be written at its end."""
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"output {path} is a folder: give a file name")
+    folder = path.absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output {path} can't be written ({error.strerror}): give a writable folder"
+        ) from error
 
 
 def write_text(text: str, path: str | Path) -> None:

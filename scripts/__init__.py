@@ -1,1 +1,1 @@
-"""One verb per file; each prints its result on stdout (one JSON line last) and progress on stderr."""
+"""One verb per file: the result on stdout (one JSON line last), progress on stderr."""

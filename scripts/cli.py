@@ -5,7 +5,6 @@ Exit codes: 0 done; 1 the run failed; 2 the input was wrong (argparse uses 2 as 
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,23 +26,6 @@ def run_main(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1
-
-
-def check_writable(path: Path | None) -> None:
-    """Refuse, before the work starts, an output file that could not be written at its end."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise InputError(f"output {path} is a folder: give a file name")
-    folder = path.absolute().parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"output {path} can't be written ({error.strerror}): give a writable folder"
-        ) from error
 
 
 def emit_json(document: Any, path: Path | None = None) -> None:

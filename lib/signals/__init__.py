@@ -1,0 +1,46 @@
+"""Signals: how much a model's output depends on each block, and the hints made from that.
+
+``adam`` reads the optimizer's second moment, ``fisher`` measures Fisher information on text,
+``attention`` describes attention probabilities, ``callback`` brings ``adam`` to the Hugging Face
+Trainer. Importing this package doesn't import transformers.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .adam import AdamSignal, AdamStateTierAnalyzer, adam_hints, collect_adam_signal
+from .attention import attention_fim_trace
+from .fisher import (
+    FisherLabels,
+    FisherResult,
+    collect_fisher,
+    fisher_hints,
+    save_fisher_diagonal,
+)
+from .scale import MomentScale
+
+if TYPE_CHECKING:
+    from .callback import TierHintsCallback
+
+__all__ = [
+    "AdamSignal",
+    "AdamStateTierAnalyzer",
+    "FisherLabels",
+    "FisherResult",
+    "MomentScale",
+    "TierHintsCallback",
+    "adam_hints",
+    "attention_fim_trace",
+    "collect_adam_signal",
+    "collect_fisher",
+    "fisher_hints",
+    "save_fisher_diagonal",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The callback subclasses transformers.TrainerCallback: import it only for those who ask for it.
+    if name == "TierHintsCallback":
+        from .callback import TierHintsCallback
+
+        return TierHintsCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,231 @@
+"""Models and held-out text as a user names them on a command line.
+
+A model is a Hub id or a folder, perhaps with a file of other weights. Whatever is wrong with what
+the user names raises InputError with one line. Models come back on the CPU, in the checkpoint's own
+dtype, in evaluation mode (no dropout).
+"""
+
+import pickle
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gpt2.sources import open_source
+from lib.config import DataConfig
+from lib.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HELDOUT_FILE = "heldout.safetensors"
+_STDLIB = DataConfig(
+    source="stdlib", files="", max_mib=32, heldout_permille=5, tokenizer="", cache_dir=""
+)
+"""So few documents that a model trained with a larger held-out part has not seen them either."""
+_STDLIB_TOKENS = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutText:
+    """Tokens that the model was not trained on: int64, (sequences, length), on the CPU."""
+
+    tokens: Tensor
+    source: str
+
+
+def quiet_transformers(*, progress: bool) -> None:
+    """Silence the warnings of transformers, and its progress bars unless ``progress``."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
+
+
+def load_model(model: str, checkpoint: Path | None = None) -> "PreTrainedModel":
+    """Load a causal language model; its weights from ``checkpoint`` if one is given.
+
+    Strict: weights that are missing, unknown or of another shape are errors; a tied weight may be
+    absent. The weights' memory is the process's own, no mapping of the file.
+    """
+    _check_model_name(model)
+    try:
+        loaded, report = _load(model, checkpoint)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        problem = (
+            "can't be loaded" if Path(model).is_dir() else "is neither a folder nor on the Hub"
+        )
+        raise InputError(f"model {model!r} {problem}: {_first_line(error)}") from error
+    _check_report(report, str(checkpoint or model))
+    own_memory(loaded)
+    return cast("PreTrainedModel", loaded.eval())
+
+
+def own_memory(model: torch.nn.Module) -> None:
+    """Copy the weights out of the mapped file that transformers leaves them in.
+
+    There they would be page cache, which the system may drop and read again: neither the time nor
+    the memory of a forward pass would be that of a model held in memory.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def load_heldout(model: str, *, vocab_size: int, length: int) -> HeldOutText:
+    """Return sequences of ``length``: the model folder's own held-out tokens, else library text."""
+    path = Path(model) / HELDOUT_FILE
+    tokens, source = _read_heldout(path) if path.exists() else _tokenize_stdlib(model)
+    per_row = tokens.shape[1] // length
+    if not per_row or not len(tokens):
+        raise InputError(
+            f"held-out text ({source}) has rows of {tokens.shape[1]} tokens: "
+            f"--seq-length {length} must not be longer"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if not 0 <= low <= high < vocab_size:
+        raise InputError(
+            f"held-out tokens ({source}) lie in {low}..{high}, the model's vocabulary in "
+            f"0..{vocab_size - 1}: they were made by another tokenizer"
+        )
+    tokens = tokens[:, : per_row * length].reshape(-1, length).contiguous()
+    return HeldOutText(tokens=tokens, source=source)
+
+
+def _check_model_name(model: str) -> None:
+    """Refuse what transformers would look for on the network, or answer with a page of text."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"model folder {model!r} has no config.json: give the folder of a checkpoint, or a "
+                "Hub id with its owner, such as openai-community/gpt2"
+            )
+        return
+    local = not model or folder.is_file() or folder.is_absolute() or model.startswith(".")
+    beside = folder.parent != Path(".") and folder.parent.is_dir()
+    if local or beside or model.count("/") > 1:
+        raise InputError(
+            f"model folder {model!r} does not exist: give a folder with config.json, or a Hub id"
+        )
+
+
+def _load(model: str, checkpoint: Path | None) -> tuple[Any, dict[str, Any]]:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    # Other shapes are listed instead of raised, so that one place words all that is wrong.
+    report: Any = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if checkpoint is None:
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto", **report)
+    state = _read_state(checkpoint)
+    config = AutoConfig.from_pretrained(model)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"model {model!r} ({config.model_type}) is no causal language model")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=_main_dtype(state), **report
+    )
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist: give a .safetensors or .pt file")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        elif path.suffix == ".pt":
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise InputError(
+                f"checkpoint {path}: unknown kind {path.suffix!r}; allowed: .safetensors, .pt"
+            )
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        raise InputError(
+            f"checkpoint {path} can't be read (truncated, or more than plain tensors): "
+            f"{_first_line(error)}"
+        ) from error
+    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    if not tensors or not state:
+        raise InputError(
+            f"checkpoint {path} must map parameter names to tensors: save model.state_dict()"
+        )
+    return dict(state)
+
+
+def _main_dtype(state: dict[str, Tensor]) -> torch.dtype:
+    """Return the floating dtype that holds most bytes."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def _check_report(report: dict[str, Any], origin: str) -> None:
+    """Refuse a load in which transformers made up, dropped or replaced a weight."""
+    problems = {
+        "lacks weights that the model needs": report["missing_keys"],
+        "has weights that the model does not know": report["unexpected_keys"],
+        "has weights of another shape": [entry[0] for entry in report["mismatched_keys"]],
+        "has weights that can't be converted": report["error_msgs"],
+    }
+    for problem, names in problems.items():
+        if names:
+            some = ", ".join(sorted(map(str, names))[:3]) + (", ..." if len(names) > 3 else "")
+            raise InputError(
+                f"{origin} {problem} ({len(names)}: {some}): give a checkpoint of this model"
+            )
+
+
+def _read_heldout(path: Path) -> tuple[Tensor, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tokens = file.get_tensor("tokens").clone()
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"held-out tokens {path} can't be read: {_first_line(error)}; train again"
+        ) from error
+    if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        shape = tuple(tokens.shape)
+        raise InputError(
+            f"held-out tokens {path} are {tokens.dtype} {shape}, expected int64 (sequences, length)"
+        )
+    return tokens, f"held-out split of {metadata.get('corpus', 'the training corpus')}"
+
+
+def _tokenize_stdlib(model: str) -> tuple[Tensor, str]:
+    """Tokenize documents of the standard library with the model's own tokenizer, as one row."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{_no_text(model)} ({_first_line(error)})") from error
+    ids: list[int] = []
+    for document in open_source(_STDLIB).documents():
+        if document.heldout:
+            ids += tokenizer(document.text, verbose=False)["input_ids"]
+        if len(ids) >= _STDLIB_TOKENS:
+            break
+    if not ids:  # transformers makes an empty tokenizer of a folder without a tokenizer's files
+        raise InputError(_no_text(model))
+    source = f"part of the Python {platform.python_version()} standard library"
+    return torch.tensor([ids], dtype=torch.int64), source
+
+
+def _no_text(model: str) -> str:
+    return (
+        f"model {model!r} has neither {HELDOUT_FILE} nor a tokenizer, so there is no text to "
+        "measure on: add its tokenizer's files"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
