@@ -35,6 +35,19 @@ class Tier(StrEnum):
     OBJECT = "OBJECT"
 
 
+class Precision(StrEnum):
+    """How a block's weights may be stored, most precise first."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT6 = "int6"
+    INT5 = "int5"
+    INT4 = "int4"
+    INT3 = "int3"
+    INT2 = "int2"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockHint:
     """What the file says of one block. A flat file knows the tier alone: the other fields are then
@@ -48,8 +61,8 @@ class BlockHint:
     num_params: int | None = None
     signals: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
     reason: str = ""
-    kl: Mapping[str, float] = field(default_factory=dict)
-    floor: str | None = None
+    kl: Mapping[Precision, float] = field(default_factory=dict)
+    floor: Precision | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,8 +240,8 @@ def hints_from_json(document: Any) -> Hints:
                 num_params=entry["params"],
                 signals=entry["signals"],
                 reason=entry["reason"],
-                kl=entry.get("kl", {}),
-                floor=entry.get("floor"),
+                kl={Precision(key): value for key, value in entry.get("kl", {}).items()},
+                floor=Precision(entry["floor"]) if "floor" in entry else None,
             )
             for name, entry in document["blocks"].items()
         },
@@ -341,9 +354,9 @@ def _block_to_json(hint: BlockHint) -> dict[str, Any]:
         "signals": dict(hint.signals),
     }
     if hint.kl:
-        entry["kl"] = dict(hint.kl)
+        entry["kl"] = {str(precision): value for precision, value in hint.kl.items()}
     if hint.floor is not None:
-        entry["floor"] = hint.floor
+        entry["floor"] = str(hint.floor)
     return {**entry, "reason": hint.reason}
 
 

@@ -23,7 +23,8 @@ _ALIGNMENT = 256
 """Start of each tensor inside a block's buffer: no kernel needs more, and every dtype may be viewed
 there.
 """
-_MEMORY_FILESYSTEMS = {"tmpfs", "ramfs"}
+MEMORY_FILESYSTEMS = {"tmpfs", "ramfs"}
+"""File systems whose files are memory: no place for the SSD tier."""
 
 
 class Store(Protocol):
@@ -76,7 +77,7 @@ class FileStore:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        parent = folder or _default_spill_folder()
+        parent = folder or default_spill_folder()
         try:
             parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix="tierhints-", dir=parent))
@@ -86,7 +87,7 @@ class FileStore:
             ) from error
         self._cleanup = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         kind = filesystem_type(parent)
-        if kind in _MEMORY_FILESYSTEMS:
+        if kind in MEMORY_FILESYSTEMS:
             self._cleanup()
             raise InputError(
                 f"spill folder {parent} is on {kind}, which is memory: give a spill_dir on a disk"
@@ -171,19 +172,14 @@ def filesystem_type(path: Path) -> str:
         for line in Path("/proc/mounts").read_text().splitlines():
             _, mount, mount_kind, *_ = line.split()
             mount_path = Path(mount.encode().decode("unicode_escape"))
-            if path.absolute().is_relative_to(mount_path) and len(mount_path.parts) >= best:
+            if path.resolve().is_relative_to(mount_path) and len(mount_path.parts) >= best:
                 best, kind = len(mount_path.parts), mount_kind
     return kind
 
 
-def _default_spill_folder() -> Path:
-    """/var/tmp is on a disk where /tmp often is memory."""
-    persistent = Path("/var/tmp")
-    return (
-        persistent
-        if persistent.is_dir() and os.access(persistent, os.W_OK)
-        else Path(tempfile.gettempdir())
-    )
+def default_spill_folder() -> Path:
+    """Return TMPDIR if it is set, else /var/tmp, which is on a disk where /tmp often is memory."""
+    return Path(os.environ.get("TMPDIR") or "/var/tmp")
 
 
 def _views(

@@ -10,6 +10,7 @@ from lib.errors import InputError
 from lib.hints import (
     Hints,
     ModelInfo,
+    Precision,
     Tier,
     assign_tiers,
     build_hints,
@@ -99,6 +100,15 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     save_hints(hints, path)
     assert load_hints(path) == hints
     assert [entry.name for entry in path.parent.iterdir()] == ["tier_hints.json"]
+
+
+def test_floors_and_kl_curves_that_others_measured_are_kept(tmp_path: Path) -> None:
+    document = hints_to_json(make_hints())
+    document["blocks"]["h.0.mlp"] |= {"kl": {"int8": 1e-5, "int4": 2e-3}, "floor": "int4"}
+    hints = load_hints(write(tmp_path / "in.json", document))
+    assert hints.blocks["h.0.mlp"].floor is Precision.INT4
+    save_hints(hints, tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == document
 
 
 def test_save_to_an_unwritable_place_is_a_clear_error(tmp_path: Path) -> None:
