@@ -23,6 +23,11 @@ def run_main(main: Callable[[], int | None]) -> int:
     except (PlacementError, OSError, FloatingPointError) as error:
         print(f"failed: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which isn't imported for this
+            raise
+        print(f"failed: out of memory: {_one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1

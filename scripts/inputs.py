@@ -29,6 +29,8 @@ _STDLIB = DataConfig(
 )
 """So few documents that a model trained with a larger held-out part has not seen them either."""
 _STDLIB_TOKENS = 65_536
+_Loaded = tuple[Any, dict[str, Any]]
+"""A model, and the report of what did not match while it was loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +52,9 @@ def quiet_transformers(*, progress: bool) -> None:
 def load_model(model: str, checkpoint: Path | None = None) -> "PreTrainedModel":
     """Load a causal language model; its weights from ``checkpoint`` if one is given.
 
-    Strict: weights that are missing, unknown or of another shape are errors; a tied weight may be
-    absent. The weights' memory is the process's own, no mapping of the file.
+    A weight that is missing or of another shape is an error, and in ``checkpoint`` so is one that
+    the model does not know; a tied weight may be absent. The weights' memory is the process's own,
+    no mapping of the file.
     """
     _check_model_name(model)
     try:
@@ -63,6 +66,8 @@ def load_model(model: str, checkpoint: Path | None = None) -> "PreTrainedModel":
             "can't be loaded" if Path(model).is_dir() else "is neither a folder nor on the Hub"
         )
         raise InputError(f"model {model!r} {problem}: {_first_line(error)}") from error
+    if checkpoint is None:
+        report["unexpected_keys"] = ()  # published checkpoints carry spare heads and old buffers
     _check_report(report, str(checkpoint or model))
     own_memory(loaded)
     return cast("PreTrainedModel", loaded.eval())
@@ -116,20 +121,23 @@ def _check_model_name(model: str) -> None:
         )
 
 
-def _load(model: str, checkpoint: Path | None) -> tuple[Any, dict[str, Any]]:
+def _load(model: str, checkpoint: Path | None) -> _Loaded:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     # Other shapes are listed instead of raised, so that one place words all that is wrong.
     report: Any = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if checkpoint is None:
-        return AutoModelForCausalLM.from_pretrained(model, dtype="auto", **report)
+        model_class: Any = AutoModelForCausalLM
+        return cast(_Loaded, model_class.from_pretrained(model, dtype="auto", **report))
     state = _read_state(checkpoint)
     config = AutoConfig.from_pretrained(model)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"model {model!r} ({config.model_type}) is no causal language model")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return model_class.from_pretrained(
-        None, config=config, state_dict=state, dtype=_main_dtype(state), **report
+    dtype = _main_dtype(state)
+    return cast(
+        _Loaded,
+        model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **report),
     )
 
 

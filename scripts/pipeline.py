@@ -48,21 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(args.stages).difference(STAGES):
         raise InputError(f"stage {min(unknown)!r} is none of {', '.join(STAGES)}")
     config = load_config(args.config)
-    tables: list[str] = []
+    documents: list[Any] = []
     try:
         for stage in args.stages or configured_stages(config):
             if stage == "train":
                 train(config, args.config)
             elif stage == "bench":
-                tables = benchmark(config)
+                documents = benchmark(config)
             else:
                 text, _ = run_command(["scripts.report", str(config.run.directory)])
                 print(text)
     except StageFailed as error:
         return error.code
     print_contents(config)
-    for table in tables:
-        print(f"\n{table}")
+    if documents:
+        from lib.report import benchmark_table
+
+        print(f"\n{benchmark_table(documents)}")
     return 0
 
 
@@ -87,8 +89,8 @@ def train(config: Config, path: Path) -> None:
         raise StageFailed(1)
 
 
-def benchmark(config: Config) -> list[str]:
-    """Benchmark the mode that is set, after the other one if both are wanted; return the tables."""
+def benchmark(config: Config) -> list[Any]:
+    """Benchmark the mode that is set, after the other one if both are wanted; return results."""
     if not config.tiering.generate_json:
         raise InputError(
             "there are no hints to benchmark: ENABLE_HIERARCHICAL_TIERING or TIERING_GENERATE_JSON "
@@ -104,7 +106,7 @@ def benchmark(config: Config) -> list[str]:
     return [benchmark_mode(config, mode, checkpoint) for mode in modes]
 
 
-def benchmark_mode(config: Config, mode: Mode, checkpoint: Path) -> str:
+def benchmark_mode(config: Config, mode: Mode, checkpoint: Path) -> Any:
     command = ["scripts.benchmark_tiered_inference", "--model", str(checkpoint)]
     command += ["--tier-hints", str(config.hints_path), "--mode", mode, "--baseline"]
     command += ["--batch-size", str(config.bench.batch_size)]
@@ -117,8 +119,9 @@ def benchmark_mode(config: Config, mode: Mode, checkpoint: Path) -> str:
         write_spec(config, spec)
         command += ["--spec", str(spec)]
     command += ["--json", str(config.run.directory / f"benchmark_{mode}.json")]
-    table, _ = run_command(command, temporary=config.tiering.spill_dir)
-    return table
+    text, document = run_command(command, temporary=config.tiering.spill_dir)
+    print(text)
+    return document
 
 
 def write_spec(config: Config, path: Path) -> None:

@@ -2,4 +2,6 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; commands that tests start inherit it
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported; commands that tests start inherit it
+)

@@ -142,12 +142,12 @@ class RealResidency:
                 )  # a backward pass would find weights that have gone again
             for block in slow:
                 self._store_away(block, tiers[block.name], spill_dir)
+            # In RAM a copy even on the same device: weights loaded from safetensors are slices of
+            # one mapped file, which stays in memory for as long as any of them is used.
+            copy = bool(slow) and device.type == "cpu"
             for name, parameter in self._parameters.items():
                 if name not in self._managed:
-                    # A copy even on the same device: weights loaded from safetensors are slices of
-                    # one mapped file, which
-                    # stays in memory for as long as any of them is used.
-                    parameter.data = parameter.data.to(device, copy=bool(slow))
+                    parameter.data = parameter.data.to(device, copy=copy)
             for buffer, _ in self._buffers:
                 buffer.data = buffer.data.to(device)
         except BaseException:

@@ -32,9 +32,12 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def note(command: list[str], *, temporary: str = "") -> tuple[str, Any]:
         ran.append([*command, temporary])
-        return f"table {len(ran)}", {"complete": True, "step": 300}
+        return f"text {len(ran)}", {"complete": True, "step": 300, "number": len(ran)}
 
     monkeypatch.setattr(pipeline, "run_command", note)
+    monkeypatch.setattr(
+        "lib.report.benchmark_table", lambda results: f"table of {[r['number'] for r in results]}"
+    )
     return ran
 
 
@@ -43,7 +46,7 @@ def make_trained(config: Config) -> None:
     config.hints_path.touch()
 
 
-def test_all_stages_run_and_the_chosen_mode_ends_the_output(
+def test_all_stages_run_and_the_table_of_both_modes_ends_the_output(
     tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_trained(load(tmp_path, "CONFIG_TIERING_REAL_OFFLOAD=y"))
@@ -56,7 +59,7 @@ def test_all_stages_run_and_the_chosen_mode_ends_the_output(
     ]
     modes = [command[command.index("--mode") + 1] for command in commands[1:3]]
     assert modes == ["emulated", "real"]
-    assert capsys.readouterr().out.endswith("table 3\n")
+    assert capsys.readouterr().out.endswith("\ntable of [2, 3]\n")
 
 
 def test_only_what_the_configuration_asks_for_runs(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""The network: a GPT-2 of any size from the configuration, or the weights of a hub id or folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from lib.config import ModelConfig
+from lib.errors import InputError
+
+from .tokenizer import first_line
+
+
+def build_model(model: ModelConfig, tokenizer: Any, *, seed: int) -> Any:
+    """Return a float32 GPT2LMHeadModel on the CPU: initialised from ``seed``, or loaded from
+    GPT2_PRETRAINED.
+
+    Raises InputError for sizes that don't fit together, a tokenizer with more tokens than the model
+    has, and weights that are missing or of another architecture.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    dropout = _dropout(model.dropout)
+    if model.pretrained:
+        return _load_pretrained(model, tokenizer, dropout)
+    if model.width % model.heads:
+        raise InputError(
+            f"GPT2_WIDTH={model.width} is no multiple of GPT2_HEADS={model.heads}: change one of "
+            "them"
+        )
+    _check_vocabulary(tokenizer, model.vocab_size, "GPT2_VOCAB_SIZE")
+    config = GPT2Config(
+        vocab_size=model.vocab_size,
+        n_positions=model.context,
+        n_embd=model.width,
+        n_layer=model.layers,
+        n_head=model.heads,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **dropout,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(config)
+
+
+def load_model(folder: Path, *, dropout: float, attention: str = "sdpa") -> Any:
+    """Load the network of a checkpoint folder in float32."""
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would draw on logs too, for a load of milliseconds
+    return GPT2LMHeadModel.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        **_dropout(dropout),
+    )
+
+
+def _dropout(probability: float) -> dict[str, Any]:
+    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), probability)
+
+
+def _load_pretrained(model: ModelConfig, tokenizer: Any, dropout: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    name = model.pretrained
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(_not_loadable(name, error)) from error
+    if config.model_type != "gpt2":
+        raise InputError(
+            f"GPT2_PRETRAINED={name!r} is a {config.model_type} model: give a GPT-2 (gpt2, "
+            "gpt2-medium, a folder)"
+        )
+    if model.context > config.n_positions:
+        raise InputError(
+            f"GPT2_CONTEXT={model.context} is more than the {config.n_positions} positions of "
+            f"{name!r}: lower it"
+        )
+    _check_vocabulary(tokenizer, config.vocab_size, f"the vocabulary of {name!r}")
+    network_class: Any = GPT2LMHeadModel  # whose stub does not know output_loading_info
+    try:
+        network, report = network_class.from_pretrained(
+            name,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **dropout,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(_not_loadable(name, error)) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(_not_loadable(name, KeyError(f"no weights for {missing[0]}")))
+    return network
+
+
+def _check_vocabulary(tokenizer: Any, vocab_size: int, what: str) -> None:
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, {what} only {vocab_size}: raise it to at "
+            f"least {len(tokenizer)}, or choose another DATA_TOKENIZER"
+        )
+
+
+def _not_loadable(name: str, error: BaseException) -> str:
+    return (
+        f"GPT2_PRETRAINED={name!r} can't be loaded: give a hub id that can be reached or a folder "
+        "with config.json and model.safetensors, or leave it empty to train from scratch "
+        f"({first_line(error)})"
+    )

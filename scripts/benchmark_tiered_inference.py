@@ -1,0 +1,370 @@
+"""Measure what a tier_hints.json does to inference, against the untouched model.
+
+    python scripts/benchmark_tiered_inference.py --model runs/quickstart/checkpoint \
+        --tier-hints runs/quickstart/tier_hints.json --mode real --baseline --json out.json
+
+Latency, throughput, memory, bytes moved and perplexity. One iteration is one forward pass over
+held-out text: logits for every position, no cache. Half of the baseline's iterations run before the
+tiered ones and half after them, on the detached model, so that a machine that grows slower does not
+count as overhead. stdout gets three sections and, as its last line, one JSON document, whose fields
+docs/benchmark.md names.
+"""
+
+import argparse
+import math
+import platform
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lib.blocks import parameter_digest, partition_model, storage_bytes
+from lib.errors import InputError
+from lib.files import check_writable
+from lib.hints import Hints, load_hints, match_hints
+from lib.report import benchmark_sections
+from lib.tiering import Clock, EmulationSpec, Stats, attach, load_specs, specs_to_json
+from scripts.cli import emit_json, run_main
+from scripts.inputs import load_heldout, load_model, quiet_transformers
+from scripts.measure import ForwardBench, latency_to_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_LENGTH = 128
+TIMELINE_FORWARDS = 3
+"""Forward passes whose resident bytes are kept in the document; the pattern repeats."""
+
+Fields = dict[str, Any]
+"""A part of the JSON document."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    _check_numbers(args)
+    check_writable(args.json)
+    device = _device(args.device)
+    emulation = _read_spec(args)
+    hints = _read_hints(args.tier_hints)
+    progress = sys.stderr.isatty()
+    quiet_transformers(progress=progress)
+    model = load_model(args.model, args.checkpoint)
+    length = _sequence_length(args.seq_length, model)
+    vocab_size = model.config.get_text_config().vocab_size
+    text = load_heldout(args.model, vocab_size=vocab_size, length=length)
+    # In real mode alone attach brings each block to its place: the whole may not fit the device.
+    moves_whole = args.mode == "emulated" or args.baseline
+    dtype = DTYPES.get(args.dtype)
+    hints = _cast_model(model, hints, device=device if moves_whole else None, dtype=dtype)
+    bench = ForwardBench(
+        model,
+        text.tokens,
+        batch_size=args.batch_size,
+        warmup=args.warmup,
+        device=device,
+        progress=progress,
+    )
+    document = {
+        **_describe(args, model, device),
+        "seq_length": length,
+        "tokens_source": text.source,
+        "perplexity_tokens": bench.perplexity_tokens,
+        "spec": None if emulation is None else specs_to_json(emulation),
+        **measure(bench, hints, emulation, args=args),
+    }
+    print(benchmark_sections(document), end="\n\n")
+    emit_json(document, args.json)
+    return 0
+
+
+def measure(
+    bench: ForwardBench, hints: Hints, emulation: EmulationSpec | None, *, args: argparse.Namespace
+) -> Fields:
+    """Run the baseline if it was asked for, the tiered model, and the baseline's second half."""
+    # Where weights really leave the device its allocator says what the model needs; elsewhere the
+    # weights in fast memory are what tiering changes.
+    allocator = bench.device.type == "cuda" and args.mode == "real"
+    baseline_bytes = storage_bytes(bench.model.parameters())
+    baseline: Fields | None = None
+    impact: Fields | None = None
+    num_before = (args.num_iterations + 1) // 2
+    with tempfile.TemporaryDirectory() as folder:
+        logits = Path(folder) / "logits.safetensors"
+        if args.baseline:
+            # These first: what a process touches once then is in memory for both timed runs.
+            perplexity = bench.perplexity("baseline")
+            bench.save_logits(logits)
+            before, memory = bench.run("baseline", iterations=num_before)
+            baseline = {**memory, "bytes_moved_per_forward": 0, "perplexity": perplexity}
+        bench.release_memory()
+        with attach(
+            bench.model, hints, mode=args.mode, emulation=emulation, device=bench.device
+        ) as runtime:
+            times, memory = bench.run(
+                "tiered",
+                iterations=args.num_iterations,
+                virtual_seconds=lambda: runtime.virtual_seconds,
+                on_warm=runtime.reset_stats,
+            )
+            stats = runtime.stats()
+            tiered: Fields = {**memory, "perplexity": bench.perplexity("tiered")}
+            if baseline is not None:
+                impact = bench.compare_logits(logits)
+    if baseline is not None:
+        after, _ = bench.run("baseline again", iterations=args.num_iterations - num_before)
+        drift = _percent(statistics.median(after), statistics.median(before)) if after else None
+        baseline |= {**_latency(bench, before + after), "drift_pct": drift}
+        _add_memory(baseline, baseline_bytes, allocator=allocator)
+    tiered |= {**_latency(bench, times), **_transfer(stats)}
+    _add_memory(tiered, stats.peak_resident_bytes, allocator=allocator)
+    if baseline is not None and impact is not None:
+        impact |= _compare(baseline, tiered)
+    virtual = stats.clock == Clock.VIRTUAL
+    return {
+        "measured": "emulated (virtual clock)" if virtual else "wall-clock",
+        "fast_memory": _fast_memory_note(args.mode, allocator=allocator),
+        "baseline": baseline,
+        "tiered": tiered,
+        "impact": impact,
+    }
+
+
+def _describe(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> Fields:
+    """Return the fields that say what was measured, and on what."""
+    return {
+        "model": args.model,
+        "checkpoint": None if args.checkpoint is None else str(args.checkpoint),
+        "tier_hints": str(args.tier_hints),
+        "class": type(model).__name__,
+        "num_blocks": len(partition_model(model)),
+        "weight_bytes": storage_bytes(model.parameters()),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "num_threads": torch.get_num_threads(),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "mode": args.mode,
+        "spec_file": None if args.spec is None else str(args.spec),
+        "batch_size": args.batch_size,
+        "num_iterations": args.num_iterations,
+        "warmup": args.warmup,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _latency(bench: ForwardBench, seconds: Sequence[float]) -> Fields:
+    rate = bench.tokens_per_second(seconds)
+    return {"latency_ms": latency_to_json(seconds), "tokens_per_s": rate}
+
+
+def _transfer(stats: Stats) -> Fields:
+    """Return what the runtime did per pass, and its own figures, the timeline cut to few passes."""
+    document = stats.to_json()
+    timeline = document["timeline"]
+    few = timeline[: math.ceil(len(timeline) / stats.forwards) * TIMELINE_FORWARDS]
+    changes = [now for last, now in zip([(), *few], few, strict=False) if last[1:] != now[1:]]
+    return {
+        "bytes_moved_per_forward": round(stats.bytes_moved / stats.forwards),
+        "transfer_ms_per_forward": stats.transfer_seconds / stats.forwards * 1e3,
+        "stats": {**document, "timeline": changes},
+    }
+
+
+def _compare(baseline: Fields, tiered: Fields) -> Fields:
+    latency = [part["latency_ms"]["median"] for part in (tiered, baseline)]
+    memory = [part["peak_fast_memory_bytes"] for part in (tiered, baseline)]
+    return {
+        "latency_overhead_pct": _percent(*latency),
+        "memory_saved_pct": 100 * (1 - memory[0] / memory[1]),
+        "perplexity_delta": tiered["perplexity"] - baseline["perplexity"],
+    }
+
+
+def _add_memory(part: Fields, peak_weight_bytes: int, *, allocator: bool) -> None:
+    fast = part["peak_allocated_bytes"] if allocator else peak_weight_bytes
+    part |= {"peak_weight_bytes": peak_weight_bytes, "peak_fast_memory_bytes": fast}
+
+
+def _fast_memory_note(mode: str, *, allocator: bool) -> str:
+    if allocator:
+        return "CUDA allocator's peak: weights and activations"
+    return (
+        "weight storages resident"
+        if mode == "real"
+        else "weight storages resident: emulation moves nothing"
+    )
+
+
+def _cast_model(
+    model: torch.nn.Module, hints: Hints, *, device: torch.device | None, dtype: torch.dtype | None
+) -> Hints:
+    """Check that the hints are this model's and cast it; return hints for the cast weights.
+
+    The check comes first because a cast to float16 rounds the weights into another identity.
+    """
+    names = [block.name for block in partition_model(model)]
+    match_hints(hints, names, parameter_digest=parameter_digest(model))
+    model.to(device=device, dtype=dtype)
+    if hints.model is None:
+        return hints
+    return replace(hints, model=replace(hints.model, parameter_digest=parameter_digest(model)))
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for flag, value, least in (
+        ("--batch-size", args.batch_size, 1),
+        ("--seq-length", args.seq_length, 2),
+        ("--num-iterations", args.num_iterations, 1),
+        ("--warmup", args.warmup, 0),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"{flag} {value} is too small: give {least} or more")
+
+
+def _sequence_length(asked: int | None, model: Any) -> int:
+    """Return the tokens per sequence that were asked for, or a default that the context holds."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+    if context is not None and asked > context:
+        raise InputError(
+            f"--seq-length {asked} is longer than the model's context: give {context} or less"
+        )
+    return asked
+
+
+def _device(name: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_cuda else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name!r} is unknown: give auto, cpu, cuda or cuda:N") from error
+    if device.type not in {"cpu", "cuda"}:
+        raise InputError(f"--device {name!r} is not supported: give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (not has_cuda or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(
+            f"--device {name!r} is not there ({torch.cuda.device_count()} CUDA devices): give cpu"
+        )
+    return device
+
+
+def _read_hints(path: Path) -> Hints:
+    """Load the hints; their warnings become one line each on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hints = load_hints(path)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return hints
+
+
+def _read_spec(args: argparse.Namespace) -> EmulationSpec | None:
+    """Return the emulated machine, or None in real mode, where nothing is emulated."""
+    spec = EmulationSpec() if args.spec is None else load_specs(args.spec)
+    if args.mode == "emulated":
+        return spec
+    if args.spec is not None:
+        print(
+            "warning: --spec has no effect with --mode real: nothing is emulated", file=sys.stderr
+        )
+    return None
+
+
+def _cpu_name() -> str:
+    """Return the processor's name as Linux gives it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _percent(value: float, reference: float) -> float:
+    """Return by how many percent ``value`` is above ``reference``."""
+    return (value / reference - 1) * 100
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Benchmark a causal language model, its weights placed by tier_hints.json.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", required=True, help="Hub id, or folder with config.json and weights"
+    )
+    model.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights to load instead: .safetensors, or .pt with tensors only",
+    )
+    model.add_argument(
+        "--tier-hints",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="tier_hints.json of this model",
+    )
+    model.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="auto = the checkpoint's own (default: %(default)s)",
+    )
+    tiers = parser.add_argument_group("tiering")
+    tiers.add_argument(
+        "--mode",
+        default="emulated",
+        choices=["emulated", "real"],
+        help="charge the time of hypothetical tiers, or move the weights (default: %(default)s)",
+    )
+    tiers.add_argument(
+        "--spec",
+        type=Path,
+        metavar="FILE",
+        help="JSON of the emulated tiers and clock (default: built in)",
+    )
+    tiers.add_argument(
+        "--baseline", action="store_true", help="measure the untouched model too, and compare"
+    )
+    work = parser.add_argument_group("workload")
+    work.add_argument(
+        "--batch-size",
+        type=int,
+        default=4,
+        help="sequences per forward pass (default: %(default)s)",
+    )
+    work.add_argument(
+        "--seq-length",
+        type=int,
+        help=f"tokens per sequence (default: {DEFAULT_LENGTH}, or the context if shorter)",
+    )
+    work.add_argument(
+        "--num-iterations", type=int, default=20, help="timed forward passes (default: %(default)s)"
+    )
+    work.add_argument(
+        "--warmup", type=int, default=3, help="untimed passes before them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the JSON document here as well"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

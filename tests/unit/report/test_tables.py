@@ -1,0 +1,98 @@
+"""Benchmark documents as text."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lib.report.tables import (
+    benchmark_sections,
+    benchmark_table,
+    comparison_rows,
+    format_ms,
+    is_steady,
+    tier_rows,
+)
+
+MakeBenchmark = Callable[[str], dict[str, Any]]
+
+
+def test_sections_name_every_quantity_and_how_it_was_measured(
+    make_benchmark: MakeBenchmark,
+) -> None:
+    text = benchmark_sections(make_benchmark("real"))
+    for title in ("baseline: all weights", "tiered: real (measured)", "impact: tiered against"):
+        assert title in text
+    for word in ("mean", "median", "p95", "tokens/s", "peak fast memory", "moved per forward"):
+        assert text.count(word) >= 2, word
+    assert "n = 20, 3 warm-up" in text
+    assert "bit-identical" in text
+
+
+def test_emulated_times_are_labelled(make_benchmark: MakeBenchmark) -> None:
+    document = make_benchmark("emulated")
+    assert "tiered: emulated (virtual clock)" in benchmark_sections(document)
+    document["measured"] = "wall-clock"
+    error = {"mean_us": 0.1, "p95_us": 0.2, "max_us": 0.9, "n": 40}
+    document["tiered"]["stats"]["wait_error"] = error
+    text = benchmark_sections(document)
+    assert "tiered: emulated (emulated waits)" in text
+    assert "0.10 us" in text and "max 0.90 us, n = 40" in text
+
+
+def test_run_without_baseline_says_how_to_get_one(make_benchmark: MakeBenchmark) -> None:
+    document = make_benchmark("real") | {"baseline": None, "impact": None}
+    assert benchmark_sections(document).count("not measured  give --baseline") == 2
+    assert "-" in benchmark_table([document])
+
+
+def test_table_has_a_column_per_run_and_lines_up(make_benchmark: MakeBenchmark) -> None:
+    documents = [make_benchmark("emulated"), make_benchmark("real")]
+    rows = comparison_rows(documents)
+    assert rows[0] == ["", "baseline", "tiered, emulated", "tiered, real"]
+    assert rows[1] == ["", "measured", "virtual clock", "measured"]
+    assert {len(row) for row in rows} == {4}
+    lines = benchmark_table(documents).splitlines()
+    assert len({len(line) for line in lines[: len(rows) + 1]}) == 1
+    assert "against each run's own baseline" in lines[-1]
+
+
+def test_no_documents() -> None:
+    assert benchmark_table([]) == "no benchmark was run"
+
+
+@pytest.mark.parametrize(("drift", "steady"), [(None, True), (9.9, True), (-10.1, False)])
+def test_unsteady_machine_is_called_out(
+    make_benchmark: MakeBenchmark, drift: float | None, steady: bool
+) -> None:
+    document = make_benchmark("real")
+    document["baseline"]["drift_pct"] = drift
+    assert is_steady(document) is steady
+    assert ("not reliable" in benchmark_sections(document)) is not steady
+    assert ("not reliable" in benchmark_table([document])) is not steady
+
+
+def test_different_logits_are_not_hidden(make_benchmark: MakeBenchmark) -> None:
+    document = make_benchmark("real")
+    changed = {"logits_bit_identical": False, "max_abs_logit_difference": 0.25}
+    document["impact"] |= changed
+    assert "differ by 0.25" in benchmark_table([document])
+
+
+def test_tier_rows_add_up(make_benchmark: MakeBenchmark) -> None:
+    document = make_benchmark("real")
+    rows = tier_rows(document)
+    assert [row.tier for row in rows] == ["HBM", "CPU", "SSD"]
+    assert sum(row.num_bytes for row in rows) == document["weight_bytes"]
+    assert sum(row.num_blocks for row in rows) == document["num_blocks"]
+    moved = sum(row.moved_bytes for row in rows)
+    assert moved == pytest.approx(document["tiered"]["bytes_moved_per_forward"], abs=2)
+    assert rows[0].transfer_ms == 0 and rows[2].transfer_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (1.23456, "1.235 ms"), (12.3456, "12.35 ms"), (1234.56, "1234.6 ms")],
+)
+def test_milliseconds(value: float | None, text: str) -> None:
+    assert format_ms(value) == text
