@@ -9,6 +9,10 @@ PYTHON ?= python3
 KCONFIG_CONFIG ?= .config
 Q := $(if $(filter 1,$(V)),,@)
 
+# Idle threads of libgomp spin by default, and halt a computation when another process wants their
+# core; spinning briefly costs nothing on an idle machine.
+export GOMP_SPINCOUNT ?= 1000
+
 BIN := .venv/bin
 STAMP := .venv/.stamp
 KCONFIG := $(BIN)/python -m scripts.kconfig --config $(KCONFIG_CONFIG)

@@ -170,8 +170,11 @@ def _old(folder: Path) -> Path:
 
 def _flush(folder: Path) -> None:
     """Force the files to the disk, so that after a power cut the rename can't be there without
-    them.
+    them; and give them the mode of the others, where safetensors makes them private.
     """
+    mode = (folder / STATE_FILE).stat().st_mode
+    for path in folder.iterdir():
+        path.chmod(mode)
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

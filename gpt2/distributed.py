@@ -7,6 +7,7 @@ gradients are averaged, so that any number of processes computes the same step u
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -99,6 +100,9 @@ def start_world(device: Device) -> World:
 def stop_world() -> None:
     """Leave the group of processes, if one was joined."""
     if dist.is_initialized():
+        # Gloo's threads need the GIL to drop the tensors of the last collective, and its destructor
+        # joins them while it holds the GIL: without a moment for them this deadlocks now and then.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
@@ -150,16 +154,6 @@ def gradient_sync(model: Any, *, last: bool) -> AbstractContextManager[None]:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     return nullcontext()
-
-
-def reshard(model: Any) -> None:
-    """Give back the whole parameters that FSDP2's root keeps after a forward without a backward.
-
-    Until then the model names them in place of the sharded ones that the optimizer knows.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

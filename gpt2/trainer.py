@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lib.blocks import unique_parameters, unwrap_model
 from lib.config import Config, TrainConfig
-from lib.signals import MomentScale
+from lib.signals import MomentScale, reshard
 
 from .checkpoint import TrainerState, load_optimizer, save_checkpoint
 from .data import Corpus, heldout_windows, sample_windows
@@ -28,7 +28,6 @@ from .distributed import (
     gradient_sync,
     is_main,
     log,
-    reshard,
     show_progress,
     wrap_model,
 )

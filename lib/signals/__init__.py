@@ -17,6 +17,7 @@ from .fisher import (
     save_fisher_diagonal,
 )
 from .scale import MomentScale
+from .summary import reshard
 
 if TYPE_CHECKING:
     from .callback import TierHintsCallback
@@ -33,6 +34,7 @@ __all__ = [
     "collect_adam_signal",
     "collect_fisher",
     "fisher_hints",
+    "reshard",
     "save_fisher_diagonal",
 ]
 

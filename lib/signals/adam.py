@@ -35,6 +35,7 @@ from .summary import (
     make_hints,
     packed_parameters,
     refuse_fsdp1,
+    reshard,
     sum_elements,
 )
 
@@ -86,6 +87,7 @@ def collect_adam_signal(optimizer: Optimizer, model: nn.Module) -> AdamSignal:
     parameter is trained, and if a moment isn't finite.
     """
     refuse_fsdp1(model)
+    reshard(model)
     optimizer = unwrap_optimizer(optimizer)
     blocks = partition_model(model)
     parameters = unique_parameters(model)

@@ -59,6 +59,16 @@ def refuse_fsdp1(model: nn.Module) -> None:
             )
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back the whole parameters that FSDP2's root keeps after a forward without a backward.
+
+    Until then the model names them in place of the sharded ones that the optimizer knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def make_hints(
     model: nn.Module,
     blocks: Sequence[Block],

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt2.distributed import stop_world
 from lib.hints import hints_to_json
 from lib.signals import adam_hints
 from lib.signals.meter import UpdateMeter
@@ -96,7 +97,7 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     updates = clipped_updates(rank, world, steps=3, accumulation=2)
     document = {"hints": sharded_hints(), "updates": updates}
     Path(folder, f"{rank}.json").write_text(json.dumps(document))
-    torch.distributed.destroy_process_group()
+    stop_world()
 
 
 def test_two_processes_give_the_hints_and_scale_of_one(tmp_path: Path) -> None:
