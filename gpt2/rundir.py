@@ -182,9 +182,10 @@ def collect_versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "command": sys.argv,
+        "torch": str(torch.__version__),  # with the build, which PyPI's metadata lacks
         **{
             name: version(name)
-            for name in ("torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+            for name in ("transformers", "tokenizers", "datasets", "safetensors", "numpy")
         },
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

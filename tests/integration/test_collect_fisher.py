@@ -1,6 +1,7 @@
 """scripts/collect_fisher.py from the command line to the files it writes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_a_checkpoint_gets_hints_without_training(
         *("--output", tmp_path / "hints.json", "--save-diagonal", tmp_path / "f.safetensors"),
         *("--json", tmp_path / "result.json", "--device", "cpu"),
     ]
-    environment = {"PATH": "", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
 

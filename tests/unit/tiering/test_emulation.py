@@ -7,6 +7,8 @@ from lib.hints import Tier
 from lib.tiering import Clock, EmulationSpec, TierSpec, attach
 from lib.tiering.emulation import HostWaiter
 
+pytestmark = pytest.mark.filterwarnings("ignore:flat hints")
+
 
 def toy() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8))

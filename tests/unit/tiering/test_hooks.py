@@ -24,6 +24,8 @@ from lib.errors import InputError, PlacementError
 from lib.tiering import attach
 from lib.tiering.transfer import OffloadedParameter
 
+pytestmark = pytest.mark.filterwarnings("ignore:flat hints")
+
 
 class Twisted(nn.Module):
     """Runs its layers in another order than defined, one twice, one never, and takes a child's
@@ -129,7 +131,6 @@ def output(model: nn.Module, inputs: Tensor) -> Tensor:
     return result if isinstance(result, Tensor) else result.logits
 
 
-@pytest.mark.filterwarnings("ignore:flat hints")
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("case", CASES)
 class TestAnyModelAnyPlacement:
