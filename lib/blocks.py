@@ -166,6 +166,18 @@ def partition_model(model: nn.Module) -> tuple[Block, ...]:
     )
 
 
+def tied_modules(blocks: Iterable[Block]) -> dict[str, str]:
+    """Return module -> block for modules without weights of their own that use a block's."""
+    blocks = list(blocks)
+    names = {block.name for block in blocks}
+    return {
+        module: block.name
+        for block in blocks
+        for module in block.modules[1:]
+        if module not in names
+    }
+
+
 def parameter_digest(model: nn.Module) -> str:
     """Identify a model's weights: SHA-256 over names, shapes and values rounded to bfloat16.
 

@@ -1,4 +1,4 @@
-"""Writing a file so that nobody ever reads half of it."""
+"""Writing a file so that nobody ever reads half of it, and reading JSON strictly."""
 
 import contextlib
 import json
@@ -14,9 +14,11 @@ def check_writable(path: str | Path | None) -> None:
     """Refuse, before the work starts, an output file that could not be written at its end."""
     if path is None:
         return
-    path = Path(path)
+    path = Path(path).resolve()
     if path.is_dir():
         raise InputError(f"output {path} is a folder: give a file name")
+    if path.exists() and not path.is_file():
+        raise InputError(f"output {path} is a device or a pipe: give a regular file")
     folder = path.absolute().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +37,7 @@ def write_text(text: str, path: str | Path) -> None:
     Raises InputError where the path can't be written at all, OSError where the writing failed (a
     full disk); the old file is then untouched.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one, and its target is replaced
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,3 +64,22 @@ def write_text(text: str, path: str | Path) -> None:
 def write_json(document: Any, path: str | Path) -> None:
     """Write a document as indented JSON like ``write_text``; ValueError for NaN and infinity."""
     write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", path)
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON; raises InputError where it is cut off or malformed, or has a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"no complete JSON (truncated?): {error}; make it anew") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in document:
+            raise InputError(f"key {key!r} appears twice: keep one")
+        document[key] = value
+    return document

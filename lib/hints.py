@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import write_json
+from .files import parse_json, write_json
 
 SCHEMA_VERSION = 1
 SCHEMA_PATH = Path(__file__).with_name("tier_hints.schema.json")
@@ -196,15 +196,7 @@ def load_hints(path: str | Path) -> Hints:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"hints file {path} can't be read: {error}") from error
     try:
-        document = json.loads(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"hints file {path} is no complete JSON (truncated?): {error}; make it anew"
-        ) from error
-    except InputError as error:
-        raise InputError(f"hints file {path}: {error}") from error
-    try:
-        return hints_from_json(document)
+        return hints_from_json(parse_json(text))
     except InputError as error:
         raise InputError(f"hints file {path}: {error}") from error
 
@@ -280,13 +272,18 @@ def save_hints(hints: Hints, path: str | Path) -> None:
 
 
 def match_hints(
-    hints: Hints, block_names: Sequence[str] | Mapping[str, int], *, parameter_digest: str | None
+    hints: Hints,
+    block_names: Sequence[str],
+    *,
+    parameter_digest: str | None,
+    tied: Mapping[str, str] | None = None,
 ) -> dict[str, BlockHint]:
     """Return block name -> hint for every block of a model; a hint's name matches a block by FQN
     prefix, the longest wins.
 
-    ``parameter_digest`` None skips the identity check. Raises InputError for hints of another
-    model, a block without a hint, and a hint that matches no block.
+    ``parameter_digest`` None skips the identity check. ``tied``: module -> the block whose weights
+    it shares (GPT-2's lm_head); a hint may name it too, if the tiers agree. Raises InputError for
+    hints of another model, a block without a hint, and a hint that matches no block.
     """
     if (
         hints.model is not None
@@ -311,6 +308,14 @@ def match_hints(
             matched[block] = hints.blocks[prefix]
         else:
             missing.append(block)
+    for name, block in (tied or {}).items():
+        if name in hints.blocks and name not in used and block in matched:
+            used.add(name)
+            if hints.blocks[name].tier != matched[block].tier:
+                raise InputError(
+                    f"hint {name!r} says {hints.blocks[name].tier}, but its weights are those of "
+                    f"{block!r}, which is in {matched[block].tier}: give both the same tier"
+                )
     unmatched = [name for name in hints.blocks if name not in used]
     if unmatched:
         name = unmatched[0]
@@ -383,15 +388,6 @@ def _validator() -> Any:
     from jsonschema import Draft202012Validator
 
     return Draft202012Validator(json.loads(SCHEMA_PATH.read_text(encoding="utf-8")))
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in document:
-            raise InputError(f"key {key!r} appears twice: keep one")
-        document[key] = value
-    return document
 
 
 def _numbers(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], float]]:

@@ -8,6 +8,7 @@ this file: ``config.py`` knows them.
 import difflib
 import re
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -141,7 +142,10 @@ def parse_number(value: str | float, *, name: str, interval: str, example: str) 
     """
     fix = f"give a number in {interval}, for example {example}"
     # float() would take "nan", "inf", "1_0" and spaces as well.
-    if isinstance(value, str) and not re.fullmatch(r"-?\d*\.?\d+([eE][+-]?\d+)?", value):
+    plain = isinstance(value, Real) and not isinstance(value, bool)
+    if isinstance(value, str):
+        plain = bool(re.fullmatch(r"-?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?", value))
+    if not plain:
         raise InputError(f"{name} {value!r} is not a plain decimal number: {fix}")
     number = float(value)
     low, high = (float(end) for end in interval[1:-1].split(","))

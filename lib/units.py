@@ -1,29 +1,8 @@
-"""Bytes and seconds: parse and print. Memory is binary (MiB), bandwidth decimal (GB/s)."""
-
-import re
-
-from .errors import InputError
+"""Bytes and seconds: as people read them. Memory is binary (MiB), bandwidth decimal (GB/s)."""
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 GB = 10**9
 """One gigabyte of link bandwidth (GB/s), decimal as in every data sheet."""
-
-_SUFFIXES = {
-    "": 1, "b": 1,
-    "kib": KIB, "mib": MIB, "gib": GIB, "tib": TIB,
-    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-}  # fmt: skip
-
-
-def parse_bytes(text: str) -> int:
-    """Parse a size such as ``700MiB``, ``1.5 GiB`` or ``4096``; raises InputError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    factor = _SUFFIXES.get(match[2].lower()) if match else None
-    if match is None or factor is None:
-        raise InputError(
-            f"size {text!r}: write a number and a unit (B, KiB, MiB, GiB, TiB, KB, MB, GB, TB)"
-        )
-    return int(float(match[1]) * factor)
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -108,8 +108,8 @@ def collect_adam_signal(optimizer: Optimizer, model: nn.Module) -> AdamSignal:
         elif not state:
             missing[name] = "without a gradient so far"
         else:
-            steps[name] = moment_step(optimizer, name, state, group)
             moment = second_moment(optimizer, name, parameter, state)
+            steps[name] = moment_step(optimizer, name, state, group)
             correction = 1 - moment_beta2(optimizer, group) ** steps[name]
             sums[name] = sum_elements(moment, per_expert=name in packed) / correction
             if not bool(sums[name].isfinite().all()):
@@ -249,12 +249,13 @@ class AdamStateTierAnalyzer:
 
     def analyze_optimizer_states(self, optimizer: Optimizer, model: nn.Module) -> dict[str, Tier]:
         """Return block -> tier, ordered by mean v_hat per weight; as ``collect_adam_signal``."""
+        hbm_threshold, cpu_threshold = parse_thresholds(self.hbm_threshold, self.cpu_threshold)
         signal = collect_adam_signal(optimizer, model)
         return assign_tiers(
             {block.name: block.num_bytes for block in signal.blocks},
             signal.density,
-            hbm_threshold=self.hbm_threshold,
-            cpu_threshold=self.cpu_threshold,
+            hbm_threshold=hbm_threshold,
+            cpu_threshold=cpu_threshold,
         )
 
 

@@ -6,9 +6,10 @@ it, also when the forward raises. What "acquire" does is the residency's busines
 (transfer.py) or charge time (emulation.py).
 """
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..blocks import Block, parameter_digest, partition_model, unwrap_model
+from ..blocks import Block, parameter_digest, partition_model, tied_modules, unwrap_model
 from ..errors import InputError, PlacementError
 from ..hints import Hints, Tier, hints_from_json, load_hints, match_hints
 from .emulation import EmulatedResidency
@@ -27,7 +28,8 @@ from .transfer import RealResidency
 
 Mode = Literal["real", "emulated"]
 
-_attached: "weakref.WeakKeyDictionary[nn.Module, Runtime]" = weakref.WeakKeyDictionary()
+_attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Modules of models that a runtime holds; weak, so that a forgotten model is freed."""
 
 
 class Residency(Protocol):
@@ -93,13 +95,19 @@ def attach(
     elif not isinstance(hints, Hints):
         hints = hints_from_json(hints)
     digest = parameter_digest(model) if hints.model is not None else None
-    matched = match_hints(hints, [block.name for block in blocks], parameter_digest=digest)
+    matched = match_hints(
+        hints,
+        [block.name for block in blocks],
+        parameter_digest=digest,
+        tied=tied_modules(blocks),
+    )
     tiers = {name: hint.tier for name, hint in matched.items()}
     compute_device = _resolve_device(model, device)
     residency: Residency
     if mode == "real":
         folder = Path(spill_dir) if spill_dir is not None else None
-        residency = RealResidency(model, blocks, tiers, device=compute_device, spill_dir=folder)
+        with _outside_inference_mode():
+            residency = RealResidency(model, blocks, tiers, device=compute_device, spill_dir=folder)
     else:
         residency = EmulatedResidency(model, tiers, emulation or EmulationSpec(), compute_device)
     return Runtime(
@@ -129,6 +137,8 @@ class Runtime:
         self._lock = threading.RLock()
         self._held: list[list[Block]] = []
         self._handles: list[RemovableHandle] = []
+        self._thread: threading.Thread | None = None
+        self._detached = False
         self._recorder = Recorder(
             device=device,
             blocks={
@@ -141,9 +151,10 @@ class Runtime:
         self._recorder.reset()
         if isinstance(residency, RealResidency):
             residency.on_resident_change = self._recorder.change_resident
+            residency.on_demand = self._recorder.count_on_demand
         self._install()
         for module in model.modules():
-            _attached[module] = self
+            _attached.add(module)
             # to(), half(), cuda(): Module._apply would convert the resident half of the model and
             # then fail.
             module.__dict__["_apply"] = _refuse_apply
@@ -184,20 +195,23 @@ class Runtime:
     def detach(self) -> None:
         """Take the hooks off and bring every weight back, bit for bit; a second call does nothing.
 
-        Raises PlacementError if stored weights were lost: the parameters concerned stay unusable
-        rather than wrong.
+        Raises PlacementError if weights could not be brought back (stored bytes were damaged, or
+        memory is short): the parameters concerned stay unusable rather than wrong, and detach may
+        be called again.
         """
-        if not self._handles:
+        if self._detached:
             return
         with self._lock:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
             for module in self._model.modules():
-                _attached.pop(module, None)
+                _attached.discard(module)
                 module.__dict__.pop("_apply", None)
             self._release_all()
-            self._residency.close()
+            with _outside_inference_mode():
+                self._residency.close()
+            self._detached = True
 
     def _install(self) -> None:
         users: dict[str, list[Block]] = {}
@@ -207,11 +221,11 @@ class Runtime:
         for module_name, blocks in users.items():
             _BlockHook(self, blocks).install(self._model.get_submodule(module_name), self._handles)
         # Last and in front: it sees each forward begin before any block is acquired.
-        self._handles.append(
-            self._model.register_forward_pre_hook(
-                self._begin_forward, prepend=True, with_kwargs=True
-            )
+        begin = self._model.register_forward_pre_hook(
+            self._begin_forward, prepend=True, with_kwargs=True
         )
+        end = self._model.register_forward_hook(self._end_forward, always_call=True)
+        self._handles += [begin, end]
 
     def _begin_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.mode == "real" and torch.is_grad_enabled() and _requires_grad((args, kwargs)):
@@ -220,9 +234,17 @@ class Runtime:
                 "torch.no_grad() or detach"
             )
         with self._lock:
+            thread = threading.current_thread()
+            if self._thread not in (None, thread) and self._thread.is_alive():
+                raise PlacementError("another thread runs the model: one forward at a time")
+            self._thread = thread
             # KeyboardInterrupt skips post-hooks: give back what an interrupted forward held.
             self._release_all()
             self._recorder.forwards += 1
+
+    def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._thread is threading.current_thread():
+            self._thread = None
 
     def _acquire(self, blocks: list[Block]) -> None:
         held: list[Block] = []
@@ -276,9 +298,9 @@ class _BlockHook:
 
 
 def _refuse_managed(model: nn.Module) -> None:
-    if (
-        any("_orig_mod" in module._modules for module in model.modules())
-        or model._compiled_call_impl is not None
+    if any(
+        "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        for module in model.modules()
     ):
         raise InputError("the model is compiled (torch.compile): attach to the uncompiled model")
     for name, module in model.named_modules():
@@ -294,6 +316,13 @@ def _refuse_managed(model: nn.Module) -> None:
             raise PlacementError(
                 f"{place} has Diffusers hooks (group offloading): remove them first"
             )
+
+
+@contextlib.contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """Make ordinary tensors: weights made in inference mode could never be trained again."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
 
 
 def _refuse_apply(*args: Any, **kwargs: Any) -> None:

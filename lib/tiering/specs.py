@@ -6,7 +6,6 @@ File: ``{"clock": "virtual" | "wall", "tiers": {"CPU": {"setup_us": 2, "bandwidt
 stands in for the tier.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import write_json
+from ..files import parse_json, write_json
 from ..hints import Tier
 from ..units import GB
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_MAX_SETUP_US = 1e9
+_MIN_BANDWIDTH_GB_S = 1e-6
+"""Bounds beyond which a wait is no experiment but a hang: 1000 s, and 1 kB/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +40,18 @@ class TierSpec:
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing; raises InputError."""
-        if not (_is_number(self.setup_us) and 0 <= self.setup_us < math.inf):
+        if not (_is_number(self.setup_us) and 0 <= self.setup_us <= _MAX_SETUP_US):
             raise InputError(
-                f"tier {self.name}: setup_us {self.setup_us!r} must be a number of microseconds, 0 "
-                "or more"
+                f"tier {self.name}: setup_us {self.setup_us!r} must be a number of microseconds "
+                f"in [0, {_MAX_SETUP_US:g}]"
             )
-        if not (_is_number(self.bandwidth_gb_s) and 0 < self.bandwidth_gb_s < math.inf):
+        if not (
+            _is_number(self.bandwidth_gb_s)
+            and _MIN_BANDWIDTH_GB_S <= self.bandwidth_gb_s < math.inf
+        ):
             raise InputError(
                 f"tier {self.name}: bandwidth_gb_s {self.bandwidth_gb_s!r} must be a number of "
-                "GB/s above 0"
+                f"GB/s, {_MIN_BANDWIDTH_GB_S:g} or more"
             )
 
     def transfer_seconds(self, num_bytes: int) -> float:
@@ -79,15 +86,11 @@ def load_specs(path: str | Path) -> EmulationSpec:
     """Read an emulation file; raises InputError naming the entry that is wrong."""
     path = Path(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"spec file {path} can't be read ({error.strerror}): give a JSON file of tiers"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"spec file {path} is no JSON: {error}") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"spec file {path} can't be read ({error}): give JSON of tiers") from error
     try:
-        return _parse_specs(document)
+        return _parse_specs(parse_json(text))
     except InputError as error:
         raise InputError(f"spec file {path}: {error}") from error
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..blocks import Block
+
 _TIMELINE_LIMIT = 20_000
 _MAX_OPEN_MARKS = 4_096
 """CUDA events kept before they are read; reading them waits for the device once."""
@@ -106,6 +108,11 @@ class Recorder:
         """Leave the block that was entered last."""
         self._mark()
         self._owners.pop()
+
+    def count_on_demand(self, block: Block, moved_bytes: int) -> None:
+        """Book a block that was fetched for an operation outside its module's forward."""
+        self.blocks[block.name].calls += 1
+        self.blocks[block.name].bytes_moved += moved_bytes
 
     def change_resident(self, num_bytes: int) -> None:
         """Book weight bytes that appeared in (or, negative, left) fast memory."""

@@ -130,16 +130,18 @@ class RealResidency:
         self._store_of: dict[str, Store] = {}
         self._num_holds: dict[str, int] = {}
         self.on_resident_change: Callable[[int], None] = lambda num_bytes: None
+        self.on_demand: Callable[[Block, int], None] = lambda block, moved_bytes: None
+        """Told of blocks fetched outside their module's forward, and the bytes that moved."""
         for name, parameter in self._parameters.items():
             _check_parameter(name, parameter)
         blocks = list(blocks)
         slow = _slow_blocks(blocks, tiers, device)
+        _check_own_memory(self._parameters)
         self._managed = self._manage(blocks, slow)
         try:
             for parameter in self._parameters.values():
-                parameter.requires_grad_(
-                    False
-                )  # a backward pass would find weights that have gone again
+                # A backward pass would find weights that have gone again.
+                parameter.requires_grad_(False)
             for block in slow:
                 self._store_away(block, tiers[block.name], spill_dir)
             # In RAM a copy even on the same device: weights loaded from safetensors are slices of
@@ -203,13 +205,15 @@ class RealResidency:
     def close(self) -> None:
         """Bring everything back to where it was; raises PlacementError naming what could not be
         restored.
+
+        It may then be called again, with more memory free: what is stored stays stored.
         """
         failures = []
         for name in list(self._managed):
             try:
                 self._restore(name)
-            except (PlacementError, OSError) as error:
-                failures.append(str(error))
+            except (PlacementError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
+                failures.append(f"{name}: {error}")
         for name, parameter in self._parameters.items():
             if name in self._managed:
                 continue  # lost: it stays an OffloadedParameter, which raises when it is used
@@ -218,12 +222,13 @@ class RealResidency:
             parameter.requires_grad_(name in self._trainable)
         for buffer, home in self._buffers:
             buffer.data = buffer.data.to(home)
-        for store in self._stores.values():
-            store.close()
         if failures:
             raise PlacementError(
-                f"{len(failures)} parameters could not be restored, reload the model: {failures[0]}"
+                f"{len(failures)} parameters could not be restored; free memory and detach again, "
+                f"or reload the model: {failures[0]}"
             )
+        for store in self._stores.values():
+            store.close()
 
     def _restore(self, name: str) -> None:
         """Bring a parameter home for good, with all that its blocks bring along, so that each block
@@ -348,8 +353,9 @@ class RealResidency:
         """Hold every block that a parameter belongs to."""
         with contextlib.ExitStack() as stack:
             for block in managed.holders:
-                self.acquire(block)
+                moved_bytes, _ = self.acquire(block)
                 stack.callback(self.release, block)
+                self.on_demand(block, moved_bytes)
             yield
 
     def _managed_pieces(self, block: Block) -> list[tuple[Piece, _Managed]]:
@@ -396,6 +402,19 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         raise InputError(
             f"parameter {name!r} has overlapping or padded memory: make it contiguous first"
         )
+
+
+def _check_own_memory(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters tied by memory and not by identity: offloading would part them."""
+    seen: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if parameter.numel():
+            other = seen.setdefault(parameter.data_ptr(), name)
+            if other != name:
+                raise InputError(
+                    f"parameters {other!r} and {name!r} share memory but are two parameters: tie "
+                    "them by assigning the same Parameter to both"
+                )
 
 
 def _writes(func: Any) -> bool:

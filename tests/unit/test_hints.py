@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lib.errors import InputError
 from lib.hints import (
+    BlockHint,
     Hints,
     ModelInfo,
     Precision,
@@ -139,6 +140,8 @@ def edited(place: str, value: Any) -> dict[str, Any]:
     ("document", "message"),
     [
         ('{"schema_version": 1, "mod', "truncated"),
+        ("[" * 100_000, "no complete JSON"),
+        ("1" * 5000, "no complete JSON"),
         ('{"a": "HBM", "a": "SSD"}', "'a' appears twice"),
         ({"h.0.attn": "DISK"}, "unknown tier 'DISK'; allowed: HBM, CPU, CXL, PEER, SSD, OBJECT"),
         ([], "expected an object"),
@@ -178,6 +181,15 @@ def test_names_match_by_prefix_and_the_longest_wins() -> None:
     assert [matched[name].num_bytes for name in blocks] == [100] * 4
     assert matched["h.0.attn"] is hints.blocks["h"]
     assert matched["h.0.mlp.experts.1"] is hints.blocks["h.0.mlp.experts.1"]
+
+
+def test_a_tied_module_may_be_named_if_the_tiers_agree() -> None:
+    hints = Hints(blocks={"wte": BlockHint(tier=Tier.SSD), "lm_head": BlockHint(tier=Tier.SSD)})
+    tied = {"lm_head": "wte"}
+    assert list(match_hints(hints, ["wte"], parameter_digest=None, tied=tied)) == ["wte"]
+    other = Hints(blocks={"wte": BlockHint(tier=Tier.HBM), "lm_head": BlockHint(tier=Tier.SSD)})
+    with pytest.raises(InputError, match="'lm_head' says SSD, but .* 'wte', which is in HBM"):
+        match_hints(other, ["wte"], parameter_digest=None, tied=tied)
 
 
 def test_a_prefix_ends_at_a_dot() -> None:

@@ -1,4 +1,4 @@
-"""The direction of imports inside lib/, which DESIGN and docs/architecture.md draw."""
+"""The direction of imports inside lib/, as docs/architecture.md tells it."""
 
 import ast
 import subprocess

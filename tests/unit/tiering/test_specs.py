@@ -12,7 +12,9 @@ def test_transfer_time_is_setup_plus_bytes_over_bandwidth() -> None:
     assert DEFAULT_SPECS[Tier.CXL] == TierSpec("CXL", 2, 400)
 
 
-@pytest.mark.parametrize(("setup", "bandwidth"), [(-1, 1), (1, 0), (1, float("nan")), ("1", 1)])
+@pytest.mark.parametrize(
+    ("setup", "bandwidth"), [(-1, 1), (1, 0), (1, float("nan")), ("1", 1), (1e300, 1), (True, 1)]
+)
 def test_meaningless_numbers_are_refused(setup: float, bandwidth: float) -> None:
     with pytest.raises(InputError, match="tier X"):
         TierSpec("X", setup, bandwidth)
@@ -29,12 +31,13 @@ def test_specs_round_trip_and_keep_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no JSON"),
+        ("{", "no complete JSON"),
         ("[]", "expected"),
+        ('{"tiers": {}, "tiers": {}}', "'tiers' appears twice"),
         ('{"tiers": {}, "clock": "sundial"}', "sundial"),
         ('{"tiers": {"TAPE": {"setup_us": 1, "bandwidth_gb_s": 1}}}', "unknown tier 'TAPE'"),
         ('{"tiers": {"SSD": {"setup_us": 1}}}', "tier SSD: expected"),
-        ('{"tiers": {"SSD": {"setup_us": 1, "bandwidth_gb_s": 0}}}', "above 0"),
+        ('{"tiers": {"SSD": {"setup_us": 1, "bandwidth_gb_s": 0}}}', "or more"),
         ('{"tier": {}}', "expected"),
     ],
 )
