@@ -16,7 +16,7 @@ from ..units import format_bytes
 from .plots import tier_bytes
 from .run import Run
 from .style import PAGE_STYLE
-from .tables import comparison_notes, comparison_rows, is_steady
+from .tables import charged_overhead_pct, comparison_notes, comparison_rows, is_steady
 
 CAPTIONS = {
     "loss": (
@@ -104,6 +104,12 @@ def _summarize_impact(document: Mapping[str, Any]) -> str:
         latency += " (not reliable: the machine was busy)"
     same = impact["logits_bit_identical"]
     outputs = "bit-identical outputs" if same else "outputs that DIFFER from the untouched model's"
+    charged = charged_overhead_pct(document)
+    if charged is not None:
+        return (
+            f"Emulated tiers charge {charged:+.1f}\u00a0% of the untouched model's latency, with "
+            f"{outputs}; measured, the hooks' own time included, it is {latency}."
+        )
     if document["mode"] == "emulated":
         return f"Emulated tiers cost {latency}, with {outputs}."
     saved = f"{impact['memory_saved_pct']:.1f}\u00a0% less fast memory"
@@ -125,7 +131,10 @@ def _cards(run: Run) -> str:
         impact, mode = document["impact"], document["mode"]
         if impact:
             sure = "" if is_steady(document) else ", not reliable"
-            label = f"latency, {mode} tiering{sure}"
+            charged = charged_overhead_pct(document)
+            if charged is not None:
+                cards.append((f"{charged:+.1f} %", f"latency, charged by {mode} tiers"))
+            label = f"latency with hooks, {mode} tiering{sure}"
             cards.append((f"{impact['latency_overhead_pct']:+.1f} %", label))
             if mode == "real":
                 saved = f"{impact['memory_saved_pct']:.1f} %"

@@ -4,7 +4,7 @@ A benchmark document is what ``scripts/benchmark_tiered_inference.py --json`` wr
 in docs/benchmark.md. Pure: documents in, text out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..hints import Tier
@@ -66,6 +66,7 @@ def comparison_rows(documents: Sequence[Document]) -> list[list[str]]:
     parts = [baseline, *(document["tiered"] for document in documents)]
     for name, show in _QUANTITIES.items():
         rows.append([name, *(MISSING if part is None else show(part) for part in parts)])
+    rows.append(["charged by tiers", MISSING, *map(_show_charged, documents)])
     impacts = [document["impact"] for document in documents]
     for name, show in _IMPACTS.items():
         cells = [MISSING if impact is None else show(impact) for impact in impacts]
@@ -122,18 +123,29 @@ def tier_rows(document: Document) -> list[TierRow]:
     for tier in Tier:
         blocks = [block for block in stats["blocks"].values() if block["tier"] == tier]
         if blocks:
-            # Without a move there was no transfer: what was timed then is the hooks themselves.
-            moves = document["mode"] == "emulated" or any(block["bytes_moved"] for block in blocks)
-            seconds = sum(block["transfer_seconds"] for block in blocks) if moves else 0.0
             row = TierRow(
                 tier=str(tier),
                 num_blocks=len(blocks),
                 num_bytes=sum(block["num_bytes"] for block in blocks),
                 moved_bytes=round(sum(block["bytes_moved"] for block in blocks) / forwards),
-                transfer_ms=seconds / forwards * 1e3,
+                transfer_ms=_transfer_ms(blocks, mode=stats["mode"], forwards=forwards),
             )
             rows.append(row)
     return rows
+
+
+def transfer_ms(stats: Document) -> float:
+    """Return what a forward pass waited for weights that moved, or was charged for them."""
+    blocks = stats["blocks"].values()
+    return _transfer_ms(blocks, mode=stats["mode"], forwards=stats["forwards"])
+
+
+def charged_overhead_pct(document: Document) -> float | None:
+    """Return what a virtual clock charged, in percent of the baseline's median; None without."""
+    baseline = document["baseline"]
+    if baseline is None or name_clock(document) != "virtual clock":
+        return None
+    return 100 * transfer_ms(document["tiered"]["stats"]) / baseline["latency_ms"]["median"]
 
 
 def format_ms(milliseconds: float | None) -> str:
@@ -142,6 +154,22 @@ def format_ms(milliseconds: float | None) -> str:
         return MISSING
     decimals = 3 if milliseconds < 10 else 2 if milliseconds < 100 else 1
     return f"{milliseconds:.{decimals}f} ms"
+
+
+def _transfer_ms(blocks: Iterable[Document], *, mode: str, forwards: int) -> float:
+    """Sum over the blocks that moved; what was timed of the others is the hooks themselves."""
+    charged = mode == "emulated"
+    moved = (block["transfer_seconds"] for block in blocks if charged or block["bytes_moved"])
+    return sum(moved) / forwards * 1e3
+
+
+def _show_charged(document: Document) -> str:
+    percent = charged_overhead_pct(document)
+    return MISSING if percent is None else f"{percent:+.1f} %"
+
+
+def _show_transfer(part: Document) -> str:
+    return format_ms(transfer_ms(part["stats"])) if "stats" in part else MISSING
 
 
 def _show_latency(key: str) -> Callable[[Document], str]:
@@ -162,7 +190,7 @@ _QUANTITIES: dict[str, Callable[[Document], str]] = {
     "latency, mean": _show_latency("mean"),
     "latency, median": _show_latency("median"),
     "latency, p95": _show_latency("p95"),
-    "of it transfer": lambda part: format_ms(part.get("transfer_ms_per_forward")),
+    "of it transfer": _show_transfer,
     "throughput": lambda part: f"{part['tokens_per_s']:,.0f} tokens/s",
     "peak fast memory": _show_bytes("peak_fast_memory_bytes"),
     "peak process memory": _show_bytes("peak_rss_bytes"),
@@ -170,7 +198,7 @@ _QUANTITIES: dict[str, Callable[[Document], str]] = {
     "perplexity": lambda part: f"{part['perplexity']:.4f}",
 }
 _IMPACTS: dict[str, Callable[[Document], str]] = {
-    "latency overhead": lambda impact: f"{impact['latency_overhead_pct']:+.1f} %",
+    "overhead with hooks": lambda impact: f"{impact['latency_overhead_pct']:+.1f} %",
     "fast memory saved": lambda impact: f"{impact['memory_saved_pct']:.1f} %",
     "logits": _show_logits,
 }
@@ -213,7 +241,7 @@ def _tiered_rows(document: Document) -> list[_Row]:
         "virtual clock": "charged, not waited",
         "emulated waits": "charged and waited",
     }[name_clock(document)]
-    transfer: list[_Row] = [("of it transfer", format_ms(tiered["transfer_ms_per_forward"]), kind)]
+    transfer: list[_Row] = [("of it transfer", _show_transfer(tiered), kind)]
     for row in tier_rows(document):
         if row.transfer_ms:
             plural = "s" if row.num_blocks > 1 else ""
@@ -248,11 +276,13 @@ def _impact_rows(document: Document) -> list[_Row]:
         return [("not measured", "", "give --baseline")]
     difference = f"max difference {impact['max_abs_logit_difference']:.3g}"
     notes = {
-        "latency overhead": "of medians" if is_steady(document) else drift_note(document),
+        "overhead with hooks": "of medians" if is_steady(document) else drift_note(document),
         "fast memory saved": "" if document["mode"] == "real" else "emulation moves nothing",
         "logits": f"{difference} over {impact['logits_compared']:,} logits",
     }
     rows = [(name, show(impact), notes[name]) for name, show in _IMPACTS.items()]
+    if charged_overhead_pct(document) is not None:
+        rows.insert(0, ("charged by tiers", _show_charged(document), "of the baseline's median"))
     return [*rows, ("perplexity change", f"{impact['perplexity_delta']:+.6f}", "")]
 
 

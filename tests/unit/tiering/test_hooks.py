@@ -23,7 +23,7 @@ from transformers import (
 from lib.blocks import partition_model, storage_bytes
 from lib.errors import InputError, PlacementError
 from lib.tiering import attach
-from lib.tiering.transfer import OffloadedParameter
+from lib.tiering.offloaded import OffloadedParameter
 
 pytestmark = pytest.mark.filterwarnings("ignore:flat hints")
 
