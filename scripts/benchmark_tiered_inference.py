@@ -25,14 +25,20 @@ from typing import Any
 import torch
 import transformers
 
-from lib.blocks import parameter_digest, partition_model, storage_bytes
+from lib.blocks import parameter_digest, partition_model, storage_bytes, tied_modules
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, load_hints, match_hints
-from lib.report import benchmark_sections
+from lib.report import benchmark_sections, transfer_ms
 from lib.tiering import Clock, EmulationSpec, Stats, attach, load_specs, specs_to_json
 from scripts.cli import emit_json, run_main
-from scripts.inputs import load_heldout, load_model, quiet_transformers
+from scripts.inputs import (
+    cast_weights,
+    load_heldout,
+    load_model,
+    parse_device,
+    quiet_transformers,
+)
 from scripts.measure import ForwardBench, latency_to_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _check_numbers(args)
     check_writable(args.json)
-    device = _device(args.device)
+    device = parse_device(args.device)
     emulation = _read_spec(args)
     hints = _read_hints(args.tier_hints)
     progress = sys.stderr.isatty()
@@ -173,7 +179,7 @@ def _transfer(stats: Stats) -> Fields:
     changes = [now for last, now in zip([(), *few], few, strict=False) if last[1:] != now[1:]]
     return {
         "bytes_moved_per_forward": round(stats.bytes_moved / stats.forwards),
-        "transfer_ms_per_forward": stats.transfer_seconds / stats.forwards * 1e3,
+        "transfer_ms_per_forward": transfer_ms(document),
         "stats": {**document, "timeline": changes},
     }
 
@@ -210,9 +216,16 @@ def _cast_model(
 
     The check comes first because a cast to float16 rounds the weights into another identity.
     """
-    names = [block.name for block in partition_model(model)]
-    match_hints(hints, names, parameter_digest=parameter_digest(model))
-    model.to(device=device, dtype=dtype)
+    blocks = partition_model(model)
+    match_hints(
+        hints,
+        [block.name for block in blocks],
+        parameter_digest=parameter_digest(model),
+        tied=tied_modules(blocks),
+    )
+    if dtype is not None:
+        cast_weights(model, dtype)
+    model.to(device=device)
     if hints.model is None:
         return hints
     return replace(hints, model=replace(hints.model, parameter_digest=parameter_digest(model)))
@@ -239,23 +252,6 @@ def _sequence_length(asked: int | None, model: Any) -> int:
             f"--seq-length {asked} is longer than the model's context: give {context} or less"
         )
     return asked
-
-
-def _device(name: str) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_cuda else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name!r} is unknown: give auto, cpu, cuda or cuda:N") from error
-    if device.type not in {"cpu", "cuda"}:
-        raise InputError(f"--device {name!r} is not supported: give auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not has_cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(
-            f"--device {name!r} is not there ({torch.cuda.device_count()} CUDA devices): give cpu"
-        )
-    return device
 
 
 def _read_hints(path: Path) -> Hints:

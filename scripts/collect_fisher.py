@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.config import parse_thresholds
 from lib.errors import InputError
@@ -21,9 +21,6 @@ from lib.hints import Hints, Tier, save_hints
 from lib.units import format_bytes
 from scripts.cli import emit_json, run_main
 from scripts.text import find_text_files, make_sequences, read_chunks
-
-if TYPE_CHECKING:
-    import torch
 
 _DEFAULT_LENGTH = 512
 
@@ -37,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag in ("samples", "batch_size"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed} is out of range: give 0 to {2**63 - 1}")
     for path in (args.output, args.save_diagonal, args.json):
         check_writable(path)
     files = find_text_files(args.data)
@@ -45,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from lib.signals import collect_fisher, fisher_hints, save_fisher_diagonal
-    from scripts.inputs import load_model, quiet_transformers
+    from scripts.inputs import cast_weights, load_model, parse_device, quiet_transformers
 
-    device = _device(args.device)
+    device = parse_device(args.device)
     quiet_transformers(progress=sys.stderr.isatty())
     # The model first: its errors say more about a wrong name than those of a tokenizer.
-    model = load_model(args.model).to(getattr(torch, args.dtype))
+    model: Any = load_model(args.model)
+    cast_weights(model, getattr(torch, args.dtype))
     tokenizer = _load_tokenizer(args.model)
     length = sequence_length(model.config, args.sequence_length)
     tokens = make_sequences(
@@ -175,20 +175,6 @@ def _print_table(hints: Hints, tiers: dict[str, dict[str, float]]) -> None:
     ranked = sorted(hints.blocks.items(), key=lambda item: item[1].rank or len(hints.blocks))
     print("\nmost important per weight: " + ", ".join(name for name, _ in ranked[:3]))
     print("least important per weight: " + ", ".join(name for name, _ in ranked[-3:]) + "\n")
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name!r} isn't usable here: {reason}") from error
-    return device
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,8 +5,8 @@ the user names raises InputError with one line. Models come back on the CPU, in 
 dtype, in evaluation mode (no dropout).
 """
 
-import pickle
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +39,30 @@ class HeldOutText:
 
     tokens: Tensor
     source: str
+
+
+def parse_device(name: str) -> torch.device:
+    """Return the device of ``--device``; ``auto`` is the GPU where there is one."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name!r} is unknown: give auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    _, _, index = name.partition(":")
+    if name != "cpu" and int(index or 0) >= count:
+        raise InputError(f"--device {name!r} is not there ({count} CUDA devices): give cpu")
+    return torch.device(name)
+
+
+def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast the floating parameters in place, a tied one once.
+
+    Buffers stay as they are, as in a model that transformers loads in ``dtype``: rotary frequencies
+    in 16 bits would make it another model.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def quiet_transformers(*, progress: bool) -> None:
@@ -122,15 +146,16 @@ def _check_model_name(model: str) -> None:
 
 
 def _load(model: str, checkpoint: Path | None) -> _Loaded:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     # Other shapes are listed instead of raised, so that one place words all that is wrong.
     report: Any = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    if checkpoint is None:
+    state = None if checkpoint is None else _read_state(checkpoint)
+    config = _load_config(model)
+    if state is None:
         model_class: Any = AutoModelForCausalLM
-        return cast(_Loaded, model_class.from_pretrained(model, dtype="auto", **report))
-    state = _read_state(checkpoint)
-    config = AutoConfig.from_pretrained(model)
+        loaded = model_class.from_pretrained(model, config=config, dtype="auto", **report)
+        return cast(_Loaded, loaded)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"model {model!r} ({config.model_type}) is no causal language model")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -141,29 +166,55 @@ def _load(model: str, checkpoint: Path | None) -> _Loaded:
     )
 
 
+def _load_config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError):
+        raise  # load_model says what is wrong with the name or the folder
+    except Exception as error:  # what a field may raise is up to each model's configuration
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"model {model!r} has a config.json that is not valid, correct it: {reason}"
+        ) from error
+
+
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist: give a .safetensors or .pt file")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        elif path.suffix == ".pt":
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise InputError(
-                f"checkpoint {path}: unknown kind {path.suffix!r}; allowed: .safetensors, .pt"
-            )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+    if path.suffix not in {".safetensors", ".pt"}:
         raise InputError(
-            f"checkpoint {path} can't be read (truncated, or more than plain tensors): "
-            f"{_first_line(error)}"
-        ) from error
-    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
-    if not tensors or not state:
+            f"checkpoint {path}: unknown kind {path.suffix!r}; allowed: .safetensors, .pt"
+        )
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    named = isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    )
+    if not named or not state:
         raise InputError(
             f"checkpoint {path} must map parameter names to tensors: save model.state_dict()"
         )
     return dict(state)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"checkpoint {path} can't be read: {_first_line(error)}; save it again"
+        ) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes make the unpickler do
+        raise InputError(
+            f"checkpoint {path} is no file of plain tensors (truncated, or pickled objects): "
+            "save model.state_dict()"
+        ) from error
 
 
 def _main_dtype(state: dict[str, Tensor]) -> torch.dtype:

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(args.stages).difference(STAGES):
         raise InputError(f"stage {min(unknown)!r} is none of {', '.join(STAGES)}")
     config = load_config(args.config)
+    stages = args.stages or configured_stages(config)
+    if "bench" in stages:
+        check_spill_folder(config)
     documents: list[Any] = []
     try:
-        for stage in args.stages or configured_stages(config):
+        for stage in stages:
             if stage == "train":
                 train(config, args.config)
             elif stage == "bench":
@@ -77,6 +81,36 @@ def configured_stages(config: Config) -> list[str]:
     return [stage for stage in STAGES if wanted[stage]]
 
 
+def check_spill_folder(config: Config) -> None:
+    """Refuse a folder that the benchmark would refuse only after training."""
+    folder = config.tiering.spill_dir
+    if not folder:
+        return
+    from lib.tiering.stores import MEMORY_FILESYSTEMS, filesystem_type
+
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=folder).cleanup()
+    except OSError as error:
+        raise InputError(
+            f"TIERING_SPILL_DIR {folder!r} can't be written ({error.strerror}): give a folder on a "
+            "disk"
+        ) from error
+    kind = filesystem_type(Path(folder))
+    if "real" in benchmark_modes(config) and kind in MEMORY_FILESYSTEMS:
+        raise InputError(
+            f"TIERING_SPILL_DIR {folder!r} is on {kind}, which is memory: give a folder on a disk"
+        )
+
+
+def benchmark_modes(config: Config) -> list[Mode]:
+    """Return the mode that is set, after the other one if both are wanted."""
+    mode = config.tiering.mode
+    if not config.bench.both_modes:
+        return [mode]
+    return ["real" if mode == "emulated" else "emulated", mode]
+
+
 def train(config: Config, path: Path) -> None:
     text, result = run_command(["gpt2.train", "--config", str(path)])
     print(text)
@@ -90,7 +124,7 @@ def train(config: Config, path: Path) -> None:
 
 
 def benchmark(config: Config) -> list[Any]:
-    """Benchmark the mode that is set, after the other one if both are wanted; return results."""
+    """Benchmark each mode that is wanted; return the documents."""
     if not config.tiering.generate_json:
         raise InputError(
             "there are no hints to benchmark: ENABLE_HIERARCHICAL_TIERING or TIERING_GENERATE_JSON "
@@ -100,10 +134,7 @@ def benchmark(config: Config) -> list[Any]:
     for path in (checkpoint, config.hints_path):
         if not path.exists():
             raise InputError(f"nothing to benchmark, there is no {path}: run make train")
-    modes: list[Mode] = [config.tiering.mode]
-    if config.bench.both_modes:
-        modes.insert(0, "real" if config.tiering.mode == "emulated" else "emulated")
-    return [benchmark_mode(config, mode, checkpoint) for mode in modes]
+    return [benchmark_mode(config, mode, checkpoint) for mode in benchmark_modes(config)]
 
 
 def benchmark_mode(config: Config, mode: Mode, checkpoint: Path) -> Any:

@@ -87,7 +87,7 @@ def plot_memory(documents: Sequence[Document], path: Path, *, dpi: int = DPI) ->
             label = f"baseline: all weights, {baseline:.1f} MiB"
             axes.axhline(baseline, color=INK, ls="--", lw=1, label=label)
             axes.set_ylim(0, 1.35 * baseline)
-            axes.set_xlim(times[0], times[-1])
+            axes.set_xlim(0, times[-1])
             axes.set_ylabel("MiB in fast memory")
             axes.set_xlabel("milliseconds since the first timed forward pass")
             real = document["mode"] == "real"

@@ -145,7 +145,8 @@ def charged_overhead_pct(document: Document) -> float | None:
     baseline = document["baseline"]
     if baseline is None or name_clock(document) != "virtual clock":
         return None
-    return 100 * transfer_ms(document["tiered"]["stats"]) / baseline["latency_ms"]["median"]
+    median: float = baseline["latency_ms"]["median"]
+    return 100 * transfer_ms(document["tiered"]["stats"]) / median
 
 
 def format_ms(milliseconds: float | None) -> str:
@@ -159,8 +160,10 @@ def format_ms(milliseconds: float | None) -> str:
 def _transfer_ms(blocks: Iterable[Document], *, mode: str, forwards: int) -> float:
     """Sum over the blocks that moved; what was timed of the others is the hooks themselves."""
     charged = mode == "emulated"
-    moved = (block["transfer_seconds"] for block in blocks if charged or block["bytes_moved"])
-    return sum(moved) / forwards * 1e3
+    seconds: float = sum(
+        block["transfer_seconds"] for block in blocks if charged or block["bytes_moved"]
+    )
+    return seconds / forwards * 1e3
 
 
 def _show_charged(document: Document) -> str:

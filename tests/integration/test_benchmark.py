@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lib.blocks import parameter_digest, partition_model
 from lib.errors import InputError
 from lib.hints import ModelInfo, build_hints, save_hints
 from scripts.benchmark_tiered_inference import main
 from scripts.cli import run_main
-from scripts.inputs import load_model
+from scripts.inputs import cast_weights, load_model
 from scripts.measure import ForwardBench, peak_rss, reset_peak_rss
 
 CONTEXT, VOCABULARY = 16, 64
@@ -123,6 +123,8 @@ def test_real_mode_saves_memory_and_changes_no_bit(
     assert stats["forwards"] == 4  # the warm-up, the perplexity and the comparison don't count
     moved = stats["bytes_per_tier"]["SSD"]
     assert moved > 0 and tiered["bytes_moved_per_forward"] == moved
+    waited = sum(b["transfer_seconds"] for b in stats["blocks"].values() if b["bytes_moved"])
+    assert tiered["transfer_ms_per_forward"] == pytest.approx(waited / 4 * 1e3)
     assert baseline["bytes_moved_per_forward"] == 0
     for part in (baseline, tiered):
         latency = part["latency_ms"]
@@ -181,6 +183,45 @@ def test_hints_of_a_float32_run_serve_a_cast_model(
     assert document["dtype"] == dtype
     assert document["weight_bytes"] == checkpoint.weight_bytes // 2
     assert document["impact"]["logits_bit_identical"]
+
+
+def test_a_cast_leaves_buffers_and_ties_as_transformers_does(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    cast_weights(model, torch.bfloat16)
+    expected = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, buffer in expected.named_buffers():
+        assert model.get_buffer(name).dtype == buffer.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert parameter_digest(model) == parameter_digest(expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"some text", "is no file of plain tensors"),
+        (b"hello", "is no file of plain tensors"),
+        (b'{"a": 1}', "is no file of plain tensors"),
+        (b"<html>\n</html>", "is no file of plain tensors"),
+        (b"", "is no file of plain tensors"),
+        ({1: torch.zeros(1)}, "must map parameter names to tensors"),
+        ("hello", "must map parameter names to tensors"),
+    ],
+)
+def test_a_bad_checkpoint_is_named(
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    content: Any,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "bad.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    code, _, _, error = run(checkpoint.arguments("--checkpoint", str(path)), capsys)
+    assert code == 2 and error.count("\n") == 1 and "weights_only" not in error
+    assert f"checkpoint {path} {message}" in error and "save model.state_dict()" in error
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -302,12 +343,12 @@ def test_bad_checkpoints(
         ({**state, "transformer.extra": torch.zeros(1)}, "transformer.extra"),
         (reshaped, "another shape"),
         ({"model": state}, "save model.state_dict()"),
-        (make_model(), "more than plain tensors"),
+        (make_model(), "no file of plain tensors"),
     ):
         torch.save(content, path)
         assert_refused(run(checkpoint.arguments("--checkpoint", str(path)), capsys), word)
     path.write_bytes(b"PK")
-    assert_refused(run(checkpoint.arguments("--checkpoint", str(path)), capsys), "can't be read")
+    assert_refused(run(checkpoint.arguments("--checkpoint", str(path)), capsys), "truncated")
     path = path.with_suffix(".safetensors")
     path.write_bytes((checkpoint.folder / "model.safetensors").read_bytes()[:1000])
     assert_refused(run(checkpoint.arguments("--checkpoint", str(path)), capsys), "can't be read")

@@ -142,7 +142,11 @@ def test_the_same_seed_gives_the_same_hints(
         (["--hbm-threshold", "abc"], "--hbm-threshold 'abc'"),
         (["--cpu-threshold", "1.5"], "--cpu-threshold"),
         (["--hbm-threshold", "0.9"], "is above --cpu-threshold"),
-        (["--device", "abacus"], "--device 'abacus' isn't usable"),
+        (["--device", "abacus"], "--device 'abacus' is unknown"),
+        (["--device", "cpu:3"], "--device 'cpu:3' is unknown"),
+        (["--seed", -1], "--seed -1 is out of range"),
+        (["--seed", 2**63], "is out of range: give 0 to 9223372036854775807"),
+        (["--model", "BAD_CONFIG"], "config.json that is not valid"),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -156,6 +160,9 @@ def test_bad_input_is_one_clear_line(
     (tmp_path / "EMPTY").write_text(" \n")
     (tmp_path / "BINARY").write_bytes(bytes(range(256)))
     (tmp_path / "FOLDER").mkdir()
+    config = json.loads((checkpoint / "config.json").read_text()) | {"n_embd": "x"}
+    (tmp_path / "BAD_CONFIG").mkdir()
+    (tmp_path / "BAD_CONFIG" / "config.json").write_text(json.dumps(config))
     bare = tmp_path / "NO_TOKENIZER"
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(bare)
     capsys.readouterr()

@@ -98,6 +98,24 @@ def test_a_benchmark_without_hints_or_model_says_what_is_missing(tmp_path: Path)
         pipeline.main(["bnech"])
 
 
+@pytest.mark.parametrize(("kind", "message"), [("ext4", "can't be written"), ("tmpfs", "is on")])
+def test_a_bad_spill_folder_is_refused_before_training(
+    tmp_path: Path,
+    commands: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    message: str,
+) -> None:
+    spill = tmp_path / "spill"
+    if kind == "ext4":
+        spill.touch()
+    monkeypatch.setattr("lib.tiering.stores.filesystem_type", lambda _: kind)
+    load(tmp_path, f'CONFIG_TIERING_SPILL_DIR="{spill}"')
+    with pytest.raises(InputError, match=f"TIERING_SPILL_DIR '{spill}' {message}"):
+        pipeline.main(["--config", str(tmp_path / ".config")])
+    assert not commands
+
+
 def test_interrupted_training_stops_the_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,8 @@ def test_page_of_a_complete_run(sample_run: Path) -> None:
         "adam_exp_avg_sq",
         "blocks fill HBM to 30% of the weight bytes, CPU to 80%",
         "tiered, emulated",
+        "Emulated tiers charge +12.0\u00a0% of the untouched model's latency",
+        "latency, charged by emulated tiers",
         "bit-identical",
         "transformer.h.0.attn",
         "scripts/benchmark_tiered_inference.py --model runs/sample/checkpoint",

@@ -8,10 +8,12 @@ import pytest
 from lib.report.tables import (
     benchmark_sections,
     benchmark_table,
+    charged_overhead_pct,
     comparison_rows,
     format_ms,
     is_steady,
     tier_rows,
+    transfer_ms,
 )
 
 MakeBenchmark = Callable[[str], dict[str, Any]]
@@ -88,6 +90,31 @@ def test_tier_rows_add_up(make_benchmark: MakeBenchmark) -> None:
     moved = sum(row.moved_bytes for row in rows)
     assert moved == pytest.approx(document["tiered"]["bytes_moved_per_forward"], abs=2)
     assert rows[0].transfer_ms == 0 and rows[2].transfer_ms > 0
+
+
+def test_transfer_is_of_blocks_that_moved(make_benchmark: MakeBenchmark) -> None:
+    document = make_benchmark("real")
+    stats = document["tiered"]["stats"]
+    before = transfer_ms(stats)
+    for block in stats["blocks"].values():
+        if not block["bytes_moved"]:
+            block["transfer_seconds"] = 1.0  # time inside the hooks
+    assert transfer_ms(stats) == before
+    assert before == pytest.approx(sum(row.transfer_ms for row in tier_rows(document)))
+    assert f"of it transfer              {format_ms(before)}" in benchmark_sections(document)
+
+
+def test_what_a_virtual_clock_charged_is_a_figure_of_its_own(
+    make_benchmark: MakeBenchmark,
+) -> None:
+    document = make_benchmark("emulated")
+    charged = document["tiered"]["transfer_ms_per_forward"]
+    percent = 100 * charged / document["baseline"]["latency_ms"]["median"]
+    assert charged_overhead_pct(document) == pytest.approx(percent)
+    row = ["charged by tiers", "-", f"{percent:+.1f} %", "-"]
+    assert row in comparison_rows([document, make_benchmark("real")])
+    for without in (make_benchmark("real"), document | {"baseline": None}):
+        assert charged_overhead_pct(without) is None
 
 
 @pytest.mark.parametrize(
