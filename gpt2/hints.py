@@ -86,6 +86,8 @@ def write_hints(
     else:
         hints = None if copy is None else _fisher_hints(config, run, copy, corpus, common)
     if is_main() and hints is not None:
+        if tiering.signal != "fim_diag":
+            run.fisher_diagonal.unlink(missing_ok=True)  # of hints that these replace
         save_hints(hints, run.hints)
         log(f"wrote {run.hints}: {len(hints.blocks)} blocks by {hints.provenance['signal']}")
 
@@ -112,7 +114,7 @@ def _fisher_hints(
 
 
 def _batches(corpus: Corpus, config: Config, num_sequences: int) -> tuple[Tensor, ...]:
-    """Return training text as token ids (B, context) that no training step has drawn."""
+    """Return windows of training text as token ids (B, context), drawn apart from the steps'."""
     windows = sample_windows(
         corpus.train,
         seed=config.run.seed,

@@ -46,17 +46,23 @@ def build_model(model: ModelConfig, tokenizer: Any, *, seed: int) -> Any:
 
 
 def load_model(folder: Path, *, dropout: float, attention: str = "sdpa") -> Any:
-    """Load the network of a checkpoint folder in float32."""
+    """Load the network of a checkpoint folder in float32; raises InputError if it is damaged."""
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would draw on logs too, for a load of milliseconds
-    return GPT2LMHeadModel.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation=attention,
-        **_dropout(dropout),
-    )
+    try:
+        return GPT2LMHeadModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            **_dropout(dropout),
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"checkpoint {folder} is damaged ({first_line(error)}): delete it to train again from "
+            "the start"
+        ) from error
 
 
 def _dropout(probability: float) -> dict[str, Any]:

@@ -20,7 +20,8 @@ import torch
 
 from lib.config import Config
 from lib.errors import InputError
-from lib.files import write_json, write_text
+from lib.files import check_writable, write_json, write_text
+from lib.hints import load_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 _ANY_TIME = {
@@ -35,6 +36,16 @@ _ANY_TIME = {
 (beyond rounding).
 """
 
+_OWN_FILES = (
+    ".config",
+    ".lock",
+    "config.json",
+    "versions.json",
+    "metrics.jsonl",
+    "loss.png",
+    "fisher_diag.safetensors",
+    "report.html",
+)
 _HINT_FIELDS = (
     "generate_json",
     "signal",
@@ -102,6 +113,18 @@ class RunDirectory:
             ) from error
         return dict(document)
 
+    def check_hints_path(self) -> None:
+        """Refuse, before the training, a hints file that the run would write over, or that can't
+        be written.
+        """
+        taken = {self.path / name for name in _OWN_FILES}
+        if self.hints in taken or self.hints.is_relative_to(self.checkpoint):
+            raise InputError(
+                f"TIERING_JSON_OUTPUT puts the hints at {self.hints}, which the run itself writes: "
+                "give another name, such as tier_hints.json"
+            )
+        check_writable(self.hints)
+
     def check_same_training(self) -> None:
         """Refuse to continue a run whose settings were others; raises InputError naming the
         first that differs.
@@ -119,9 +142,13 @@ class RunDirectory:
         """Say whether the hints file is there and was asked for with the same settings."""
         earlier = self.earlier_config().get("tiering", {})
         now = asdict(self._config.tiering)
-        return self.hints.exists() and all(
-            earlier.get(field) == now[field] for field in _HINT_FIELDS
-        )
+        if any(earlier.get(field) != now[field] for field in _HINT_FIELDS):
+            return False
+        try:
+            load_hints(self.hints)
+        except InputError:  # missing or damaged: they are made again
+            return False
+        return True
 
     def write_config(self, config_path: Path) -> None:
         """Write .config and config.json."""
@@ -159,7 +186,8 @@ class RunDirectory:
         """Remove the hints and plots of a run that is trained anew, so that they can't be taken
         for the new one's.
         """
-        for path in (self.hints, self.loss_plot, self.fisher_diagonal):
+        own_hints = [self.hints] if self.hints.is_relative_to(self.path) else []
+        for path in (*own_hints, self.loss_plot, self.fisher_diagonal):
             path.unlink(missing_ok=True)
 
 

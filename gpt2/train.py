@@ -14,7 +14,6 @@ from typing import Any
 
 from lib.config import Config, TrainConfig, load_config
 from lib.errors import InputError
-from lib.files import check_writable
 from scripts.cli import emit_json, run_main
 
 from .checkpoint import TrainerState, load_state, recover_checkpoint
@@ -61,7 +60,7 @@ def train(config: Config, config_path: Path) -> dict[str, Any]:
             run.open()
             recover_checkpoint(run.checkpoint)
             if config.tiering.generate_json:
-                check_writable(run.hints)
+                run.check_hints_path()
         world.wait()
         state = load_state(run.checkpoint)
         if state is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lib.blocks import unique_parameters, unwrap_model
 from lib.config import Config, TrainConfig
+from lib.errors import InputError
 from lib.signals import MomentScale, reshard
 
 from .checkpoint import TrainerState, load_optimizer, save_checkpoint
@@ -69,6 +70,8 @@ class Trainer:
         self.world = world
         self.corpus = corpus
         self.run_directory = run
+        if state is None:
+            check_vocabulary(config, corpus)
         network = (
             build_model(config.model, corpus.tokenizer, seed=self.seed)
             if state is None
@@ -283,6 +286,16 @@ class Trainer:
                 "unigram_entropy_nats": repr(self.corpus.unigram_entropy),
             },
             state=self.state,
+        )
+
+
+def check_vocabulary(config: Config, corpus: Corpus) -> None:
+    """Refuse embedding rows for tokens that the corpus' own BPE does not have."""
+    own_bpe = not config.data.tokenizer and not config.model.pretrained
+    if own_bpe and len(corpus.tokenizer) < config.model.vocab_size:
+        raise InputError(
+            f"GPT2_VOCAB_SIZE={config.model.vocab_size}, but {corpus.name} gives a BPE of only "
+            f"{len(corpus.tokenizer)} tokens: lower it to that, or take more text"
         )
 
 

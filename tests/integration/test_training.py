@@ -352,3 +352,38 @@ def test_learning_rate_warms_up_and_ends_at_its_minimum(tmp_path: Path) -> None:
     assert max(rates) == rates[9] == pytest.approx(0.01)
     assert rates[-1] == pytest.approx(0.001)
     assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_damaged_hints_of_a_finished_run_are_made_again(tmp_path: Path) -> None:
+    config, path = tiny_config(tmp_path)
+    train(config, path)
+    good = load_hints(config.hints_path)
+    config.hints_path.write_text("garbage")
+    train(config, path)
+    assert load_hints(config.hints_path).blocks == good.blocks
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "checkpoint/tier_hints.json", "config.json"])
+def test_hints_where_the_run_writes_are_refused_before_training(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="TIERING_JSON_OUTPUT"):
+        train(*tiny_config(tmp_path, TIERING_JSON_OUTPUT=name))
+    assert not (tmp_path / "runs/tiny/metrics.jsonl").exists()
+
+
+def test_more_vocabulary_than_the_text_gives_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"GPT2_VOCAB_SIZE=5000, but .* only \d+ tokens"):
+        train(*tiny_config(tmp_path, GPT2_VOCAB_SIZE=5000))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_damaged_weights_are_an_input_error(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = tiny_config(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train(config, path)
+    weights = config.run.directory / "checkpoint" / file
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"checkpoint .* is damaged"):
+        train(config, path)
