@@ -117,8 +117,9 @@ class RunDirectory:
         """Refuse, before the training, a hints file that the run would write over, or that can't
         be written.
         """
-        taken = {self.path / name for name in _OWN_FILES}
-        if self.hints in taken or self.hints.is_relative_to(self.checkpoint):
+        hints, folder = self.hints.resolve(), self.path.resolve()
+        taken = {folder / name for name in _OWN_FILES}
+        if hints in taken or hints.is_relative_to(folder / self.checkpoint.name):
             raise InputError(
                 f"TIERING_JSON_OUTPUT puts the hints at {self.hints}, which the run itself writes: "
                 "give another name, such as tier_hints.json"
@@ -186,7 +187,8 @@ class RunDirectory:
         """Remove the hints and plots of a run that is trained anew, so that they can't be taken
         for the new one's.
         """
-        own_hints = [self.hints] if self.hints.is_relative_to(self.path) else []
+        inside = self.hints.resolve().is_relative_to(self.path.resolve())
+        own_hints = [self.hints] if inside else []  # elsewhere they may be another run's
         for path in (*own_hints, self.loss_plot, self.fisher_diagonal):
             path.unlink(missing_ok=True)
 

@@ -236,8 +236,8 @@ def _documentation(module_name: str) -> str:
 
 
 def _file_entries(pattern: str, max_characters: int) -> Iterator[_Entry]:
-    """List the user's files: a file, a folder (all files below it) or a glob. One single file is
-    cut into sections.
+    """List the user's files: a file, a folder (all files below it but hidden ones) or a glob. One
+    single file is cut into sections.
     """
     if not pattern:
         raise InputError(
@@ -245,7 +245,11 @@ def _file_entries(pattern: str, max_characters: int) -> Iterator[_Entry]:
         )
     root = Path(pattern).expanduser()
     if root.is_dir():
-        paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
+        paths = [
+            path
+            for path in sorted(root.rglob("*"))
+            if path.is_file() and "/." not in f"/{path.relative_to(root).as_posix()}"
+        ]
     elif root.is_file():
         paths, root = [root], root.parent
     else:

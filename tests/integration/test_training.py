@@ -17,6 +17,7 @@ from tiny_run import ROOT, read_tensors, tiny_config, write_config
 
 from gpt2 import checkpoint as gpt2_checkpoint
 from gpt2 import trainer as gpt2_trainer
+from gpt2.rundir import RunDirectory
 from gpt2.train import main, train
 from gpt2.trainer import Trainer, learning_rate
 from lib.errors import InputError
@@ -363,11 +364,22 @@ def test_damaged_hints_of_a_finished_run_are_made_again(tmp_path: Path) -> None:
     assert load_hints(config.hints_path).blocks == good.blocks
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "checkpoint/tier_hints.json", "config.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoint", "checkpoint/tier_hints.json", "config.json", "../tiny/checkpoint/hints.json"],
+)
 def test_hints_where_the_run_writes_are_refused_before_training(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="TIERING_JSON_OUTPUT"):
         train(*tiny_config(tmp_path, TIERING_JSON_OUTPUT=name))
     assert not (tmp_path / "runs/tiny/metrics.jsonl").exists()
+
+
+def test_hints_outside_the_run_folder_are_not_discarded(tmp_path: Path) -> None:
+    config, _ = tiny_config(tmp_path, TIERING_JSON_OUTPUT="../shared.json")
+    config.run.directory.mkdir(parents=True)
+    config.hints_path.write_text("another run's")
+    RunDirectory(config).discard_results()
+    assert config.hints_path.read_text() == "another run's"
 
 
 def test_more_vocabulary_than_the_text_gives_is_refused(tmp_path: Path) -> None:

@@ -42,6 +42,16 @@ def test_folder_and_glob_read_the_same_documents(texts: Path) -> None:
     assert len(read[0]) == 40
 
 
+def test_hidden_files_of_a_folder_are_left_out(texts: Path) -> None:
+    before = open_source(replace(DATA, files=str(texts))).fingerprint
+    for path in (texts / ".git" / "index", texts / "part0" / ".cache"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\xff\xfe not text")
+    assert open_source(replace(DATA, files=str(texts))).fingerprint == before
+    with pytest.raises(InputError, match="is no UTF-8 text"):
+        open_source(replace(DATA, files=str(texts / ".git" / "index")))
+
+
 def test_order_and_fingerprint_are_functions_of_the_text(texts: Path, tmp_path: Path) -> None:
     data = replace(DATA, files=str(texts))
     first, again = open_source(data), open_source(data)
