@@ -51,13 +51,18 @@ def load_model(folder: Path, *, dropout: float, attention: str = "sdpa") -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would draw on logs too, for a load of milliseconds
+    network_class: Any = GPT2LMHeadModel  # whose stub does not know output_loading_info
     try:
-        return GPT2LMHeadModel.from_pretrained(
+        network, report = network_class.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation=attention,
+            output_loading_info=True,
             **_dropout(dropout),
         )
+        if report["missing_keys"]:
+            raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]}")
+        return network
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"checkpoint {folder} is damaged ({first_line(error)}): delete it to train again from "
