@@ -1,7 +1,7 @@
 """Emulated tiers: charge the weight bytes that a tier would have to move, on a virtual clock or by
 really waiting.
 
-Nothing moves, so outputs are the model's own. ``time.sleep`` of 5 us takes some 60 to 100 us on
+Nothing moves, so outputs are the model's own. ``time.sleep`` of 5 us takes far longer on
 Linux; the wall clock therefore sleeps only through the bulk of a long wait and spins through the
 rest, and reports what it achieved. On a GPU the wait is a spin kernel in the current stream:
 launches stay asynchronous.

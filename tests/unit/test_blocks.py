@@ -1,7 +1,7 @@
 import pytest
 import torch
+from tiny_models import tiny_gpt2, tiny_mixtral
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from lib.blocks import (
     BlockKind,
@@ -13,36 +13,6 @@ from lib.blocks import (
     unwrap_model,
 )
 from lib.errors import InputError
-
-
-def tiny_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=2,
-            n_embd=16,
-            n_head=2,
-            vocab_size=40,
-            n_positions=32,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-def tiny_mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=4,
-            vocab_size=40,
-        )
-    )
 
 
 class ListOfExperts(nn.Module):

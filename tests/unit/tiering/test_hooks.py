@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_gpt2, tiny_mixtral
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.blocks import partition_model, storage_bytes
 from lib.errors import InputError, PlacementError
@@ -60,20 +54,6 @@ class Tied(nn.Module):
         return self.head(self.body(self.embed(ids)))
 
 
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=2,
-            n_embd=16,
-            n_head=2,
-            vocab_size=40,
-            n_positions=32,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
 def llama() -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
@@ -86,27 +66,13 @@ def llama() -> nn.Module:
     )
 
 
-def mixtral() -> nn.Module:
-    return MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=4,
-            vocab_size=40,
-        )
-    )
-
-
 IDS = torch.arange(12).reshape(2, 6) % 10
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "twisted": (Twisted, torch.linspace(-1, 1, 12).reshape(2, 6)),
     "tied": (Tied, IDS),
-    "gpt2": (gpt2, IDS),
+    "gpt2": (tiny_gpt2, IDS),
     "llama": (llama, IDS),
-    "mixtral": (mixtral, IDS),
+    "mixtral": (tiny_mixtral, IDS),
     "single": (lambda: nn.Linear(6, 3), torch.ones(1, 6)),
 }
 PLACEMENTS = {
