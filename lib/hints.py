@@ -40,6 +40,7 @@ class Precision(StrEnum):
 
     FP32 = "fp32"
     BF16 = "bf16"
+    FP16 = "fp16"
     INT8 = "int8"
     INT6 = "int6"
     INT5 = "int5"

@@ -1,0 +1,176 @@
+"""Compressed weights in fast memory: which form a record takes there, and how many bytes that is.
+
+| record | use | held as |
+| --- | --- | --- |
+| int8 by rows | any | ``Int8Weight``: plain codes, fused kernel for few rows |
+| int4 by groups (also as a prefix) | Linear | ``Int4Weight``: packed for the fused kernel |
+| int4 by groups | Linear and Embedding | ``PairedWeight``: packed, and the record for its rows |
+| anything else | any | ``EncodedWeight``: the record, expanded a shard at a time |
+
+``compact=True`` keeps the record in every case: the fewest bytes, at the speed of expansion. Every
+form is tested against ``codecs.decode``.
+"""
+
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..hints import Precision
+from .encoded import EncodedWeight, Scratch
+from .fused import Int4Weight, Int8Weight, inner_tiles, pad_rows
+from .layout import PARAMETER_BYTES, Codec, RecordLayout
+
+__all__ = [
+    "SCRATCH_BYTES",
+    "CompressedWeight",
+    "EncodedWeight",
+    "PairedWeight",
+    "Scratch",
+    "Use",
+    "allocate",
+    "prepare",
+    "resident_bytes",
+]
+
+SCRATCH_BYTES = 8 * 2**20
+"""A good size of scratch: a shard of rows then stays in a CPU's caches from decoding to use."""
+_INT4_GROUPS = {32, 64, 128, 256}
+
+
+class Use(StrEnum):
+    """What a module does with a weight."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+
+
+class CompressedWeight(Protocol):
+    """A matrix (rows = out features, cols = in features) that computes without being expanded."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    """The weight's own, in which ``rows`` and ``expand`` return it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of fast memory held, scratch not counted."""
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x @ weight.T + bias``: (..., cols) -> (..., rows) in the dtype of ``x``."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows by index: any shape -> (*ids.shape, cols)."""
+
+    def expand(self, start_row: int, end_row: int) -> Tensor:
+        """Decode some rows, (n, cols): new memory of that size."""
+
+    def fill(self, start_row: int, record: Tensor, layout: RecordLayout) -> None:
+        """Take over some rows from the record of these rows, which may be on the CPU; nothing of it
+        is kept. ``start_row`` and the number of rows are multiples of 64, up to the last row.
+        """
+
+
+class PairedWeight:
+    """A tied weight held twice: packed for Linear, as its record for rows."""
+
+    def __init__(self, packed: CompressedWeight, record: CompressedWeight) -> None:
+        self.shape, self.dtype = packed.shape, packed.dtype
+        self._packed, self._record = packed, record
+        self.linear = packed.linear
+        self.rows, self.expand = record.rows, record.expand
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both."""
+        return self._packed.num_bytes + self._record.num_bytes
+
+    def fill(self, start_row: int, record: Tensor, layout: RecordLayout) -> None:
+        """Take over some rows into both."""
+        self._packed.fill(start_row, record, layout)
+        self._record.fill(start_row, record, layout)
+
+
+def prepare(
+    record: Tensor,
+    layout: RecordLayout,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    uses: frozenset[Use],
+    scratch: Scratch,
+    compact: bool = False,
+) -> CompressedWeight:
+    """Make the resident form of a whole record, in new memory on ``device``.
+
+    ``dtype`` is the weight's own; ``scratch`` is on ``device``. The record isn't checked here
+    (``codecs.check_record``). For one that comes in shards: ``allocate`` and ``fill``.
+    """
+    weight = allocate(
+        layout, dtype=dtype, device=device, uses=uses, scratch=scratch, compact=compact
+    )
+    weight.fill(0, record, layout)
+    return weight
+
+
+def allocate(
+    layout: RecordLayout,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    uses: frozenset[Use],
+    scratch: Scratch,
+    compact: bool = False,
+) -> CompressedWeight:
+    """Allocate the resident form of a record, to be filled by shards of rows."""
+    device = torch.device(device)
+    form = _form(layout, uses, device, compact)
+    if form is Int8Weight:
+        return Int8Weight(layout, dtype=dtype, device=device, scratch=scratch)
+    record = None
+    if form is not Int4Weight:
+        buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
+        record = EncodedWeight(buffer, layout, dtype=dtype, scratch=scratch)
+    if form is EncodedWeight:
+        assert record is not None
+        return record
+    packed = Int4Weight(layout, dtype=dtype, device=device, scratch=scratch)
+    return packed if record is None else PairedWeight(packed, record)
+
+
+def resident_bytes(
+    rows: int,
+    cols: int,
+    codec: Codec,
+    uses: frozenset[Use],
+    device: torch.device | str,
+    *,
+    compact: bool = False,
+) -> int:
+    """Return the ``num_bytes`` of what ``prepare`` will make, without data."""
+    layout = codec.layout(rows, cols)
+    form = _form(layout, uses, torch.device(device), compact)
+    if form is Int8Weight:
+        return rows * cols + 2 * rows * PARAMETER_BYTES
+    if form is EncodedWeight:
+        return layout.num_bytes
+    packed = pad_rows(rows) * (cols // 2 + 2 * layout.num_groups * PARAMETER_BYTES)
+    return packed + (layout.num_bytes if form is PairedWeight else 0)
+
+
+def _form(
+    layout: RecordLayout, uses: frozenset[Use], device: torch.device, compact: bool
+) -> type[Int8Weight | Int4Weight | EncodedWeight | PairedWeight]:
+    by_rows = layout.codec.group_size == 0
+    if layout.precision is Precision.INT8 and by_rows and not compact:
+        return Int8Weight
+    fits_int4_kernel = (
+        layout.precision is Precision.INT4
+        and layout.group_size in _INT4_GROUPS
+        and layout.cols % layout.group_size == 0
+        and (device.type == "cpu" or inner_tiles(layout.cols) > 0)
+    )
+    if fits_int4_kernel and Use.LINEAR in uses and not compact:
+        return PairedWeight if Use.EMBEDDING in uses else Int4Weight
+    return EncodedWeight
