@@ -61,6 +61,14 @@ bench: $(STAMP) ## Benchmark what was trained
 report: $(STAMP) ## Write the report of what was trained and benchmarked
 	$(Q)$(PIPELINE) report
 
+.PHONY: bench-offload
+bench-offload: $(STAMP) ## Compare our offload runtime with its peers under memory limits, in minutes
+	$(Q)$(BIN)/python scripts/bench_offload.py $(or $(BENCH_OFFLOAD_ARGS),--json runs/offload.json --plot runs/offload.png)
+
+.PHONY: safety-table
+safety-table: $(STAMP) ## Compare offloaders on damaged files, reused folders and unusual models
+	$(Q)$(BIN)/python scripts/safety_table.py
+
 ##@ Configure
 
 .PHONY: menuconfig
@@ -112,6 +120,10 @@ style: $(STAMP) ## Fix style where a program can
 .PHONY: doctor
 doctor: $(STAMP) ## Say what this machine has, and what won't work on it
 	$(Q)$(BIN)/python -m scripts.doctor --config $(KCONFIG_CONFIG)
+
+.PHONY: probe
+probe: $(STAMP) ## Measure each tier of this machine, and write machine.json
+	$(Q)$(BIN)/python -m scripts.probe_machine
 
 ##@ Clean
 

@@ -1,8 +1,49 @@
-"""Bytes and seconds: as people read them. Memory is binary (MiB), bandwidth decimal (GB/s)."""
+"""Bytes and seconds, as people write them. Memory is binary (MiB), bandwidth decimal (GB/s)."""
+
+import re
+from fractions import Fraction
+from typing import Any
+
+from .errors import InputError
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 GB = 10**9
 """One gigabyte of link bandwidth (GB/s), decimal as in every data sheet."""
+
+_SIZE_UNITS = {
+    "b": 1,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": TIB,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": GB,
+    "tb": 10**12,
+}
+_MAX_SIZE = 2**63
+
+
+def parse_bytes(size: Any) -> int:
+    """Return the bytes of a size: "700MiB", "1.5 GiB", "6GB" (decimal), "4096", or a whole number.
+
+    Rounded down. Raises InputError for anything else.
+    """
+    num_bytes = None
+    if isinstance(size, int) and not isinstance(size, bool):
+        num_bytes = size
+    elif isinstance(size, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size, re.ASCII)
+        factor = match and _SIZE_UNITS.get(match[2].lower() or "b")
+        if match and factor:
+            num_bytes = int(Fraction(match[1]) * factor)
+    if num_bytes is None or not 0 <= num_bytes < _MAX_SIZE:
+        raise InputError(
+            f"size {size!r} is none from 0 to 8 EiB: give a number of bytes, or one with a unit, "
+            "such as 700MiB, 1.5GiB (KiB, MiB, GiB, TiB: powers of 1024) or 6GB (kB, MB, GB, TB: "
+            "powers of 1000)"
+        )
+    return num_bytes
 
 
 def format_bytes(num_bytes: float) -> str:

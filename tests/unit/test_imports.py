@@ -14,6 +14,7 @@ LAYERS = [
     {"kconfig"},
     {"config", "blocks"},
     {"hints"},
+    {"machine"},
     {"signals"},
     {"precision"},
     {"policy"},

@@ -1,0 +1,38 @@
+from .base import (
+    CHUNK_BYTES,
+    NUM_READERS,
+    PIECE_BYTES,
+    SECTOR_BYTES,
+    Store,
+    aligned_buffer,
+    byte_view,
+)
+from .device import DeviceStore
+from .file import FileStore
+from .folders import MEMORY_FILESYSTEMS, default_spill_folder, filesystem_type
+from .host import HostStore, MemoryStore
+from .limits import available_memory, memory_limit, total_memory
+from .numa import NumaStore, far_nodes, memory_nodes
+
+__all__ = [
+    "CHUNK_BYTES",
+    "MEMORY_FILESYSTEMS",
+    "NUM_READERS",
+    "PIECE_BYTES",
+    "SECTOR_BYTES",
+    "DeviceStore",
+    "FileStore",
+    "HostStore",
+    "MemoryStore",
+    "NumaStore",
+    "Store",
+    "aligned_buffer",
+    "available_memory",
+    "byte_view",
+    "default_spill_folder",
+    "far_nodes",
+    "filesystem_type",
+    "memory_limit",
+    "memory_nodes",
+    "total_memory",
+]

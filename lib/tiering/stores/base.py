@@ -1,0 +1,109 @@
+"""What every store is: a place outside fast memory that holds payloads, flat runs of bytes, by key.
+
+A store knows bytes, not modules. Weights don't change while a runtime is attached, so a payload is
+written once and never copied back.
+"""
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterable
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import PlacementError
+from ...hints import Tier
+
+SECTOR_BYTES = 4096
+"""Payloads are a multiple of this, and lie in memory at a multiple: direct reads need both."""
+CHUNK_BYTES = 256 * 2**10
+"""What has a checksum of its own. A read starts at a multiple of it."""
+PIECE_BYTES = 4 * 2**20
+"""What one call reads or writes: larger ones are not faster, and leave a reader idle for longer at
+the end of a unit.
+"""
+NUM_READERS = 2
+"""Threads that read at a time: while one checks its piece, the other keeps the disk busy."""
+
+
+class Store(Protocol):
+    """Holds payloads of one tier. Several threads may read at a time; one writes."""
+
+    tier: ClassVar[Tier]
+
+    def has(self, key: str) -> bool:
+        """Say whether a payload is held that can be read."""
+
+    def put(self, key: str, num_bytes: int, parts: Iterable[Tensor]) -> None:
+        """Keep a copy of the parts (1-D uint8 tensors in host memory, in order, together
+        ``num_bytes``, a multiple of SECTOR_BYTES); takes none where the key is held already.
+
+        Returns once the bytes are safe. Raises PlacementError where they have no room; nothing is
+        held then.
+        """
+
+    def num_bytes(self, key: str) -> int:
+        """Return a payload's length; raises PlacementError like ``read_into``."""
+
+    def read_into(self, key: str, start: int, out: Tensor) -> None:
+        """Fill ``out`` (1-D uint8, contiguous, on page-aligned host memory) with a payload's bytes
+        from ``start`` on, and check them.
+
+        ``start`` is a multiple of CHUNK_BYTES; the length is one too, or reaches the payload's end.
+        Raises PlacementError where the bytes are not sound; ``out`` must not be used then.
+        """
+
+    def view(self, key: str) -> Tensor | None:
+        """Return a payload's bytes where they lie, read-only for the caller; None where that is no
+        memory.
+        """
+
+    def free(self, key: str) -> None:
+        """Give a payload's room back; a key that isn't held is none of its business."""
+
+    def close(self) -> None:
+        """Give everything back; the store can't be used afterwards."""
+
+    def capacity_bytes(self) -> int:
+        """Measure how much more could be put here now."""
+
+
+def aligned_buffer(num_bytes: int) -> Tensor:
+    """Return zeroed host memory (1-D uint8) that starts on a page and is private to this process.
+
+    It is given back to the system, and not kept by an allocator, when the last tensor on it goes.
+    Large pages, where the system has them: direct reads into them take half the processor time.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def byte_view(buffer: Tensor) -> memoryview:
+    """Return the memory of a contiguous 1-D uint8 tensor, without a copy."""
+    assert buffer.dtype == torch.uint8 and buffer.dim() == 1 and buffer.is_contiguous()
+    return memoryview(buffer.detach().numpy())  # type: ignore[arg-type]
+
+
+def drop_cached_pages(descriptor: int, offset: int = 0, num_bytes: int = 0) -> None:
+    """Keep a file's pages from staying in memory; 0 bytes: all from the offset on."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def check_range(num_bytes: int, start: int, out: Tensor) -> None:
+    """Check what ``read_into`` asks of its caller."""
+    end = start + len(out)
+    assert start % CHUNK_BYTES == 0, start
+    assert end == num_bytes or (end < num_bytes and len(out) % CHUNK_BYTES == 0), (start, end)
+
+
+def lost(key: str) -> PlacementError:
+    """Make the error for a payload that the store doesn't hold."""
+    return PlacementError(
+        f"payload {key} is lost: it was freed, or its store is closed; load the model again"
+    )
