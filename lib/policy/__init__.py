@@ -1,0 +1,26 @@
+"""Decisions, pure: what a pass costs in time, and which block is kept where."""
+
+from .plan import BlockNeed, Placement, Plan, Step, definition_schedule
+from .planner import make_plan, smallest_budget
+from .states import ALLOWED, State, Transition, find_path, placed_state
+from .timeline import PassTime, Timeline, Transfer, Use, simulate
+
+__all__ = [
+    "ALLOWED",
+    "BlockNeed",
+    "PassTime",
+    "Placement",
+    "Plan",
+    "State",
+    "Step",
+    "Timeline",
+    "Transfer",
+    "Transition",
+    "Use",
+    "definition_schedule",
+    "find_path",
+    "make_plan",
+    "placed_state",
+    "simulate",
+    "smallest_budget",
+]
