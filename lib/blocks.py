@@ -179,16 +179,23 @@ def tied_modules(blocks: Iterable[Block]) -> dict[str, str]:
 
 
 def parameter_digest(model: nn.Module) -> str:
-    """Identify a model's weights: SHA-256 over names, shapes and values rounded to bfloat16.
+    """Identify a model's weights: ``digest_parameters`` of all of them, by canonical name."""
+    return digest_parameters(
+        (name, parameter.detach()) for name, parameter in sorted(unique_parameters(model).items())
+    )
+
+
+def digest_parameters(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 over names, shapes and values rounded to bfloat16; names must be sorted.
 
     Large parameters are sampled evenly, so this is an identity and no integrity check. The rounding
     makes a model loaded in bfloat16 have the digest of its float32 original; float16 may round
     twice and differ. Gathers DTensor (collective).
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(unique_parameters(model).items()):
+    for name, parameter in parameters:
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
-        values = whole_tensor(parameter.detach()).reshape(-1)
+        values = whole_tensor(parameter).reshape(-1)
         if values.numel() > _DIGEST_SAMPLES:
             index = (
                 torch.arange(_DIGEST_SAMPLES, device=values.device)

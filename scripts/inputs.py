@@ -97,6 +97,28 @@ def load_model(model: str, checkpoint: Path | None = None) -> "PreTrainedModel":
     return cast("PreTrainedModel", loaded.eval())
 
 
+def build_empty_model(folder: str | Path) -> "PreTrainedModel":
+    """Build a causal language model from a folder's config.json, without memory for its weights.
+
+    ``lib.tiering.attach(model, weights=folder)`` gives them. InputError for a folder without one.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lib.tiering import empty_weights
+
+    if not (Path(folder) / "config.json").is_file():
+        raise InputError(
+            f"model folder {str(folder)!r} has no config.json: give a checkpoint's folder"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"model {str(folder)!r} can't be built: {_first_line(error)}") from error
+    return cast("PreTrainedModel", model.eval())
+
+
 def own_memory(model: torch.nn.Module) -> None:
     """Copy the weights out of the mapped file that transformers leaves them in.
 

@@ -2,17 +2,12 @@
 to a module.
 """
 
+from ..machine import DEFAULT_SPECS, TierSpec
 from ..signals import AdamStateTierAnalyzer
-from .hooks import Runtime, attach
-from .specs import (
-    DEFAULT_SPECS,
-    Clock,
-    EmulationSpec,
-    TierSpec,
-    load_specs,
-    save_specs,
-    specs_to_json,
-)
+from .attach import attach
+from .empty import empty_weights
+from .hooks import Runtime
+from .specs import Clock, EmulationSpec, load_specs, save_specs, specs_to_json
 from .telemetry import BlockStats, Stats
 
 __all__ = [
@@ -25,6 +20,7 @@ __all__ = [
     "Stats",
     "TierSpec",
     "attach",
+    "empty_weights",
     "load_specs",
     "save_specs",
     "specs_to_json",

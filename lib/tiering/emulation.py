@@ -1,6 +1,6 @@
-"""Emulated tiers: charge the weight bytes that a tier would have to move, on a virtual clock or by
-really waiting.
+"""Emulated tiers: the time that moving weights would take, on a virtual clock or by really waiting.
 
+The plan, the schedule and the prefetching are those of a real runtime; only the link is another.
 Nothing moves, so outputs are the model's own. ``time.sleep`` of 5 us takes far longer on
 Linux; the wall clock therefore sleeps only through the bulk of a long wait and spins through the
 rest, and reports what it achieved. On a GPU the wait is a spin kernel in the current stream:
@@ -8,16 +8,15 @@ launches stay asynchronous.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from ..blocks import Block, storage_bytes, unique_parameters
-from ..errors import InputError
 from ..hints import Tier
-from .specs import Clock, EmulationSpec, TierSpec
+from .link import Ticket, Unit
+from .specs import Clock, EmulationSpec
 
 _SPIN_SECONDS = 2e-3
 """The end of each wait that is spun through: more than the scheduler's usual delay in waking a
@@ -101,47 +100,63 @@ class DeviceWaiter:
         return start, end
 
 
-class EmulatedResidency:
-    """Charges each use of a block with its tier's transfer time."""
+class EmulatedLink:
+    """Lets the time pass that hypothetical tiers would take, and moves nothing.
 
-    def __init__(
-        self, model: nn.Module, tiers: Mapping[str, Tier], spec: EmulationSpec, device: torch.device
-    ) -> None:
-        missing = sorted({str(tier) for tier in tiers.values() if tier not in spec.specs})
-        if missing:
-            raise InputError(
-                f"tier {missing[0]} has no emulation spec: add it to the spec file's tiers"
-            )
-        self._tiers = tiers
-        self._specs: dict[str, TierSpec] = {name: spec.specs[tier] for name, tier in tiers.items()}
+    Each tier is one link, first come first served: a transfer starts when it is asked for or when
+    the one before it ends, takes setup plus bytes over bandwidth, and goes on while the model
+    computes; only what is left of it when its unit is needed is waited for. The model's own compute
+    is the real one. On an accelerator the host waits for the device before it looks at the clock.
+    """
+
+    def __init__(self, spec: EmulationSpec, device: torch.device) -> None:
+        self._spec = spec
+        self._device = device
+        self._free_at: dict[Tier, float] = {}
         self._waiter: Waiter | None = None
         if spec.clock is Clock.WALL:
             self._waiter = DeviceWaiter(device) if device.type == "cuda" else HostWaiter()
-        self._resident_bytes = storage_bytes(unique_parameters(model).values())
-        self.virtual_seconds = 0.0
+        self._waited = 0.0
+        self._waited_before = 0.0
 
-    def acquire(self, block: Block) -> tuple[int, float]:
-        """Charge one use; returns the bytes moved into HBM and the virtual seconds charged (0 when
-        really waited).
-        """
-        moved_bytes = 0 if self._tiers[block.name] is Tier.HBM else block.num_bytes
-        seconds = self._specs[block.name].transfer_seconds(block.num_bytes)
-        if self._waiter is not None:
-            self._waiter.wait(seconds)
-            return moved_bytes, 0.0
-        self.virtual_seconds += seconds
-        return moved_bytes, seconds
+    @property
+    def virtual_seconds(self) -> float:
+        """What was waited for on the virtual clock since the last reset."""
+        return self._waited - self._waited_before
 
-    def release(self, block: Block) -> None:
-        """Nothing was moved, so nothing is given back."""
+    def make_slots(self, num_slots: int, slot_bytes: int) -> None:
+        """Nothing is allocated, since nothing moves."""
 
-    def resident_bytes(self) -> int:
-        """Return the weight bytes in memory: the whole model, since nothing really moves."""
-        return self._resident_bytes
+    def submit(self, unit: Unit, slot: int) -> Ticket:
+        """Put a transfer in its tier's queue."""
+        ticket = Ticket(unit, slot)
+        ticket.due = self._enqueue(unit.tier, unit.data_bytes)
+        ticket.arrived.set()
+        return ticket
+
+    def wait(self, ticket: Ticket) -> None:
+        """Let the time pass until the transfer ends."""
+        self._pass(ticket.due - self._now())
+
+    def done_with(self, slot: int, *, shared: bool) -> None:
+        """Nothing was moved, so nothing is overwritten."""
+
+    def fetch(self, tier: Tier, num_bytes: int) -> None:
+        """Charge a transfer that nobody foresaw: rows of an embedding."""
+        self._pass(self._enqueue(tier, num_bytes) - self._now())
+
+    def use_in_place(self, num_bytes: int) -> None:
+        """Charge one use of weights in HBM, where the spec says so."""
+        if self._spec.charge_hbm:
+            self._pass(self._spec.specs[Tier.HBM].transfer_seconds(num_bytes))
+
+    def slots(self) -> Sequence[Tensor]:
+        """Return nothing: there are no slots."""
+        return ()
 
     def reset(self) -> None:
         """Start the virtual clock and the error statistics anew."""
-        self.virtual_seconds = 0.0
+        self._waited_before = self._waited
         if self._waiter is not None:
             self._waiter.reset()
 
@@ -160,4 +175,23 @@ class EmulatedResidency:
         }
 
     def close(self) -> None:
-        """Nothing to restore."""
+        """Nothing to end."""
+
+    def _enqueue(self, tier: Tier, num_bytes: int) -> float:
+        start = max(self._now(), self._free_at.get(tier, 0.0))
+        due = start + self._spec.specs[tier].transfer_seconds(num_bytes)
+        self._free_at[tier] = due
+        return due
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() + self._waited
+
+    def _pass(self, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        if self._waiter is not None:
+            self._waiter.wait(seconds)
+        else:
+            self._waited += seconds

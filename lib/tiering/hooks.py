@@ -1,118 +1,36 @@
-"""attach(): the hook layer that runs any module under a plan, and takes itself off again without a
-trace.
+"""The hooks that run a model under a plan, and take themselves off again without a trace.
 
-Every block's module gets a forward pre-hook that acquires the block and a post-hook that releases
-it, also when the forward raises. What "acquire" does is the residency's business: move weights
-(transfer.py) or charge time (emulation.py).
+Every group's module gets a forward pre-hook that acquires the group and a post-hook that releases
+it, also when the forward raises. What "acquire" does is the residency's business.
 """
 
 import contextlib
+import sys
 import threading
+import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..blocks import Block, parameter_digest, partition_model, tied_modules, unwrap_model
+from ..blocks import Block
 from ..errors import InputError, PlacementError
-from ..hints import Hints, Tier, hints_from_json, load_hints, match_hints
-from .emulation import EmulatedResidency
+from ..hints import Tier
+from ..policy.plan import Plan, Step
+from ..units import format_bytes
+from .payload import Group
+from .residency import Residency
 from .specs import Clock, EmulationSpec
 from .telemetry import BlockStats, Recorder, Stats
-from .transfer import RealResidency
-
-Mode = Literal["real", "emulated"]
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Modules of models that a runtime holds; weak, so that a forgotten model is freed."""
-
-
-class Residency(Protocol):
-    """What the hooks ask for: weights of a block, for as long as its module runs."""
-
-    virtual_seconds: float
-
-    def acquire(self, block: Block) -> tuple[int, float]:
-        """Make a block's weights usable; returns bytes moved and virtual seconds charged."""
-
-    def release(self, block: Block) -> None:
-        """End one use of a block."""
-
-    def resident_bytes(self) -> int:
-        """Measure the weight bytes in fast memory."""
-
-    def wait_error(self) -> dict[str, float] | None:
-        """Say how well emulated waits were met."""
-
-    def reset(self) -> None:
-        """Start the statistics anew."""
-
-    def close(self) -> None:
-        """Restore the model."""
-
-
-def attach(
-    model: nn.Module,
-    hints: Hints | Mapping[str, Any] | str | Path,
-    *,
-    mode: Mode,
-    emulation: EmulationSpec | None = None,
-    spill_dir: str | Path | None = None,
-    device: str | torch.device | None = None,
-) -> "Runtime":
-    """Place a model's weights by its hints and return the runtime, which is also a context manager
-    that detaches.
-
-    ``hints`` is a Hints, a parsed document of either form, or a file. ``device`` is where the model
-    computes (default: where its first parameter is); ``spill_dir`` holds the SSD tier (default: a
-    temporary folder on a disk). The model is for inference while attached: gradients are refused in
-    real mode. ``forward`` and ``generate`` keep their signatures.
-
-    Raises InputError for hints that don't fit the model, a tier that the mode can't serve, and a
-    spill folder that is memory; PlacementError for a model that this or another offloader manages
-    already. The model is then as it was.
-    """
-    if mode not in ("real", "emulated"):
-        raise InputError(f"mode {mode!r} is unknown; allowed: real, emulated")
-    if mode == "real" and emulation is not None:
-        raise InputError(
-            "an emulation spec has no effect in real mode: leave it out, or use mode='emulated'"
-        )
-    if mode == "emulated" and spill_dir is not None:
-        raise InputError(
-            "a spill_dir has no effect in emulated mode: leave it out, or use mode='real'"
-        )
-    _refuse_managed(model)
-    model = unwrap_model(model)
-    blocks = partition_model(model)
-    if isinstance(hints, str | Path):
-        hints = load_hints(hints)
-    elif not isinstance(hints, Hints):
-        hints = hints_from_json(hints)
-    digest = parameter_digest(model) if hints.model is not None else None
-    matched = match_hints(
-        hints,
-        [block.name for block in blocks],
-        parameter_digest=digest,
-        tied=tied_modules(blocks),
-    )
-    tiers = {name: hint.tier for name, hint in matched.items()}
-    compute_device = _resolve_device(model, device)
-    residency: Residency
-    if mode == "real":
-        folder = Path(spill_dir) if spill_dir is not None else None
-        with _outside_inference_mode():
-            residency = RealResidency(model, blocks, tiers, device=compute_device, spill_dir=folder)
-    else:
-        residency = EmulatedResidency(model, tiers, emulation or EmulationSpec(), compute_device)
-    return Runtime(
-        model, blocks, tiers, residency, mode=mode, emulation=emulation, device=compute_device
-    )
+_STEP_DOWN = 0.85
+"""What is left of the fast memory in use when an out-of-memory makes the runtime take less."""
 
 
 class Runtime:
@@ -122,36 +40,46 @@ class Runtime:
         self,
         model: nn.Module,
         blocks: tuple[Block, ...],
-        tiers: Mapping[str, Tier],
         residency: Residency,
+        plan: Plan,
+        make_plan: Callable[[Mapping[str, str | int | None], Sequence[Step]], Plan],
         *,
-        mode: Mode,
+        mode: str,
         emulation: EmulationSpec | None,
         device: torch.device,
+        schedule: Sequence[Step],
+        labels: Mapping[str, Tier],
     ) -> None:
         self.mode = mode
-        self.clock = Clock.WALL if mode == "real" else (emulation or EmulationSpec()).clock
+        self.clock = Clock.WALL if emulation is None else emulation.clock
+        self.plan = plan
+        """Where each group of blocks is, and what that was predicted to cost."""
         self._model = model
         self._blocks = {block.name: block for block in blocks}
         self._residency = residency
+        self._make_plan = make_plan
+        self._labels = labels
         self._lock = threading.RLock()
-        self._held: list[list[Block]] = []
+        self._held: list[list[str]] = []
         self._handles: list[RemovableHandle] = []
         self._thread: threading.Thread | None = None
         self._detached = False
+        self._schedule = tuple(schedule)
+        self._trace: list[Step] = []
         self._recorder = Recorder(
             device=device,
             blocks={
-                block.name: BlockStats(tier=str(tiers[block.name]), num_bytes=block.num_bytes)
-                for block in blocks
+                block.name: BlockStats(
+                    tier=str(self._tier_of(group, block)), num_bytes=block.num_bytes
+                )
+                for group in residency.groups
+                for block in group.blocks
             },
             resident_bytes=residency.resident_bytes(),
-            virtual=self.clock is Clock.VIRTUAL,
         )
         self._recorder.reset()
-        if isinstance(residency, RealResidency):
-            residency.on_resident_change = self._recorder.change_resident
-            residency.on_demand = self._recorder.count_on_demand
+        residency.on_extra = self._recorder.change_resident
+        residency.on_move = self._moving
         self._install()
         for module in model.modules():
             _attached.add(module)
@@ -173,6 +101,38 @@ class Runtime:
         self.detach()
 
     @property
+    def budget(self) -> dict[str, int | None]:
+        """The bytes that each tier may hold (None: no limit); empty where the hints alone decided.
+
+        Setting it plans anew and moves what must move, between forwards, without reloading the
+        model. Raises InputError for a budget that is too small (nothing has moved then), and
+        PlacementError during a forward.
+        """
+        return {str(tier): size for tier, size in self.plan.budget.items()}
+
+    @budget.setter
+    def budget(self, budget: Mapping[str, str | int | None]) -> None:
+        with self._lock:
+            if self._detached or self._held:
+                raise PlacementError(
+                    "the budget can't be changed "
+                    + ("after detach" if self._detached else "during a forward")
+                )
+            self._carry_out(self._make_plan(budget, self._schedule))
+
+    @contextlib.contextmanager
+    def limited(self, budget: Mapping[str, str | int | None]) -> Iterator[Self]:
+        """Run under another budget for a while; the plan before comes back."""
+        before = self.plan
+        self.budget = dict(budget)
+        try:
+            yield self
+        finally:
+            with self._lock:
+                if not self._detached:
+                    self._carry_out(before)
+
+    @property
     def virtual_seconds(self) -> float:
         """Emulated time charged on the virtual clock since attach or the last reset; 0 where time
         is really spent.
@@ -183,7 +143,10 @@ class Runtime:
         """Return what happened since attach or the last reset; waits for a GPU."""
         with self._lock:
             return self._recorder.snapshot(
-                mode=self.mode, clock=str(self.clock), wait_error=self._residency.wait_error()
+                mode=self.mode,
+                clock=str(self.clock),
+                wait_error=self._residency.wait_error(),
+                bytes_per_tier=self._bytes_per_tier(),
             )
 
     def reset_stats(self) -> None:
@@ -209,18 +172,18 @@ class Runtime:
                 _attached.discard(module)
                 module.__dict__.pop("_apply", None)
             self._release_all()
-            with _outside_inference_mode():
+            with torch.inference_mode(mode=False), torch.no_grad():
                 self._residency.close()
             self._detached = True
 
     def _install(self) -> None:
-        users: dict[str, list[Block]] = {}
-        for block in self._blocks.values():
-            for module_name in block.modules:
-                users.setdefault(module_name, []).append(block)
-        for module_name, blocks in users.items():
-            _BlockHook(self, blocks).install(self._model.get_submodule(module_name), self._handles)
-        # Last and in front: it sees each forward begin before any block is acquired.
+        users: dict[str, list[Group]] = {}
+        for group in self._residency.groups:
+            for module_name in group.modules:
+                users.setdefault(module_name, []).append(group)
+        for module_name, groups in users.items():
+            _GroupHook(self, groups).install(self._model.get_submodule(module_name), self._handles)
+        # Last and in front: it sees each forward begin before any group is acquired.
         begin = self._model.register_forward_pre_hook(
             self._begin_forward, prepend=True, with_kwargs=True
         )
@@ -240,64 +203,138 @@ class Runtime:
             self._thread = thread
             # KeyboardInterrupt skips post-hooks: give back what an interrupted forward held.
             self._release_all()
+            self._trace = []
+            self._residency.begin_forward()
             self._recorder.forwards += 1
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._thread is threading.current_thread():
+        if self._thread is not threading.current_thread():
+            return
+        with self._lock:
             self._thread = None
+            self._release_all()
+            error = sys.exc_info()[1]
+            if error is None:
+                self._schedule = tuple(self._trace) or self._schedule
+                self._residency.end_forward()
+            elif _is_out_of_memory(error):
+                self._step_down(error)
 
-    def _acquire(self, blocks: list[Block]) -> None:
-        held: list[Block] = []
+    def _acquire(self, groups: Sequence[Group], *, lookup: bool) -> None:
+        held: list[str] = []
         with self._lock:
             self._held.append(held)
-            for block in blocks:
-                self._recorder.begin_transfer(block.name)
-                moved_bytes, charged = 0, 0.0
+            for group in groups:
+                block = group.blocks[0].name
+                self._trace.append(Step(group.name, lookup=lookup))
+                self._recorder.begin_transfer(block)
+                before, moved_bytes = self._residency.virtual_seconds, 0
                 try:
-                    moved_bytes, charged = self._residency.acquire(block)
-                    held.append(block)
+                    moved_bytes = self._residency.acquire(group.name)
+                    held.append(group.name)
                 finally:
-                    self._recorder.end_transfer(block.name, moved_bytes, charged)
-                    if block not in held:
+                    charged = self._residency.virtual_seconds - before
+                    self._recorder.end_transfer(block, moved_bytes, charged)
+                    if group.name not in held:
                         self._recorder.end_compute()
+                for other in group.blocks[1:]:
+                    self._recorder.count_call(other.name)
 
     def _release(self) -> None:
         with self._lock:
             if not self._held:
                 return
-            for block in reversed(self._held.pop()):
+            for group in reversed(self._held.pop()):
                 self._recorder.end_compute()
-                self._residency.release(block)
+                self._residency.release(group)
 
     def _release_all(self) -> None:
         while self._held:
             self._release()
 
+    @contextlib.contextmanager
+    def _moving(self, group: str) -> Iterator[Callable[[int], None]]:
+        """Book a transfer that no module hook asked for."""
+        block = self._residency.first_block(group)
+        moved: list[int] = []
+        before = self._residency.virtual_seconds
+        self._recorder.begin_transfer(block, counts=False)
+        try:
+            yield moved.append
+        finally:
+            charged = self._residency.virtual_seconds - before
+            self._recorder.end_transfer(block, sum(moved), charged)
+            self._recorder.end_compute()
 
-class _BlockHook:
-    """The pair of hooks on one module, for the blocks whose weights its forward uses."""
+    def _carry_out(self, plan: Plan) -> None:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            self._residency.apply(plan, [step.block for step in self._schedule])
+        self.plan = plan
+        self._labels = {}
+        for group in self._residency.groups:
+            for block in group.blocks:
+                self._recorder.blocks[block.name].tier = str(self._tier_of(group, block))
+        self._recorder.change_resident(
+            self._residency.resident_bytes() - self._recorder.resident_bytes
+        )
 
-    def __init__(self, runtime: Runtime, blocks: list[Block]) -> None:
+    def _step_down(self, error: BaseException) -> None:
+        """Take less fast memory after an out-of-memory, so that the next forward has room."""
+        tiers = {str(tier): size for tier, size in self.plan.budget.items()} or {"SSD": None}
+        smaller = int(self.plan.fast_bytes * _STEP_DOWN)
+        try:
+            self._carry_out(self._make_plan({**tiers, "HBM": smaller}, self._schedule))
+        except InputError as refusal:
+            error.add_note(f"the runtime can't do with less fast memory: {refusal}")
+            return
+        message = (
+            f"out of memory: the runtime now takes {format_bytes(self.plan.fast_bytes)} of fast "
+            "memory and goes on; run the forward again"
+        )
+        error.add_note(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def _tier_of(self, group: Group, block: Block) -> Tier:
+        return self._labels.get(block.name, self.plan.placements[group.name].tier)
+
+    def _bytes_per_tier(self) -> dict[str, int]:
+        if not self._labels:
+            return {str(tier): size for tier, size in self._residency.bytes_per_tier().items()}
+        totals: dict[str, int] = {}
+        for name, tier in self._labels.items():
+            totals[str(tier)] = totals.get(str(tier), 0) + self._blocks[name].num_bytes
+        return totals
+
+
+class _GroupHook:
+    """The pair of hooks on one module, for the groups whose weights its forward uses."""
+
+    def __init__(self, runtime: Runtime, groups: list[Group]) -> None:
         self._runtime = runtime
-        self._blocks = blocks
+        self._groups = groups
+        self._lookup = False
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(block.name for block in self._blocks)})"
+        return f"{type(self).__name__}({', '.join(group.name for group in self._groups)})"
 
     def install(self, module: nn.Module, handles: list[RemovableHandle]) -> None:
+        self._lookup = isinstance(module, nn.Embedding)
         # In front of a user's own hooks: they find the weights there, and one that raises leaves
         # our pair balanced.
         handles.append(module.register_forward_pre_hook(self._before, prepend=True))
         handles.append(module.register_forward_hook(self._after, always_call=True))
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        self._runtime._acquire(self._blocks)
+        self._runtime._acquire(self._groups, lookup=self._lookup)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._runtime._release()
 
 
-def _refuse_managed(model: nn.Module) -> None:
+def refuse_managed(model: nn.Module) -> None:
+    """Raise PlacementError where this or another offloader manages the model, InputError where it
+    is compiled.
+    """
     if any(
         "_orig_mod" in module._modules or module._compiled_call_impl is not None
         for module in model.modules()
@@ -318,13 +355,6 @@ def _refuse_managed(model: nn.Module) -> None:
             )
 
 
-@contextlib.contextmanager
-def _outside_inference_mode() -> Iterator[None]:
-    """Make ordinary tensors: weights made in inference mode could never be trained again."""
-    with torch.inference_mode(mode=False), torch.no_grad():
-        yield
-
-
 def _refuse_apply(*args: Any, **kwargs: Any) -> None:
     raise PlacementError(
         "the model's weights are placed by a runtime: detach it before moving or converting the "
@@ -332,16 +362,11 @@ def _refuse_apply(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    """Return the compute device with its index, so that it compares equal to a tensor's device."""
-    if device is None:
-        return next(model.parameters()).device
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {str(device)!r} can't be used here: {str(error).splitlines()[0]}"
-        ) from error
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory has run out, as torch says it on a device and on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    )
 
 
 def _requires_grad(value: Any) -> bool:

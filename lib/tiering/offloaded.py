@@ -1,17 +1,21 @@
-"""While a block is away its parameters are zero-size ``OffloadedParameter``s.
+"""While weights are away, or held in another form, their parameters are zero-size
+``OffloadedParameter``s.
 
 A full-shape placeholder on the meta device would let CPU kernels compute with uninitialised memory
 (torch 2.13 does so without an error). Code that uses such a parameter without calling its module (a
 parent that takes ``child.weight``) gets the right answer, since the block is then fetched for that
-one operation.
+one operation. Where the weights have ``WeightOps`` (compressed, or moving in shards of rows),
+matrix products and lookups are theirs, and nothing else ever sees the whole weight unless it must.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
+from torch.nn import functional as F
 
 from ..errors import PlacementError
 
@@ -41,6 +45,19 @@ _WRITING_OPERATORS = {"__setitem__"} | {
 }
 
 
+class WeightOps(Protocol):
+    """What can be computed with weights that are not there as a tensor: W is (rows, columns)."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x @ W.T + bias: (..., columns) -> (..., rows), in x's dtype."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return W[ids]: (...) -> (..., columns)."""
+
+    def expand(self, start: int, end: int) -> Tensor:
+        """Return W[start:end] in the model's dtype."""
+
+
 class OffloadedParameter(nn.Parameter):
     """A parameter whose weights are away. It is a plain Parameter again for as long as they are
     back.
@@ -49,6 +66,9 @@ class OffloadedParameter(nn.Parameter):
     _tierhints_shape: Tensor
     """Meta tensor with the size, strides and dtype of the weights that are away."""
     _tierhints_fetch: Callable[[], contextlib.AbstractContextManager[None]]
+    _tierhints_ops: WeightOps | None
+    _tierhints_transposed: bool
+    """The parameter is W.T, as in GPT-2's Conv1D."""
 
     @classmethod
     def __torch_function__(
@@ -73,9 +93,83 @@ class OffloadedParameter(nn.Parameter):
                 "model"
             )
         with contextlib.ExitStack() as stack:
+            own = _own_operation(func, args, kwargs)
             for parameter in _find_offloaded((args, kwargs)):
-                stack.enter_context(parameter._tierhints_fetch())
-            return func(*args, **kwargs)
+                if own is None or parameter is not own[0]:
+                    stack.enter_context(parameter._tierhints_fetch())
+            return func(*args, **kwargs) if own is None else own[1]()
+
+
+def set_away(
+    parameter: nn.Parameter,
+    shape: Tensor,
+    fetch: Callable[[], contextlib.AbstractContextManager[None]],
+    ops: WeightOps | None = None,
+    *,
+    placeholder: Tensor,
+    transposed: bool = False,
+) -> None:
+    """Take a parameter's weights from it. ``ops`` compute what they can without it; for anything
+    else ``fetch`` brings the weights back for as long as its context lasts.
+    """
+    set_weights(parameter, placeholder)
+    parameter.__class__ = OffloadedParameter
+    assert isinstance(parameter, OffloadedParameter)
+    parameter._tierhints_shape = shape
+    parameter._tierhints_fetch = fetch
+    parameter._tierhints_ops = ops
+    parameter._tierhints_transposed = transposed
+
+
+def set_weights(parameter: nn.Parameter, weights: Tensor) -> None:
+    """Make a parameter a plain one with these weights."""
+    if isinstance(parameter, OffloadedParameter):
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+        del parameter._tierhints_shape, parameter._tierhints_fetch
+        del parameter._tierhints_ops, parameter._tierhints_transposed
+    parameter.data = weights
+
+
+def _own_operation(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[OffloadedParameter, Callable[[], Tensor]] | None:
+    """Return the parameter whose ops can compute a call, and the call; None where none can."""
+    if func is F.linear:
+        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        weight, x, bias = named["weight"], named["input"], named.get("bias")
+        if (ops := _ops(weight)) and not weight._tierhints_transposed and _is_plain(x):
+            return weight, lambda: ops.linear(x, bias)
+    elif func is torch.addmm and not kwargs and len(args) == 3:
+        bias, x, weight = args
+        if (ops := _ops(weight)) and weight._tierhints_transposed and _is_plain(x):
+            return weight, lambda: ops.linear(x, bias)
+    elif func is F.embedding:
+        named = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False))
+        named |= kwargs
+        weight, ids = named["weight"], named["input"]
+        if (ops := _ops(weight)) and not weight._tierhints_transposed and not named.get("max_norm"):
+            return weight, lambda: ops.rows(ids)
+    elif func is Tensor.__getitem__ and (index := _as_index(args[1])) is not None:
+        weight = args[0]
+        if (ops := _ops(weight)) and weight.dim() == 3 and 0 <= index < weight.shape[0]:
+            rows, columns = weight.shape[1:]
+            return weight, lambda: ops.expand(index * rows, (index + 1) * rows).view(rows, columns)
+    return None
+
+
+def _ops(weight: Any) -> WeightOps | None:
+    return weight._tierhints_ops if isinstance(weight, OffloadedParameter) else None
+
+
+def _as_index(index: Any) -> int | None:
+    """Return the number behind an index of one expert, which may be a tensor of one element."""
+    if isinstance(index, Tensor) and index.dim() == 0 and index.dtype == torch.int64:
+        return int(index)
+    return index if type(index) is int else None
+
+
+def _is_plain(x: Any) -> bool:
+    return not isinstance(x, OffloadedParameter)
 
 
 def _writes(func: Any) -> bool:

@@ -6,7 +6,6 @@ File: ``{"clock": "virtual" | "wall", "tiers": {"CPU": {"setup_us": 2, "bandwidt
 stands in for the tier.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,47 +15,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import parse_json, write_json
 from ..hints import Tier
-from ..units import GB
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_MAX_SETUP_US = 1e9
-_MIN_BANDWIDTH_GB_S = 1e-6
-"""Bounds beyond which a wait is no experiment but a hang: 1000 s, and 1 kB/s."""
-
-
-@dataclass(frozen=True, slots=True)
-class TierSpec:
-    """A tier's cost model: a transfer of n bytes takes ``setup_us`` microseconds plus n /
-    (``bandwidth_gb_s`` * 1e9) s.
-    """
-
-    name: str
-    setup_us: float
-    bandwidth_gb_s: float
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing; raises InputError."""
-        if not (_is_number(self.setup_us) and 0 <= self.setup_us <= _MAX_SETUP_US):
-            raise InputError(
-                f"tier {self.name}: setup_us {self.setup_us!r} must be a number of microseconds "
-                f"in [0, {_MAX_SETUP_US:g}]"
-            )
-        if not (
-            _is_number(self.bandwidth_gb_s)
-            and _MIN_BANDWIDTH_GB_S <= self.bandwidth_gb_s < math.inf
-        ):
-            raise InputError(
-                f"tier {self.name}: bandwidth_gb_s {self.bandwidth_gb_s!r} must be a number of "
-                f"GB/s, {_MIN_BANDWIDTH_GB_S:g} or more"
-            )
-
-    def transfer_seconds(self, num_bytes: int) -> float:
-        """Return the seconds that moving ``num_bytes`` out of this tier takes."""
-        return self.setup_us * 1e-6 + num_bytes / (self.bandwidth_gb_s * GB)
+from ..machine import DEFAULT_SPECS, TierSpec
 
 
 class Clock(StrEnum):
@@ -66,20 +25,16 @@ class Clock(StrEnum):
     WALL = "wall"
 
 
-DEFAULT_SPECS: Mapping[Tier, TierSpec] = {
-    Tier.HBM: TierSpec("HBM", 1.0, 800.0),
-    Tier.CPU: TierSpec("CPU", 5.0, 150.0),
-    Tier.CXL: TierSpec("CXL", 2.0, 400.0),
-    Tier.SSD: TierSpec("SSD", 30.0, 10.0),
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmulationSpec:
     """The hypothetical machine that emulated mode charges for."""
 
     specs: Mapping[Tier, TierSpec] = field(default_factory=lambda: dict(DEFAULT_SPECS))
     clock: Clock = Clock.VIRTUAL
+    charge_hbm: bool = True
+    """Charge each use of weights in HBM too, as for a device that this machine doesn't have. Not
+    for a measured machine, whose compute already takes the time of its own memory.
+    """
 
 
 def load_specs(path: str | Path) -> EmulationSpec:

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from ..blocks import Block
-
 _TIMELINE_LIMIT = 20_000
 _MAX_OPEN_MARKS = 4_096
 """CUDA events kept before they are read; reading them waits for the device once."""
@@ -65,7 +63,6 @@ class Recorder:
     device: torch.device
     blocks: dict[str, BlockStats]
     resident_bytes: int
-    virtual: bool
     forwards: int = 0
     peak_resident_bytes: int = 0
     timeline: deque[tuple[float, int]] = field(
@@ -87,12 +84,16 @@ class Recorder:
         self.peak_resident_bytes = 0
         self.change_resident(0)
 
-    def begin_transfer(self, block: str) -> None:
-        """Enter a block: what follows is its transfer (booked as measured unless the clock is
-        virtual).
+    def begin_transfer(self, block: str, *, counts: bool = True) -> None:
+        """Enter a block: what follows is its transfer. ``counts``: it is a call of the block,
+        too.
         """
         self._mark()
-        self._owners.append(None if self.virtual else ("transfer", block))
+        self._owners.append(("transfer", block))
+        self.blocks[block].calls += counts
+
+    def count_call(self, block: str) -> None:
+        """Count a use of a block that is moved with another."""
         self.blocks[block].calls += 1
 
     def end_transfer(self, block: str, moved_bytes: int, charged_seconds: float) -> None:
@@ -109,23 +110,22 @@ class Recorder:
         self._mark()
         self._owners.pop()
 
-    def count_on_demand(self, block: Block, moved_bytes: int) -> None:
-        """Book a block that was fetched for an operation outside its module's forward."""
-        self.blocks[block.name].calls += 1
-        self.blocks[block.name].bytes_moved += moved_bytes
-
     def change_resident(self, num_bytes: int) -> None:
         """Book weight bytes that appeared in (or, negative, left) fast memory."""
         self.resident_bytes += num_bytes
         self.peak_resident_bytes = max(self.peak_resident_bytes, self.resident_bytes)
         self.timeline.append((time.perf_counter() - self._start, self.resident_bytes))
 
-    def snapshot(self, *, mode: str, clock: str, wait_error: dict[str, float] | None) -> Stats:
+    def snapshot(
+        self,
+        *,
+        mode: str,
+        clock: str,
+        wait_error: dict[str, float] | None,
+        bytes_per_tier: dict[str, int],
+    ) -> Stats:
         """Return the figures so far; on a GPU this waits for the device."""
         self._settle()
-        bytes_per_tier: dict[str, int] = {}
-        for block in self.blocks.values():
-            bytes_per_tier[block.tier] = bytes_per_tier.get(block.tier, 0) + block.num_bytes
         blocks = {name: BlockStats(**asdict(block)) for name, block in self.blocks.items()}
         return Stats(
             mode=mode,

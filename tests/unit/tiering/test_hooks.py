@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import inspect
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,7 +141,7 @@ class TestAnyModelAnyPlacement:
             assert not module._forward_hooks
             assert not module._forward_pre_hooks
             assert not module._forward_hooks_always_called
-        assert list(tmp_path.iterdir()) == []
+        assert all(path.suffix == ".block" for path in tmp_path.iterdir())  # for the next run
 
 
 @pytest.fixture
@@ -162,9 +164,8 @@ def test_weights_really_leave_memory(attached: Any) -> None:
     assert on_disk >= sum(block.num_bytes for block in partition_model(model)) > 0
     output(model, inputs)
     stats = runtime.stats()
-    largest = max(block.num_bytes for block in partition_model(model))
-    assert stats.resident_bytes == 0
-    assert largest <= stats.peak_resident_bytes < 2 * largest
+    assert 0 < stats.resident_bytes <= runtime.plan.fast_bytes
+    assert stats.peak_resident_bytes <= runtime.plan.fast_bytes
 
 
 def test_stats_count_each_block_once_per_use(attached: Any) -> None:
@@ -175,9 +176,11 @@ def test_stats_count_each_block_once_per_use(attached: Any) -> None:
     assert stats.forwards == 2
     assert stats.blocks["transformer.h.0.attn"].calls == 2
     assert stats.blocks["transformer.wte"].calls == 4  # embedding and tied head
-    assert stats.bytes_moved == sum(b.calls * b.num_bytes for b in stats.blocks.values())
-    assert all(b.transfer_seconds > 0 and b.compute_seconds > 0 for b in stats.blocks.values())
-    assert stats.timeline[0][1] == 0
+    for name, block in stats.blocks.items():
+        if name not in ("transformer.wte", "transformer.wpe"):  # lookups move whole chunks
+            assert block.bytes_moved == block.calls * block.num_bytes, name
+        assert block.transfer_seconds > 0 and block.compute_seconds > 0
+    assert stats.bytes_moved == sum(block.bytes_moved for block in stats.blocks.values())
     assert max(resident for _, resident in stats.timeline) == stats.peak_resident_bytes
     runtime.reset_stats()
     assert runtime.stats().bytes_moved == 0
@@ -233,6 +236,32 @@ def test_metadata_and_state_dict_of_offloaded_weights_are_right(attached: Any) -
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
+class Returning(nn.Module):
+    """Returns its weight, and keeps a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self) -> Tensor:
+        self.kept = self.weight[0]
+        return self.weight
+
+
+def test_a_weight_that_a_module_returns_or_keeps_is_not_overwritten(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([Returning() for _ in range(5)])
+    expected = [child.weight.detach().clone() for child in model]
+    with (
+        attach(model, place(model), mode="real", spill_dir=tmp_path),
+        torch.no_grad(),
+    ):
+        found = [child() for child in model]
+        for child, values, weight in zip(model, found, expected, strict=True):
+            assert torch.equal(values, weight)
+            assert torch.equal(child.kept, weight[0])
+
+
 def test_gradients_are_refused(attached: Any) -> None:
     model = attached[0]
     embeddings = torch.zeros(1, 3, 16, requires_grad=True)
@@ -247,9 +276,10 @@ def test_a_forward_that_raises_gives_its_weights_back(attached: Any) -> None:
         raise RuntimeError("user hook")
 
     handle = model.transformer.h[1].mlp.c_fc.register_forward_pre_hook(fail)
+    resident = runtime.stats().resident_bytes
     with pytest.raises(RuntimeError, match="user hook"):
         output(model, inputs)
-    assert runtime.stats().resident_bytes == 0
+    assert runtime.stats().resident_bytes == resident
     handle.remove()
     assert torch.equal(output(model, inputs), expected)
 
@@ -261,18 +291,20 @@ def test_an_interrupted_forward_is_recovered_by_the_next(attached: Any) -> None:
         raise KeyboardInterrupt
 
     handle = model.transformer.h[1].mlp.c_fc.register_forward_pre_hook(interrupt)
+    resident = runtime.stats().resident_bytes
     with pytest.raises(KeyboardInterrupt):
         output(model, inputs)
     handle.remove()
     assert torch.equal(output(model, inputs), expected)
-    assert runtime.stats().resident_bytes == 0
+    assert runtime.stats().resident_bytes == resident
 
 
 def test_damage_on_the_disk_is_an_error_and_never_a_number(attached: Any) -> None:
     model, inputs, _, runtime, folder = attached
-    path = sorted(folder.rglob("*.block"))[3]
-    good = path.read_bytes()
-    path.write_bytes(good[:-1] + bytes([good[-1] ^ 255]) if good[-1] else b"\1" + good[1:])
+    path = folder / f"{runtime._residency._held['transformer.h.0.mlp'].stored[1]}.block"
+    damaged = bytearray(path.read_bytes())
+    damaged[-4096] ^= 255  # payloads here are a sector each
+    path.write_bytes(damaged)
     with pytest.raises(PlacementError, match="checksum"):
         output(model, inputs)
     with pytest.raises(PlacementError, match="could not be restored"):
@@ -292,18 +324,18 @@ def test_attach_that_fails_half_way_restores_the_model(
     expected = output(model, inputs)
     put, calls = FileStore.put, []
 
-    def fail_later(self: FileStore, name: str, tensors: dict[str, Tensor]) -> None:
-        calls.append(name)
+    def fail_later(self: FileStore, key: str, num_bytes: int, parts: Any) -> None:
+        calls.append(key)
         if len(calls) > 5:
             raise OSError(28, "No space left on device")
-        put(self, name, tensors)
+        put(self, key, num_bytes, parts)
 
     monkeypatch.setattr(FileStore, "put", fail_later)
     with pytest.raises(OSError, match="No space left"):
         attach(model, place(model), mode="real", spill_dir=tmp_path)
     assert torch.equal(output(model, inputs), expected)
     assert all(type(p) is nn.Parameter and p.requires_grad for p in model.parameters())
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("*partial*"))
     attach(model, place(model, "all in memory"), mode="real").detach()
 
 
@@ -331,6 +363,7 @@ def test_settings_without_effect_and_unknown_ones_are_refused(tmp_path: Path) ->
         ({"mode": "real", "emulation": EmulationSpec()}, "no effect in real mode"),
         ({"mode": "emulated", "spill_dir": tmp_path}, "no effect in emulated mode"),
         ({"mode": "real", "device": "abacus"}, "device 'abacus'"),
+        ({"mode": "real", "precision": "int7"}, "precision 'int7'"),
     ):
         with pytest.raises(InputError, match=message):
             attach(model, hints, **arguments)
@@ -379,10 +412,10 @@ def test_inference_mode_around_attach_or_detach_leaves_a_trainable_model(
 def test_detach_that_ran_out_of_memory_can_be_repeated(
     attached: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lib.tiering import transfer
+    from lib.tiering import residency
 
-    model, inputs, expected, runtime, folder = attached
-    set_weights, calls = transfer._set_weights, []
+    model, inputs, expected, runtime, _ = attached
+    set_weights, calls = residency.set_weights, []
 
     def fail_once(parameter: nn.Parameter, weights: Tensor) -> None:
         calls.append(parameter)
@@ -390,28 +423,34 @@ def test_detach_that_ran_out_of_memory_can_be_repeated(
             raise torch.OutOfMemoryError("simulated")
         set_weights(parameter, weights)
 
-    monkeypatch.setattr(transfer, "_set_weights", fail_once)
+    monkeypatch.setattr(residency, "set_weights", fail_once)
     with pytest.raises(PlacementError, match="detach again"):
         runtime.detach()
     runtime.detach()
     assert torch.equal(output(model, inputs), expected)
     assert all(type(p) is nn.Parameter and p.requires_grad for p in model.parameters())
-    assert list(folder.iterdir()) == []
 
 
-def test_a_forgotten_model_is_freed_with_its_files(tmp_path: Path) -> None:
+def test_a_forgotten_model_is_freed_with_its_files_and_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     model, inputs = make("tied")
-    runtime = attach(model, place(model), mode="real", spill_dir=tmp_path)
+    before = threading.active_count()
+    runtime = attach(model, place(model), mode="real")
     output(model, inputs)
+    assert list(tmp_path.rglob("*.block"))
     del model, runtime
     gc.collect()
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.rglob("*.block"))
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_one_forward_at_a_time(attached: Any) -> None:
-    import threading
-
-    model, inputs, _, runtime, _ = attached
+    model, inputs, _, _, _ = attached
     inside, refused = threading.Event(), threading.Event()
 
     def wait(module: nn.Module, args: Any) -> None:

@@ -1,0 +1,123 @@
+"""The picture of an offload benchmark: tokens per second and memory against the limit.
+
+The document is that of scripts/bench_offload.py.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .drawing import BLUE, DPI, INK, ORANGE, SKY_BLUE, picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_GREY = "#888888"
+_STYLES: Mapping[str, tuple[str, str]] = {
+    "ours-lossless": (ORANGE, "o"),
+    "ours-int8": (BLUE, "s"),
+    "ours-int4": ("#009E73", "D"),
+    "transformers": (INK, "v"),
+    "accelerate": (_GREY, "^"),
+    "airllm": ("#CC79A7", "P"),
+}
+"""Colour and marker of each system; a system that is not named here is sky blue."""
+_HEADROOM = 1.6
+"""Room above and below what is drawn on the log axis, as a factor."""
+
+
+def plot_offload(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> None:
+    """Draw one line per system, and write a PNG; raises InputError where no limited run survived.
+
+    Left: median tokens/s (log axis), the range down to the slow tail as a bar, runs that did not
+    survive as crosses below. Right: peak memory, filled without and hollow with the page cache.
+    """
+    limited: dict[str, list[Mapping[str, Any]]] = {}
+    for run in document["runs"]:
+        if run["limit_mib"] is not None:
+            limited.setdefault(run["name"], []).append(run)
+    rates = [
+        run["tokens_per_s"]["median"]
+        for run in document["runs"]
+        if run["survived"] and run["tokens_per_s"]["median"]
+    ]
+    if not rates or not limited:
+        raise InputError("no run under a memory limit survived: there is nothing to draw")
+    bottom = min(rates) / _HEADROOM**2
+    with picture(path, (10, 4.6), dpi) as figure:
+        speed, memory = figure.subplots(1, 2, width_ratios=(3, 2))
+        for name, runs in limited.items():
+            if all(run["peak_mib"] is None for run in runs):
+                continue  # it was not run at all
+            color, marker = _STYLES.get(name, (SKY_BLUE, "o"))
+            ordered = sorted(runs, key=lambda run: run["limit_mib"])
+            _draw_speed(speed, ordered, color=color, marker=marker, bottom=bottom)
+            _draw_memory(memory, ordered, color=color, marker=marker)
+        _draw_resident(speed, document)
+        limits = sorted({run["limit_mib"] for runs in limited.values() for run in runs})
+        memory.plot(limits, limits, color=INK, lw=0.8, ls=":", zorder=0)
+        for axes in (speed, memory):
+            axes.set_xticks(limits, [str(limit) for limit in limits], fontsize=8)
+            axes.margins(x=0.08)
+            axes.set_xlabel("memory limit (MiB)")
+            axes.grid(alpha=0.3)
+        speed.set_xlabel("memory limit (MiB); crosses: did not survive")
+        speed.set_yscale("log")
+        speed.set_ylim(bottom / _HEADROOM, max(rates) * _HEADROOM)
+        speed.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        speed.set_ylabel("tokens per second, median\n(bar: 95 % of tokens are faster)")
+        figure.legend(
+            *speed.get_legend_handles_labels(),
+            frameon=False,
+            fontsize=8,
+            loc="outside upper center",
+            ncols=4,
+        )
+        memory.set_ylim(bottom=0)
+        memory.set_ylabel(
+            "peak MiB (dotted: the limit)\nfilled: anonymous, hollow: with page cache"
+        )
+
+
+def _draw_speed(
+    axes: "Axes", runs: list[Mapping[str, Any]], *, color: str, marker: str, bottom: float
+) -> None:
+    alive = [run for run in runs if run["survived"]]
+    dead = [run["limit_mib"] for run in runs if not run["survived"]]
+    medians = [run["tokens_per_s"]["median"] for run in alive]
+    slow = [median - run["tokens_per_s"]["p95"] for median, run in zip(medians, alive, strict=True)]
+    axes.errorbar(
+        [run["limit_mib"] for run in alive],
+        medians,
+        yerr=[slow, [0.0] * len(slow)],
+        color=color,
+        marker=marker,
+        ms=5,
+        lw=1.4,
+        capsize=2,
+        label=runs[0]["label"],
+    )
+    axes.plot(dead, [bottom] * len(dead), color=color, marker="x", ms=7, mew=2, ls="")
+
+
+def _draw_memory(axes: "Axes", runs: list[Mapping[str, Any]], *, color: str, marker: str) -> None:
+    limits = [run["limit_mib"] for run in runs]
+    for key, fill in (("peak_anon_mib", "full"), ("peak_mib", "none")):
+        axes.plot(
+            limits,
+            [run[key] for run in runs],
+            color=color,
+            marker=marker,
+            ms=5,
+            lw=1.2 if fill == "full" else 0.5,
+            fillstyle=fill,
+        )
+
+
+def _draw_resident(axes: "Axes", document: Mapping[str, Any]) -> None:
+    for run in document["runs"]:
+        if run["name"] == "resident" and run["survived"]:
+            rate = run["tokens_per_s"]["median"]
+            label = f"{run['label']}, no limit ({run['peak_anon_mib']:.0f} MiB)"
+            axes.axhline(rate, color=INK, ls="--", lw=1, label=label)

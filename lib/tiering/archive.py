@@ -1,0 +1,118 @@
+"""What lies in the stores: payloads written once, read whole, in shards, or by rows."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ..hints import Tier
+from .originals import Originals
+from .payload import Part, Payload, Shard, content_key, payload_bytes, raw_view
+from .stores import CHUNK_BYTES, DeviceStore, Store, aligned_buffer
+
+Stored = tuple[Tier, str]
+"""Tier and key of a payload."""
+
+
+class Archive:
+    """Payloads of one model in the stores of the tiers."""
+
+    def __init__(self, stores: Mapping[Tier, Store], originals: Originals) -> None:
+        self._stores = stores
+        self._originals = originals
+
+    def put(self, payload: Payload, tier: Tier, before: Stored | None = None) -> Stored:
+        """Store a payload in a tier, unless it is there: from another tier, or from the originals.
+
+        Its key is its content, so that what an earlier run stored serves again.
+        """
+        store = self._stores[tier]
+        if before is not None:
+            key = before[1]
+            parts: Iterator[Tensor] = (buffer for buffer, _ in self.shards(before, payload))
+        else:
+            names = [part.parameter for part in payload.parts]
+            key = content_key(payload, {name: self._originals.identity(name) for name in names})
+            parts = payload_bytes(payload, self._originals.read)
+        if not store.has(key):
+            store.put(key, payload.num_bytes, parts)
+        return tier, key
+
+    def view(self, stored: Stored) -> Tensor | None:
+        """Return a payload where it lies; None where that is no memory."""
+        return self._stores[stored[0]].view(stored[1])
+
+    def shards(self, stored: Stored, payload: Payload) -> Iterator[tuple[Tensor, Shard]]:
+        """Read a payload shard by shard."""
+        store, key = self._stores[stored[0]], stored[1]
+        view = store.view(key)
+        for shard in payload.shards:
+            if view is not None:
+                yield view[shard.offset : shard.offset + shard.num_bytes], shard
+            else:
+                buffer = aligned_buffer(shard.num_bytes)
+                store.read_into(key, shard.offset, buffer)
+                yield buffer, shard
+
+    def weights(
+        self, stored: Stored, payload: Payload, device_of: Callable[[str], torch.device]
+    ) -> Iterator[tuple[Part, Tensor]]:
+        """Read a payload: raw parts as tensors of their own on a device, others as records."""
+        if payload.by_rows:
+            part = payload.parts[0]
+            whole = torch.empty(part.shape, dtype=part.dtype, device=device_of(part.parameter))
+            for buffer, shard in self.shards(stored, payload):
+                data = buffer[: shard.data_bytes].view(part.dtype)
+                whole[shard.start : shard.end] = data.view(-1, part.columns)
+            yield part, whole
+            return
+        for buffer, _ in self.shards(stored, payload):
+            for part in payload.parts:
+                if part.record is None:
+                    view = raw_view(buffer, part)
+                    weights = torch.empty_like(view, device=device_of(part.parameter))
+                    yield part, weights.copy_(view)
+                else:
+                    yield part, buffer[part.offset : part.offset + part.num_bytes]
+
+    def raw_rows(
+        self, stored: Stored, part: Part, shard: Shard, ids: Tensor, buffer: Tensor
+    ) -> tuple[Tensor, int]:
+        """Read rows (n, columns) of a raw shard; ids are sorted. Returns the bytes moved, too."""
+        row_bytes = part.columns * part.dtype.itemsize
+        if (view := self.view(stored)) is not None:
+            data = view[shard.offset : shard.offset + shard.data_bytes].view(part.dtype)
+            return data.view(-1, part.columns)[ids.to(data.device)], len(ids) * row_bytes
+        rows = torch.empty(len(ids), part.columns, dtype=part.dtype)
+        target = rows.view(torch.uint8)
+        moved_bytes, low, high = 0, 0, 0
+        for place, row in enumerate(ids.tolist()):
+            start = shard.offset + row * row_bytes
+            if not low <= start < start + row_bytes <= high:
+                # Whole chunks, since these are what has a checksum; the next rows may be there,
+                # too.
+                low = start // CHUNK_BYTES * CHUNK_BYTES
+                end = -(-(start + row_bytes) // CHUNK_BYTES) * CHUNK_BYTES
+                high = min(end, shard.offset + shard.num_bytes)
+                self._stores[stored[0]].read_into(stored[1], low, buffer[: high - low])
+                moved_bytes += high - low
+            target[place] = buffer[start - low : start - low + row_bytes]
+        return rows, moved_bytes
+
+    def shard_record(self, stored: Stored, shard: Shard, buffer: Tensor) -> Tensor:
+        """Read a shard's record, into ``buffer`` where it isn't in memory."""
+        if (view := self.view(stored)) is not None:
+            return view[shard.offset : shard.offset + shard.data_bytes]
+        self._stores[stored[0]].read_into(stored[1], shard.offset, buffer[: shard.num_bytes])
+        return buffer[: shard.data_bytes]
+
+    def memory_bytes(self) -> int:
+        """Measure the payloads that lie in memory."""
+        return sum(
+            store.used_bytes() for store in self._stores.values() if isinstance(store, DeviceStore)
+        )
+
+    def close(self) -> None:
+        """Close the stores."""
+        for store in self._stores.values():
+            store.close()

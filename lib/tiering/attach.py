@@ -1,0 +1,363 @@
+"""attach(): from a model, its hints and a budget to a runtime.
+
+Without a budget every block goes to the tier that its hint names; with one, the planner decides.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..blocks import (
+    Block,
+    digest_parameters,
+    partition_model,
+    tied_modules,
+    unique_parameters,
+    unwrap_model,
+)
+from ..errors import InputError
+from ..hints import Hints, Tier, hints_from_json, load_hints, match_hints
+from ..machine import DEFAULT_SPECS, MachineProfile, TierSpec, load_machine
+from ..policy.plan import BlockNeed, Placement, Plan, Step, definition_schedule
+from ..policy.planner import make_plan
+from ..policy.states import placed_state
+from ..policy.timeline import PassTime
+from ..units import parse_bytes
+from .archive import Archive
+from .emulation import EmulatedLink
+from .hooks import Runtime, refuse_managed
+from .link import Link, RealLink
+from .needs import PrecisionChoice, block_needs, make_payloads, scratch_bytes
+from .originals import Originals
+from .payload import Payload
+from .residency import Residency
+from .sources import CheckpointSource
+from .specs import EmulationSpec
+from .stores import DeviceStore, FileStore, HostStore, NumaStore, Store
+
+Mode = Literal["real", "emulated"]
+_DECLARED = MachineProfile(name="default specs", tiers=DEFAULT_SPECS)
+_UNMEASURED = MachineProfile(
+    name="not measured",
+    tiers={
+        Tier.HBM: DEFAULT_SPECS[Tier.HBM],
+        Tier.CPU: TierSpec("CPU", 10, 12),
+        Tier.CXL: TierSpec("CXL", 2, 20),
+        Tier.SSD: TierSpec("SSD", 150, 1),
+    },
+)
+"""What the planner assumes of a machine that was not probed: slow links, so that it spends enough
+slots to keep them busy.
+"""
+Budget = Mapping[str, str | int | None]
+"""Tier -> size ("700MiB", 1.5e9 as an int, None: no limit). Tiers left out are not used."""
+
+
+def attach(
+    model: nn.Module,
+    hints: Hints | Mapping[str, Any] | str | Path | None = None,
+    *,
+    mode: Mode = "real",
+    budget: Budget | None = None,
+    precision: PrecisionChoice = None,
+    weights: str | Path | None = None,
+    machine: MachineProfile | str | Path | None = None,
+    emulation: EmulationSpec | None = None,
+    spill_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> Runtime:
+    """Place a model's weights and return the runtime, which is also a context manager that
+    detaches.
+
+    ``hints`` is a Hints, a parsed document of either form, or a file; it may be left out where
+    there is a ``budget``, and without a budget it says where each block goes. ``budget`` bounds
+    each tier (weights, slots and working memory together); without an accelerator HBM is the
+    machine's RAM. ``precision`` None keeps outputs bit for bit; "int4" and the like compress every
+    matrix, but none below its floor. ``weights`` is the safetensors checkpoint of a model on the
+    meta device (``empty_weights()``), which is then never in memory as a whole. ``machine``
+    (machine.json) tells the planner, and an emulated run, how fast the tiers are. ``spill_dir``
+    holds the SSD tier and keeps it for the next run (default: a temporary folder on a disk).
+    ``device`` is where the model computes (default: where its first parameter is). ``forward`` and
+    ``generate`` keep their signatures; the model is for inference while attached.
+
+    Raises InputError for hints that don't fit the model, a tier that the mode can't serve, a budget
+    that is too small (with the smallest that would do) and a spill folder that is memory;
+    PlacementError for a model that this or another offloader manages already. The model is then as
+    it was.
+    """
+    _check_arguments(mode, hints, budget, emulation, spill_dir)
+    refuse_managed(model)
+    model = unwrap_model(model)
+    blocks = partition_model(model)
+    checkpoint = _open_checkpoint(model, weights) if weights is not None else None
+    compute_device = _resolve_device(model, device)
+    loaded = _load_hints(hints, model, blocks, checkpoint)
+    if isinstance(machine, str | Path):
+        machine = load_machine(machine)
+    profile = machine or (_UNMEASURED if mode == "real" else _DECLARED)
+    payloads = make_payloads(model, blocks, precision=precision, hints=loaded)
+    needs = block_needs(model, payloads, hints=loaded, device=compute_device, machine=profile)
+    scratch = scratch_bytes(payloads.values())
+
+    def plan_budget(limits: Budget, schedule: Sequence[Step]) -> Plan:
+        parsed = parse_budget(limits, compute_device, mode)
+        return make_plan(needs, schedule, parsed, profile, scratch)
+
+    schedule = definition_schedule(needs)
+    labels: dict[str, Tier] = {}
+    if budget is not None:
+        plan = plan_budget(budget, schedule)
+    else:
+        assert loaded is not None
+        tiers = {name: hint.tier for name, hint in loaded.blocks.items()}
+        labels = {block.name: tiers[block.name] for block in blocks}
+        plan = _plan_by_hints(needs, payloads, labels, compute_device, mode, scratch)
+    if mode == "emulated" and emulation is None:
+        emulation = EmulationSpec(specs=dict(profile.tiers), charge_hbm=machine is None)
+    if emulation is not None:
+        _check_specs(plan, emulation)
+    stores = _Stores(Path(spill_dir) if spill_dir is not None else None, mode, compute_device)
+    link: Link
+    if emulation is not None:
+        link = EmulatedLink(emulation, compute_device)
+    else:
+        link = RealLink(stores, compute_device)
+    with torch.inference_mode(mode=False), torch.no_grad():
+        originals = Originals(model, checkpoint)
+        archive = Archive(stores, originals)
+        residency = Residency(
+            payloads, originals, link, archive, device=compute_device, emulated=mode == "emulated"
+        )
+        try:
+            originals.prepare(compute_device)
+            with progress_bar(plan, payloads) as progress:
+                residency.apply(plan, [step.block for step in schedule], progress=progress)
+        except BaseException:
+            residency.close()
+            raise
+    return Runtime(
+        model,
+        blocks,
+        residency,
+        plan,
+        plan_budget,
+        mode=mode,
+        emulation=emulation,
+        device=compute_device,
+        schedule=schedule,
+        labels=labels,
+    )
+
+
+def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, int | None]:
+    """Read a budget; raises InputError for unknown tiers, sizes that are none, and a missing HBM.
+
+    Without an accelerator host memory is the fast tier itself: a CPU budget is then HBM's, or,
+    beside one, without effect (a warning says so), but for emulation, where it is a tier of its
+    own.
+    """
+    parsed: dict[Tier, int | None] = {}
+    for name, size in budget.items():
+        if name not in list(Tier):
+            raise InputError(f"budget for unknown tier {name!r}; allowed: {', '.join(Tier)}")
+        parsed[Tier(name)] = None if size is None else parse_bytes(size)
+    if device.type == "cpu" and mode == "real" and Tier.CPU in parsed:
+        limit = parsed.pop(Tier.CPU)
+        if Tier.HBM in parsed:
+            warnings.warn(
+                "a CPU budget has no effect here: without an accelerator, HBM is the RAM",
+                stacklevel=3,
+            )
+        else:
+            parsed[Tier.HBM] = limit
+    if Tier.HBM not in parsed:
+        raise InputError(
+            f"budget {dict(budget)!r} has no HBM, the memory of the compute device: give one, such "
+            'as {"HBM": "700MiB", "SSD": None}'
+        )
+    return parsed
+
+
+@contextlib.contextmanager
+def progress_bar(plan: Plan, payloads: Mapping[str, Payload]) -> Iterator[Callable[[int], None]]:
+    """Show the bytes placed so far and the time to go, on a terminal only."""
+    total = sum(payload.num_bytes for payload in payloads.values())
+    with tqdm(
+        total=total,
+        desc="placing weights",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    ) as bar:
+        yield lambda num_bytes: bar.update(num_bytes) and None
+
+
+class _Stores(dict[Tier, Store]):
+    """The stores of the tiers, each made when it is first used."""
+
+    def __init__(self, folder: Path | None, mode: Mode, device: torch.device) -> None:
+        super().__init__()
+        self._folder = folder
+        self._mode = mode
+        self._device = device
+
+    def __missing__(self, tier: Tier) -> Store:
+        if self._mode == "emulated":
+            self[tier] = DeviceStore(self._device)
+        elif tier is Tier.SSD:
+            self[tier] = FileStore(self._folder)
+        elif tier is Tier.CXL:
+            self[tier] = NumaStore()
+        else:
+            self[tier] = HostStore(pinned=self._device.type == "cuda")
+        return self[tier]
+
+
+def _check_arguments(
+    mode: str,
+    hints: Any,
+    budget: Budget | None,
+    emulation: EmulationSpec | None,
+    spill_dir: str | Path | None,
+) -> None:
+    if mode not in ("real", "emulated"):
+        raise InputError(f"mode {mode!r} is unknown; allowed: real, emulated")
+    if mode == "real" and emulation is not None:
+        raise InputError(
+            "an emulation spec has no effect in real mode: leave it out, or use mode='emulated'"
+        )
+    if mode == "emulated" and spill_dir is not None:
+        raise InputError(
+            "a spill_dir has no effect in emulated mode: leave it out, or use mode='real'"
+        )
+    if hints is None and budget is None:
+        raise InputError("neither hints nor a budget: give one, or there is nothing to place by")
+
+
+def _open_checkpoint(model: nn.Module, path: str | Path) -> CheckpointSource:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    prefix = getattr(model, "base_model_prefix", "")
+    return CheckpointSource(path, base_model_prefix=prefix, tied=names.values())
+
+
+def _load_hints(
+    hints: Hints | Mapping[str, Any] | str | Path | None,
+    model: nn.Module,
+    blocks: tuple[Block, ...],
+    checkpoint: CheckpointSource | None,
+) -> Hints | None:
+    """Load hints and match them with the model; the result has exactly the model's blocks."""
+    if hints is None:
+        return None
+    if isinstance(hints, str | Path):
+        hints = load_hints(hints)
+    elif not isinstance(hints, Hints):
+        hints = hints_from_json(hints)
+    digest = None
+    if hints.model is not None:
+        names = sorted(unique_parameters(model))
+        if checkpoint is None:
+            given = unique_parameters(model)
+            digest = digest_parameters((name, given[name].detach()) for name in names)
+        else:
+            digest = digest_parameters((name, checkpoint.read(name)) for name in names)
+    matched = match_hints(
+        hints,
+        [block.name for block in blocks],
+        parameter_digest=digest,
+        tied=tied_modules(blocks),
+    )
+    return Hints(blocks=matched, model=hints.model, provenance=hints.provenance)
+
+
+def _plan_by_hints(
+    needs: Sequence[BlockNeed],
+    payloads: Mapping[str, Payload],
+    tiers: Mapping[str, Tier],
+    device: torch.device,
+    mode: Mode,
+    scratch: int,
+) -> Plan:
+    """Put every group where the hints of its blocks say: where most of its bytes should be.
+
+    What computes around other groups stays in fast memory. One slot, and two where they cost less
+    than half of what leaving saves.
+    """
+    placements = {}
+    for need in needs:
+        shares: dict[Tier, int] = {}
+        for block in payloads[need.name].group.blocks:
+            tier = _served_tier(block.name, tiers[block.name], device, mode)
+            shares[tier] = shares.get(tier, 0) + block.num_bytes
+        order = list(Tier)
+        tier = max(shares, key=lambda tier: (shares[tier], order.index(tier)))
+        reason = "the hints' tier"
+        if need.must_reside and tier is not Tier.HBM:
+            tier, reason = Tier.HBM, "other blocks compute inside it"
+        resident = tier is Tier.HBM
+        placements[need.name] = Placement(
+            tier=tier,
+            precision=need.precision,
+            state=placed_state(tier, need.precision, computed_as_is=need.computed_as_is),
+            reason=reason,
+            resident_bytes=need.resident_bytes if resident else 0,
+            stored_bytes=need.stored_bytes,
+            unit_bytes=() if resident else need.unit_bytes,
+        )
+    units = [size for placement in placements.values() for size in placement.unit_bytes]
+    saved = sum(need.resident_bytes for need in needs if placements[need.name].tier is not Tier.HBM)
+    slot_bytes = max(units, default=0)
+    return Plan(
+        placements=placements,
+        slot_bytes=slot_bytes,
+        num_slots=0 if not units else 2 if len(units) > 1 and 4 * slot_bytes < saved else 1,
+        scratch_bytes=scratch,
+        budget={},
+        predicted=PassTime(0.0, 0.0, 0.0, 0),
+    )
+
+
+def _served_tier(block: str, tier: Tier, device: torch.device, mode: Mode) -> Tier:
+    """Return where a tier's blocks are on this machine; refuses tiers that it lacks."""
+    if mode == "emulated":
+        return tier
+    if tier not in {Tier.HBM, Tier.CPU, Tier.CXL, Tier.SSD}:
+        raise InputError(
+            f"block {block!r}: real mode has no {tier} tier; use HBM, CPU, CXL or SSD, or "
+            "mode='emulated'"
+        )
+    return Tier.HBM if tier is Tier.CPU and device.type == "cpu" else tier
+
+
+def _check_specs(plan: Plan, emulation: EmulationSpec) -> None:
+    missing = {str(placement.tier) for placement in plan.placements.values()} - set(
+        map(str, emulation.specs)
+    )
+    if missing - ({"HBM"} if not emulation.charge_hbm else set()):
+        raise InputError(
+            f"tier {min(missing)} has no emulation spec: add it to the spec file's tiers"
+        )
+
+
+def _resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """Return the compute device with its index, so that it compares equal to a tensor's device."""
+    if device is None:
+        first = next(model.parameters()).device
+        return torch.device("cpu") if first.type == "meta" else first
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {str(device)!r} can't be used here: {str(error).splitlines()[0]}"
+        ) from error

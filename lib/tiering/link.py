@@ -1,0 +1,279 @@
+"""Links: what carries units from stores into slots of fast memory, in the order they are asked for.
+
+``RealLink`` reads with threads into page-aligned slots; in front of an accelerator it stages
+through pinned memory and copies on a stream of its own, with events both ways and no
+synchronization on the host. ``EmulatedLink`` (emulation.py) lets the time pass that hypothetical
+tiers would take.
+"""
+
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import PlacementError
+from ..hints import Tier
+from .stores import NUM_READERS, PIECE_BYTES, Store, aligned_buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one transfer moves: a range of a payload in a store. ``index`` counts a group's
+    shards.
+    """
+
+    group: str
+    index: int
+    tier: Tier
+    key: str
+    offset: int
+    num_bytes: int
+    data_bytes: int
+
+
+class Link(Protocol):
+    """Carries units into slots, first come first served."""
+
+    def make_slots(self, num_slots: int, slot_bytes: int) -> None:
+        """Allocate the slots; nothing is allocated afterwards. Frees the ones before."""
+
+    def submit(self, unit: Unit, slot: int) -> "Ticket":
+        """Ask for a unit in a slot; returns at once."""
+
+    def wait(self, ticket: "Ticket") -> Tensor | None:
+        """Block until the unit is there; returns its bytes in fast memory, or None where nothing
+        really moved. Raises PlacementError where the bytes are not sound.
+        """
+
+    def done_with(self, slot: int, *, shared: bool) -> None:
+        """Say that what was computed with the slot's bytes has been asked of the device.
+
+        ``shared``: others than us have seen views of them, and may have kept one.
+        """
+
+    def fetch(self, tier: Tier, num_bytes: int) -> None:
+        """Account for bytes that were read past the slots: rows of an embedding."""
+
+    def use_in_place(self, num_bytes: int) -> None:
+        """Account for one use of weights that are in fast memory."""
+
+    def slots(self) -> Sequence[Tensor]:
+        """Return the slots, to measure them."""
+
+    @property
+    def virtual_seconds(self) -> float:
+        """What was waited for on a virtual clock since the last reset."""
+
+    def wait_error(self) -> dict[str, float] | None:
+        """Say how well emulated waits were met; None where none were."""
+
+    def reset(self) -> None:
+        """Start these figures anew."""
+
+    def close(self) -> None:
+        """Free the slots and end the threads."""
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A unit on its way, or arrived."""
+
+    unit: Unit
+    slot: int
+    arrived: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+    copied: "torch.cuda.Event | None" = None
+    due: float = 0.0
+    """When an emulated transfer ends, on its link's clock."""
+    finish: Callable[[], None] | None = None
+    """What the reader thread does once all bytes are in host memory."""
+    _open_pieces: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_Job = tuple[Ticket, Store, int, Tensor] | None
+
+
+class RealLink:
+    """Reads units from real stores.
+
+    A forked child inherits no threads: there every use is a PlacementError.
+    """
+
+    virtual_seconds = 0.0
+
+    def __init__(self, stores: Mapping[Tier, Store], device: torch.device) -> None:
+        self._stores = stores
+        self._device = device
+        self._process = os.getpid()
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._slots: list[Tensor] = []
+        self._host_slots: list[Tensor] = []
+        self._stream = (
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if device.type == "cuda"
+            else None
+        )
+        self._used: dict[int, torch.cuda.Event] = {}
+        self._staged: dict[int, torch.cuda.Event] = {}
+        self._num_threads = 0
+        self._num_own_users = 0
+        # The threads know the queue alone, so that a forgotten runtime is freed.
+        self._finish = weakref.finalize(self, _end_threads, self._jobs, NUM_READERS)
+
+    def make_slots(self, num_slots: int, slot_bytes: int) -> None:
+        """Allocate slots in fast memory, and as many pinned ones where a disk feeds a device."""
+        self._slots, self._host_slots = [], []
+        self._used.clear()
+        self._staged.clear()
+        self._slots = [self._allocate(slot_bytes) for _ in range(num_slots)]
+        if self._slots:
+            self._num_own_users = _num_users(self._slots[0])
+        if self._stream is not None and Tier.SSD in self._stores:
+            self._host_slots = [
+                torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True)
+                for _ in range(num_slots)
+            ]
+
+    def submit(self, unit: Unit, slot: int) -> Ticket:
+        """Queue the unit's pieces for the reader threads, or the copy on the stream."""
+        self._check_process()
+        ticket = Ticket(unit, slot)
+        store = self._stores[unit.tier]
+        there = store.view(unit.key) if self._stream is not None else None
+        if there is not None:
+            self._copy(ticket, there[unit.offset : unit.offset + unit.num_bytes])
+            ticket.arrived.set()
+            return ticket
+        if self._stream is not None and slot in self._staged:
+            self._staged.pop(slot).synchronize()  # the copy before has left the pinned slot
+        target = (self._host_slots or self._slots)[slot][: unit.num_bytes]
+        if self._stream is not None:
+            ticket.finish = lambda: self._copy_staged(ticket, target)
+        starts = range(0, unit.num_bytes, PIECE_BYTES)
+        ticket._open_pieces = len(starts)
+        self._start_threads()
+        for start in starts:
+            self._jobs.put(
+                (ticket, store, unit.offset + start, target[start : start + PIECE_BYTES])
+            )
+        return ticket
+
+    def wait(self, ticket: Ticket) -> Tensor | None:
+        """Wait for the threads; a device is made to wait for its copy stream."""
+        self._check_process()
+        ticket.arrived.wait()
+        if ticket.error is not None:
+            raise ticket.error
+        if self._stream is not None:
+            assert ticket.copied is not None
+            torch.cuda.current_stream(self._device).wait_event(ticket.copied)
+        return self._slots[ticket.slot][: ticket.unit.num_bytes]
+
+    def done_with(self, slot: int, *, shared: bool) -> None:
+        """Let the copy stream know after which of the device's work a slot may be overwritten.
+
+        A module may return its weight, or keep a view of it: that slot's memory is theirs then, and
+        the slot gets memory of its own again.
+        """
+        if shared and _num_users(self._slots[slot]) > self._num_own_users:
+            self._slots[slot] = self._allocate(self._slots[slot].numel())
+        if self._stream is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+            self._used[slot] = event
+
+    def fetch(self, tier: Tier, num_bytes: int) -> None:
+        """Nothing to account for: the time has really passed."""
+
+    def use_in_place(self, num_bytes: int) -> None:
+        """Nothing to account for: the time has really passed."""
+
+    def wait_error(self) -> None:
+        """Real transfers have no target to miss."""
+        return None
+
+    def reset(self) -> None:
+        """There are no figures."""
+
+    def slots(self) -> Sequence[Tensor]:
+        """Return the slots, to measure them."""
+        return self._slots
+
+    def close(self) -> None:
+        """End the threads and free the slots."""
+        self._finish()
+        self._slots, self._host_slots = [], []
+
+    def _allocate(self, num_bytes: int) -> Tensor:
+        if self._stream is None:
+            return aligned_buffer(num_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def _copy(self, ticket: Ticket, source: Tensor) -> None:
+        assert self._stream is not None
+        with torch.cuda.stream(self._stream):
+            if (used := self._used.pop(ticket.slot, None)) is not None:
+                self._stream.wait_event(used)
+            self._slots[ticket.slot][: len(source)].copy_(source, non_blocking=True)
+            ticket.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ticket.copied.record(self._stream)
+
+    def _copy_staged(self, ticket: Ticket, staged: Tensor) -> None:
+        self._copy(ticket, staged)
+        assert ticket.copied is not None
+        self._staged[ticket.slot] = ticket.copied
+
+    def _start_threads(self) -> None:
+        while self._num_threads < NUM_READERS:
+            threading.Thread(
+                target=_read_pieces, args=(self._jobs,), daemon=True, name="tierhints-reader"
+            ).start()
+            self._num_threads += 1
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise PlacementError(
+                "the process was forked after attach, and reader threads don't survive a fork: "
+                "attach in the child process"
+            )
+
+
+def _read_pieces(jobs: "queue.SimpleQueue[_Job]") -> None:
+    """Read and check pieces until told to end; a failure goes to whoever waits for the unit."""
+    while (job := jobs.get()) is not None:
+        ticket, store, start, target = job
+        try:
+            if ticket.error is None:
+                store.read_into(ticket.unit.key, start, target)
+        except BaseException as error:
+            ticket.error = error
+        del job, store, target  # views of the slot, which must not be taken for somebody else's
+        with ticket._lock:
+            ticket._open_pieces -= 1
+            last = ticket._open_pieces == 0
+        if last:
+            try:
+                if ticket.error is None and ticket.finish is not None:
+                    ticket.finish()
+            except BaseException as error:
+                ticket.error = error
+            ticket.finish = None
+            ticket.arrived.set()
+        del ticket
+
+
+def _end_threads(jobs: "queue.SimpleQueue[_Job]", num_threads: int) -> None:
+    for _ in range(num_threads):
+        jobs.put(None)
+
+
+def _num_users(buffer: Tensor) -> int:
+    """Count the tensors on a buffer's memory (and its own handles, a constant)."""
+    return int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))

@@ -1,0 +1,200 @@
+"""From a model to what the planner wants: the payload of each group at its precision, and its
+needs.
+
+Works on a model on the meta device, so a plan costs no memory.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..blocks import Block, partition_model, unique_parameters
+from ..errors import InputError
+from ..hints import BlockHint, Hints, Precision
+from ..machine import MachineProfile
+from ..policy.plan import BlockNeed
+from ..precision.kernels import SCRATCH_BYTES, Use, resident_bytes
+from .payload import Payload, group_blocks, make_payload
+from .stores import CHUNK_BYTES
+
+_DEFAULT_COMPUTE = 4e9
+"""Weights per second of a machine that was not measured."""
+
+PrecisionChoice = Precision | str | Mapping[str, Precision | str] | None
+"""One precision for all weights, or by block name; None: as they are (lossless)."""
+
+
+def make_payloads(
+    model: nn.Module,
+    blocks: Iterable[Block],
+    *,
+    precision: PrecisionChoice,
+    hints: Hints | None,
+) -> dict[str, Payload]:
+    """Lay out every group of a model at the precision asked for, or at its floor where that is
+    higher.
+
+    Raises InputError for a precision or a block that doesn't exist.
+    """
+    blocks = tuple(blocks)
+    shapes = dict(unique_parameters(model))
+    wanted = _wanted_precisions(precision, blocks)
+    known: Mapping[str, BlockHint] = hints.blocks if hints is not None else {}
+    payloads = {}
+    for group in group_blocks(blocks):
+        choices = [wanted.get(group.name)]
+        choices += [wanted.get(block.name) for block in group.blocks]
+        chosen = _most_precise(choice for choice in choices if choice is not None)
+        floors = [known[block.name].floor for block in group.blocks if block.name in known]
+        if chosen is not None:
+            chosen = _most_precise([chosen, *(floor for floor in floors if floor is not None)])
+        payloads[group.name] = make_payload(group, model, shapes, chosen)
+    return payloads
+
+
+def block_needs(
+    model: nn.Module,
+    payloads: Mapping[str, Payload],
+    *,
+    hints: Hints | None,
+    device: torch.device,
+    machine: MachineProfile,
+) -> list[BlockNeed]:
+    """Return what each group asks for, in definition order."""
+    residents = _must_reside(payloads)
+    return [
+        _need(payload, hints, device, machine, must_reside=name in residents)
+        for name, payload in payloads.items()
+    ]
+
+
+def scratch_bytes(payloads: Iterable[Payload]) -> int:
+    """Return the working memory that the payloads' weights need in fast memory."""
+    payloads = list(payloads)
+    lossy = any(payload.lossy for payload in payloads)
+    lookups = max((lookup_bytes(payload) for payload in payloads), default=0)
+    return lookups + (SCRATCH_BYTES if lossy else 0)
+
+
+def lookup_bytes(payload: Payload) -> int:
+    """Return the buffer that lookups in an embedding need while it is away."""
+    if not payload.by_rows or Use.EMBEDDING not in payload.parts[0].uses:
+        return 0
+    part = payload.parts[0]
+    if part.record is not None:
+        return max(shard.num_bytes for shard in payload.shards)
+    row_bytes = part.columns * part.dtype.itemsize
+    return min((-(-row_bytes // CHUNK_BYTES) + 1) * CHUNK_BYTES, payload.num_bytes)
+
+
+def model_needs(
+    model: nn.Module,
+    *,
+    precision: PrecisionChoice,
+    hints: Hints | None,
+    device: torch.device,
+    machine: MachineProfile,
+) -> tuple[list[BlockNeed], int]:
+    """Return the needs of a whole model, and the scratch memory that goes with them."""
+    payloads = make_payloads(model, partition_model(model), precision=precision, hints=hints)
+    needs = block_needs(model, payloads, hints=hints, device=device, machine=machine)
+    return needs, scratch_bytes(payloads.values())
+
+
+def _need(
+    payload: Payload,
+    hints: Hints | None,
+    device: torch.device,
+    machine: MachineProfile,
+    *,
+    must_reside: bool,
+) -> BlockNeed:
+    group = payload.group
+    resident = sum(
+        part.num_bytes
+        if part.codec is None
+        else resident_bytes(part.rows, part.columns, part.codec, part.uses, device)
+        for part in payload.parts
+    )
+    num_params = sum(block.num_params for block in group.blocks)
+    rate = machine.compute.get(str(payload.precision), machine.compute.get("fp32", 0.0))
+    importances = [
+        hint.importance
+        for block in group.blocks
+        if hints is not None and (hint := hints.blocks.get(block.name)) is not None
+    ]
+    known = [importance for importance in importances if importance is not None]
+    embedding = payload.by_rows and Use.EMBEDDING in payload.parts[0].uses
+    only_lookup = embedding and payload.parts[0].uses == {Use.EMBEDDING}
+    return BlockNeed(
+        name=group.name,
+        kind=str(group.kind),
+        layer=group.layer,
+        precision=payload.precision,
+        resident_bytes=resident,
+        stored_bytes=payload.num_bytes,
+        unit_bytes=tuple(shard.num_bytes for shard in payload.shards),
+        must_reside=must_reside,
+        uses=len(group.modules),
+        lookup_bytes=_lookup_moved(payload) if embedding else 0,
+        importance=max(known, default=None),
+        compute_seconds=0.0 if only_lookup else num_params / (rate or _DEFAULT_COMPUTE),
+        computed_as_is=payload.lossy,
+    )
+
+
+def _lookup_moved(payload: Payload) -> int:
+    """Return what the lookup of one row moves."""
+    return payload.shards[0].num_bytes if payload.parts[0].record is not None else CHUNK_BYTES
+
+
+def _must_reside(payloads: Mapping[str, Payload]) -> set[str]:
+    """Name the groups that are held while others are used, and would keep a slot from them.
+
+    A module's own weights are held while its children run; of the groups that one module computes
+    with (a head with a tied weight, and its bias) all but the largest are held beside that one.
+    """
+    users: dict[str, list[str]] = {}
+    for name, payload in payloads.items():
+        for module in payload.group.modules:
+            users.setdefault(module, []).append(name)
+    residents = set()
+    for module, names in users.items():
+        enclosed = any(inner != module and _inside(inner, module) for inner in users)
+        largest = max(names, key=lambda name: payloads[name].num_bytes)
+        residents |= {name for name in names if enclosed or name != largest}
+    return residents
+
+
+def _inside(inner: str, outer: str) -> bool:
+    return outer == "" or inner.startswith(f"{outer}.")
+
+
+def _wanted_precisions(precision: PrecisionChoice, blocks: Sequence[Block]) -> dict[str, Precision]:
+    names = {block.name for block in blocks}
+    names |= {
+        block.name.rsplit(".", 1)[0] for block in blocks if block.pieces[0].expert is not None
+    }
+    if precision is None:
+        return {}
+    if isinstance(precision, str):
+        return dict.fromkeys(names, _parse_precision(precision))
+    unknown = sorted(set(precision) - names)
+    if unknown:
+        raise InputError(f"precision of {unknown[0]!r}: the model has no such block")
+    return {name: _parse_precision(value) for name, value in precision.items()}
+
+
+def _parse_precision(value: str) -> Precision:
+    try:
+        return Precision(value)
+    except ValueError:
+        raise InputError(
+            f"precision {value!r} is unknown; allowed: {', '.join(Precision)}"
+        ) from None
+
+
+def _most_precise(choices: Iterable[Precision]) -> Precision | None:
+    order = list(Precision)
+    return min(choices, key=order.index, default=None)

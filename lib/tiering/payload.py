@@ -1,0 +1,360 @@
+"""What moves: groups of blocks, and the payload of a group, the flat bytes that a store holds of
+it.
+
+A group is one block, or the experts that share packed parameters: those are slices of the same
+tensors, and a forward takes the tensors whole. A payload holds a group's parameters one after
+another, each 256-byte-aligned, padded to whole 4096-byte sectors at the end: raw (native dtype, in
+memory order), or as a codec's record. A single 2-D weight that only Embedding and Linear modules
+compute with is cut into shards of rows, each raw or a record by itself, which move one at a time:
+memory for one shard is enough to compute with a vocabulary of any size.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from ..blocks import Block, BlockKind
+from ..hints import Precision
+from ..precision.codecs import Codec, RecordLayout, default_codec, encode_from
+from ..precision.kernels import Use
+from .stores import CHUNK_BYTES
+
+SECTOR_BYTES = 4096
+_SHARD_ROWS = 256
+"""Shards have a multiple of this many rows: with it, matrix products of shards have the bits of the
+whole product's (smaller shards may take another kernel).
+"""
+_PIECE_ALIGNMENT = 256
+_PART_BYTES = 8 * 2**20
+"""Bytes of native weights in a shard, and read at a time while a payload is made."""
+_TRANSPOSED = {"Conv1D"}
+"""Module classes whose weight is (in, out): stored transposed, so that groups run along the
+inputs.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Blocks that move together. ``modules`` compute with the weights; ``parameters`` are whole."""
+
+    name: str
+    blocks: tuple[Block, ...]
+    parameters: tuple[str, ...]
+    modules: tuple[str, ...]
+
+    @property
+    def kind(self) -> BlockKind:
+        """The kind of its blocks, which is one."""
+        return self.blocks[0].kind
+
+    @property
+    def layer(self) -> int | None:
+        """The layer of its blocks, which is one."""
+        return self.blocks[0].layer
+
+
+def group_blocks(blocks: Iterable[Block]) -> tuple[Group, ...]:
+    """Put the experts of one packed module together; every other block is a group by itself."""
+    members: dict[str, list[Block]] = {}
+    for block in blocks:
+        packed = any(piece.expert is not None for piece in block.pieces)
+        members.setdefault(block.name.rsplit(".", 1)[0] if packed else block.name, []).append(block)
+    return tuple(
+        Group(
+            name=name,
+            blocks=tuple(group),
+            parameters=tuple(
+                dict.fromkeys(piece.parameter for block in group for piece in block.pieces)
+            ),
+            modules=tuple(dict.fromkeys(module for block in group for module in block.modules)),
+        )
+        for name, group in members.items()
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One parameter in a payload. ``codec`` None: raw bytes in the memory order of the strides."""
+
+    parameter: str
+    offset: int
+    num_bytes: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    codec: Codec | None
+    record: RecordLayout | None
+    transposed: bool
+    uses: frozenset[Use]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight as a matrix: output features, or vocabulary."""
+        return _matrix_shape(self.shape, self.transposed)[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the weight as a matrix: input features."""
+        return _matrix_shape(self.shape, self.transposed)[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """Rows [start, end) of a weight, or (-1, -1) a whole payload: what one transfer moves.
+
+    ``offset`` is a multiple of CHUNK_BYTES, ``num_bytes`` of SECTOR_BYTES; ``data_bytes`` come
+    without padding.
+    """
+
+    start: int
+    end: int
+    offset: int
+    num_bytes: int
+    data_bytes: int
+    record: RecordLayout | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """The layout of a group's bytes at one precision. A payload by rows has one part."""
+
+    group: Group
+    precision: Precision
+    parts: tuple[Part, ...]
+    shards: tuple[Shard, ...]
+    by_rows: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in a store."""
+        return self.shards[-1].offset + self.shards[-1].num_bytes
+
+    @property
+    def lossy(self) -> bool:
+        """Some of its weights are not those that were given."""
+        return any(part.codec is not None for part in self.parts)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes without the padding."""
+        return sum(shard.data_bytes for shard in self.shards)
+
+
+def native_precision(dtype: torch.dtype) -> Precision:
+    """Name the precision in which weights of a dtype are lossless."""
+    return {torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}.get(
+        dtype, Precision.FP32
+    )
+
+
+def make_payload(
+    group: Group, model: nn.Module, shapes: Mapping[str, Tensor], precision: Precision | None
+) -> Payload:
+    """Lay a group out. ``shapes`` has a tensor (meta will do) of each parameter; ``precision`` None
+    is lossless.
+    """
+    modules = [model.get_submodule(name) for name in group.modules]
+    parts: list[Part] = []
+    for name in group.parameters:
+        end = parts[-1].offset + parts[-1].num_bytes if parts else 0
+        offset = -(-end // _PIECE_ALIGNMENT) * _PIECE_ALIGNMENT
+        owner = model.get_submodule(name.rpartition(".")[0])
+        parts.append(_make_part(name, shapes[name], precision, owner, _uses(modules), offset))
+    lossless = min((native_precision(part.dtype) for part in parts), key=_rank)
+    by_rows = _moves_by_rows(parts, modules)
+    return Payload(
+        group=group,
+        precision=next((part.codec.precision for part in parts if part.codec), lossless),
+        parts=tuple(parts),
+        shards=tuple(_cut_rows(parts[0])) if by_rows else (_whole(parts),),
+        by_rows=by_rows,
+    )
+
+
+Reader = Callable[[str, int | None, int | None], Tensor]
+"""Reads a parameter's native weights, or rows [start, end) of them, to host memory."""
+
+
+def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
+    """Yield the payload as uint8 tensors in order; holds a record or 8 MiB of weights at a time."""
+    end = 0
+    if payload.by_rows:
+        for shard in payload.shards:
+            yield from _padding(shard.offset - end)
+            part = payload.parts[0]
+            weights = read(part.parameter, shard.start, shard.end)
+            if shard.record is None:
+                yield _flat_bytes(weights)
+            else:
+                yield encode_from(_slicer(weights), shard.record, part.dtype)
+            end = shard.offset + shard.data_bytes
+    else:
+        for part in payload.parts:
+            yield from _padding(part.offset - end)
+            if part.record is not None:
+                yield _encode_part(part, part.record, read)
+            elif _is_contiguous(part):
+                for start, stop in _row_steps(part):
+                    yield _flat_bytes(read(part.parameter, start, stop))
+            else:
+                yield _flat_bytes(read(part.parameter, None, None))
+            end = part.offset + part.num_bytes
+    yield from _padding(payload.num_bytes - end)
+
+
+def content_key(payload: Payload, identities: Mapping[str, str]) -> str:
+    """Name a payload by what is in it: layout, codec, and the identity of each parameter's
+    weights.
+    """
+    digest = xxhash.xxh3_128()
+    for part in payload.parts:
+        codec = part.codec
+        text = (
+            f"{part.offset};{tuple(part.shape)};{part.stride};{part.dtype};{part.transposed};"
+            f"{codec.precision if codec else 'raw'};{codec.group_size if codec else 0};"
+            f"{identities[part.parameter]}|"
+        )
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def raw_view(buffer: Tensor, part: Part) -> Tensor:
+    """Return a raw part's weights as a view into its payload's bytes."""
+    flat = buffer[part.offset : part.offset + part.num_bytes].view(part.dtype)
+    return flat.as_strided(part.shape, part.stride, flat.storage_offset())
+
+
+def _padding(num_bytes: int) -> Iterator[Tensor]:
+    if num_bytes:
+        yield torch.zeros(num_bytes, dtype=torch.uint8)
+
+
+def _flat_bytes(weights: Tensor) -> Tensor:
+    """View dense weights as bytes in memory order."""
+    flat = weights.as_strided((weights.numel(),), (1,), weights.storage_offset())
+    return flat.view(torch.uint8)
+
+
+def _encode_part(part: Part, layout: RecordLayout, read: Reader) -> Tensor:
+    """Return a parameter's record, made from its native weights a few rows at a time."""
+    if len(part.shape) == 2 and not part.transposed:
+        return encode_from(lambda a, b: read(part.parameter, a, b), layout, part.dtype)
+    weights = read(part.parameter, None, None)
+    matrix = weights.t() if part.transposed else weights.reshape(part.rows, part.columns)
+    return encode_from(_slicer(matrix), layout, part.dtype)
+
+
+def _slicer(matrix: Tensor) -> Callable[[int, int], Tensor]:
+    return lambda start, end: matrix[start:end]
+
+
+def _cut_rows(part: Part) -> Iterator[Shard]:
+    row_bytes = part.columns * part.dtype.itemsize
+    rows = max(_PART_BYTES // row_bytes // _SHARD_ROWS, 1) * _SHARD_ROWS
+    offset = 0
+    for start in range(0, part.rows, rows):
+        end = min(start + rows, part.rows)
+        record = part.codec.layout(end - start, part.columns) if part.codec else None
+        data_bytes = record.num_bytes if record else (end - start) * row_bytes
+        # Reads are whole chunks, or run to the end.
+        unit = CHUNK_BYTES if end < part.rows else SECTOR_BYTES
+        num_bytes = -(-data_bytes // unit) * unit
+        yield Shard(
+            start=start,
+            end=end,
+            offset=offset,
+            num_bytes=num_bytes,
+            data_bytes=data_bytes,
+            record=record,
+        )
+        offset += num_bytes
+
+
+def _whole(parts: list[Part]) -> Shard:
+    end = parts[-1].offset + parts[-1].num_bytes
+    return Shard(
+        start=-1,
+        end=-1,
+        offset=0,
+        num_bytes=max(-(-end // SECTOR_BYTES), 1) * SECTOR_BYTES,
+        data_bytes=sum(part.num_bytes for part in parts),
+    )
+
+
+def _make_part(
+    name: str,
+    weight: Tensor,
+    precision: Precision | None,
+    owner: nn.Module,
+    uses: frozenset[Use],
+    offset: int,
+) -> Part:
+    lossy = (
+        precision is not None
+        and weight.dim() > 1
+        and weight.is_floating_point()
+        and _rank(precision) > _rank(native_precision(weight.dtype))
+    )
+    codec = default_codec(precision) if lossy and precision is not None else None
+    transposed = codec is not None and type(owner).__name__ in _TRANSPOSED
+    rows, columns = _matrix_shape(weight.shape, transposed)
+    record = codec.layout(rows, columns) if codec is not None else None
+    return Part(
+        parameter=name,
+        offset=offset,
+        num_bytes=record.num_bytes if record else weight.numel() * weight.element_size(),
+        shape=weight.shape,
+        stride=weight.stride(),
+        dtype=weight.dtype,
+        codec=codec,
+        record=record,
+        transposed=transposed,
+        uses=uses,
+    )
+
+
+def _matrix_shape(shape: torch.Size, transposed: bool) -> tuple[int, int]:
+    if transposed:
+        return shape[1], shape[0]
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def _uses(modules: list[nn.Module]) -> frozenset[Use]:
+    return frozenset(
+        Use.EMBEDDING if isinstance(module, nn.Embedding) else Use.LINEAR for module in modules
+    )
+
+
+def _moves_by_rows(parts: list[Part], modules: list[nn.Module]) -> bool:
+    """Say whether nothing but plain lookups and matrix products take the weights."""
+    return (
+        len(parts) == 1
+        and len(parts[0].shape) == 2
+        and 0 not in parts[0].shape
+        and _is_contiguous(parts[0])
+        and all(type(module) in (nn.Embedding, nn.Linear) for module in modules)
+        and all(module.max_norm is None for module in modules if isinstance(module, nn.Embedding))
+    )
+
+
+def _is_contiguous(part: Part) -> bool:
+    return torch.empty(part.shape, device="meta").stride() == part.stride
+
+
+def _row_steps(part: Part) -> Iterator[tuple[int | None, int | None]]:
+    """Cut a parameter into ranges of its first dimension of about 8 MiB."""
+    if len(part.shape) < 2:
+        yield None, None
+        return
+    row_bytes = math.prod(part.shape[1:]) * part.dtype.itemsize
+    step = max(_PART_BYTES // max(row_bytes, 1), 1)
+    for start in range(0, part.shape[0], step):
+        yield start, min(start + step, part.shape[0])
+
+
+def _rank(precision: Precision) -> int:
+    return list(Precision).index(precision)

@@ -1,0 +1,111 @@
+"""Weights by rows: an embedding or a head as a list of shards, of which one at a time is needed.
+
+Matrix products take the shards in turn and write their columns of the output; lookups take the rows
+they need. Shards have a multiple of 256 rows, for which the products have the bits of the whole
+one's.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..precision.kernels import EncodedWeight, Scratch
+from .payload import Shard
+
+
+class ShardReader(Protocol):
+    """Gets a shard's bytes, or some of its rows."""
+
+    def hold(self, index: int) -> AbstractContextManager[Tensor]:
+        """Bring a shard into fast memory for as long as the context lasts."""
+
+    def read_rows(self, index: int, ids: Tensor) -> Tensor:
+        """Return rows (n, columns) of a shard, by their numbers within it, on the device."""
+
+
+class StreamedRows:
+    """WeightOps on shards that move."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        shards: Sequence[Shard],
+        columns: int,
+        dtype: torch.dtype,
+        scratch: Scratch | None,
+    ) -> None:
+        self._reader = reader
+        self._shards = shards
+        self._columns = columns
+        self._dtype = dtype
+        self._scratch = scratch
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x @ W.T + bias, shard by shard."""
+        output: Tensor | None = None
+        for index, shard in enumerate(self._shards):
+            part = None if bias is None else bias[shard.start : shard.end]
+            with self._reader.hold(index) as buffer:
+                weight = self._weight(shard, buffer)
+                if isinstance(weight, Tensor):
+                    product = F.linear(x, weight, part)
+                else:
+                    product = weight.linear(x, part)
+                if output is None:
+                    if len(self._shards) == 1:
+                        return product
+                    output = product.new_empty(*x.shape[:-1], self._shards[-1].end)
+                output[..., shard.start : shard.end] = product
+        assert output is not None
+        return output
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return W[ids], reading each row once."""
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        found = [
+            self._reader.read_rows(index, local)
+            for index, local in _split_ids(self._shards, unique)
+        ]
+        if not found:
+            return torch.empty(*ids.shape, self._columns, dtype=self._dtype, device=ids.device)
+        return torch.cat(found)[inverse]
+
+    def expand(self, start: int, end: int) -> Tensor:
+        """Return rows [start, end)."""
+        found = []
+        for index, shard in enumerate(self._shards):
+            low, high = max(start, shard.start), min(end, shard.end)
+            if low < high:
+                with self._reader.hold(index) as buffer:
+                    weight = self._weight(shard, buffer)
+                    low, high = low - shard.start, high - shard.start
+                    found.append(
+                        weight[low:high].clone()
+                        if isinstance(weight, Tensor)
+                        else weight.expand(low, high)
+                    )
+        return torch.cat(found)
+
+    def _weight(self, shard: Shard, buffer: Tensor) -> Tensor | EncodedWeight:
+        data = buffer[: shard.data_bytes]
+        if shard.record is None:
+            return data.view(self._dtype).view(shard.end - shard.start, self._columns)
+        assert self._scratch is not None
+        return EncodedWeight(data, shard.record, dtype=self._dtype, scratch=self._scratch)
+
+
+def _split_ids(shards: Sequence[Shard], ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (shard's number, row numbers within it) for sorted row numbers; refuses those
+    outside.
+    """
+    if ids.numel() and (int(ids[0]) < 0 or int(ids[-1]) >= shards[-1].end):
+        raise IndexError("index out of range in self")  # as torch says it
+    ends = torch.tensor([shard.end for shard in shards], device=ids.device)
+    cuts = torch.searchsorted(ids, ends).tolist()
+    for index, (low, high) in enumerate(zip([0, *cuts], cuts, strict=False)):
+        if low < high:
+            yield index, ids[low:high] - shards[index].start
