@@ -1,0 +1,1 @@
+"""What bench_offload.py runs: a checkpoint, the systems compared, one process each, the figures."""

@@ -1,0 +1,309 @@
+"""Say where a model's weights would go within a memory budget, and how fast that would be, without
+running it.
+
+    python scripts/plan.py --model runs/quickstart/checkpoint --budget HBM=4MiB,SSD=
+
+The model is built from its config.json without memory for its weights, and of a checkpoint only the
+headers are read: models and sharded checkpoints larger than the memory can be planned for. Times
+are those of machine.json (make probe) played through on the planner's timeline, for one token.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from lib.blocks import partition_model, tied_modules
+from lib.errors import InputError
+from lib.files import check_writable
+from lib.hints import Hints, Precision, Tier, load_hints, match_hints
+from lib.machine import DEFAULT_SPECS, MachineProfile, load_machine
+from lib.policy import BlockNeed, Plan, definition_schedule, make_plan, smallest_budget
+from lib.tiering.attach import parse_budget
+from lib.tiering.needs import model_needs
+from lib.tiering.sources import CheckpointSource
+from lib.units import GB, format_bytes
+from scripts.cli import emit_json, run_main
+from scripts.inputs import build_empty_model, quiet_transformers
+
+MACHINE_FILE = Path("machine.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    check_writable(args.json)
+    quiet_transformers(progress=False)
+    device = planned_device(args.device)
+    budget = parse_budget(read_budget(args.budget), device, "real")
+    machine = read_machine(args.machine)
+    needs, scratch_bytes = read_needs(args, device, machine)
+    schedule = definition_schedule(needs)
+    plan = make_plan(needs, schedule, budget, machine, scratch_bytes)
+    limit = limit_seconds(needs, plan, machine)
+    print(f"{args.model} on {machine.name}, {args.precision}, device {device}\n")
+    print(_block_table(needs, plan, machine, every_block=args.blocks), end="\n\n")
+    print(_summary(plan, machine, limit), end="\n\n")
+    document = {
+        "model": str(args.model),
+        "precision": args.precision,
+        "device": str(device),
+        "machine": {"name": machine.name, "measured": machine.measured},
+        "weight_bytes": sum(need.resident_bytes for need in needs),
+        "smallest_hbm_bytes": smallest_budget(needs, schedule, budget, machine, scratch_bytes),
+        "predicted": {
+            "ms_per_token": plan.predicted.seconds * 1e3,
+            "tokens_per_s": 1 / plan.predicted.seconds if plan.predicted.seconds else None,
+            "peak_fast_bytes": plan.fast_bytes,
+            "bytes_per_token": plan.predicted.moved_bytes,
+        },
+        "limit_ms_per_token": limit * 1e3,
+        "plan": plan.to_json(),
+    }
+    emit_json(document, args.json)
+    return 0
+
+
+def planned_device(name: str) -> torch.device:
+    """Return the device to plan for; the machine that plans need not have it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def read_budget(text: str) -> dict[str, str | None]:
+    """Read ``HBM=700MiB,SSD=``: a tier without a size has no limit; raises InputError."""
+    budget: dict[str, str | None] = {}
+    for entry in text.split(","):
+        name, equals, size = entry.strip().partition("=")
+        if not equals or not name:
+            raise InputError(
+                f"budget entry {entry!r} is no TIER=SIZE: give such as HBM=700MiB,SSD= (no size: "
+                "no limit)"
+            )
+        if name in budget:
+            raise InputError(f"the budget names {name} twice: give one size")
+        budget[name] = size.strip() or None
+    return budget
+
+
+def read_machine(path: Path | None) -> MachineProfile:
+    """Load a machine file, or machine.json where there is one; else a machine not measured."""
+    if path is None and MACHINE_FILE.is_file():
+        path = MACHINE_FILE
+    if path is not None:
+        return load_machine(path)
+    print(
+        "note: no machine.json here, so the times are those of a machine that was not measured: "
+        "run make probe",
+        file=sys.stderr,
+    )
+    return MachineProfile(name="a machine not measured", tiers=DEFAULT_SPECS)
+
+
+def read_needs(
+    args: argparse.Namespace, device: torch.device, machine: MachineProfile
+) -> tuple[list[BlockNeed], int]:
+    """Build the model without weights and return what its blocks ask for, and the scratch bytes."""
+    model = build_empty_model(args.model)
+    match_checkpoint(model, args.model)
+    hints = _read_hints(args.hints, model)
+    precision = None if args.precision == "lossless" else Precision(args.precision)
+    return model_needs(model, precision=precision, hints=hints, device=device, machine=machine)
+
+
+def match_checkpoint(model: torch.nn.Module, folder: Path) -> None:
+    """Give a model without weights the dtypes of its safetensors checkpoint, from the headers.
+
+    Without such a checkpoint the dtypes of config.json stay. Raises InputError for a checkpoint of
+    another model, or one that isn't whole.
+    """
+    if not any(folder.glob("*.safetensors*")):
+        return
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    prefix = getattr(model, "base_model_prefix", "")
+    source = CheckpointSource(folder, base_model_prefix=prefix, tied=names.values())
+    for name, parameter in model.named_parameters():
+        shape = source.shape(name)
+        if shape != parameter.shape:
+            raise InputError(
+                f"checkpoint {folder}: {name!r} is {tuple(shape)}, the model of config.json wants "
+                f"{tuple(parameter.shape)}: give the folder of one model"
+            )
+        parameter.data = parameter.data.to(source.dtype(name))
+
+
+def limit_seconds(needs: Sequence[BlockNeed], plan: Plan, machine: MachineProfile) -> float:
+    """Return what no runtime can beat with this budget: all bytes that don't fit cross their links
+    once, without setup, slots or gaps, the fastest tier filled first; or the compute, if longer.
+    """
+    streamable = [need for need in needs if not (need.lookup_bytes and need.uses == 1)]
+    fast = plan.budget[Tier.HBM]
+    left = 0
+    if fast is not None:
+        left = max(sum(need.stored_bytes for need in streamable) - fast, 0)
+    seconds = plan.predicted.compute_seconds
+    below = sorted(
+        (tier for tier in plan.budget if tier is not Tier.HBM),
+        key=lambda tier: -machine.tiers[tier].bandwidth_gb_s,
+    )
+    for tier in below:
+        limit = plan.budget[tier]
+        share = left if limit is None else min(left, limit)
+        seconds = max(seconds, share / (machine.tiers[tier].bandwidth_gb_s * GB))
+        left -= share
+    return seconds
+
+
+def _read_hints(path: Path | None, model: torch.nn.Module) -> Hints | None:
+    """Load hints for the model; its weights aren't read, so whether they are the hints' is open."""
+    if path is None:
+        return None
+    hints = load_hints(path)
+    blocks = partition_model(model)
+    matched = match_hints(
+        hints,
+        [block.name for block in blocks],
+        parameter_digest=None,
+        tied=tied_modules(blocks),
+    )
+    return Hints(blocks=matched, model=hints.model, provenance=hints.provenance)
+
+
+def _block_table(
+    needs: Iterable[BlockNeed], plan: Plan, machine: MachineProfile, *, every_block: bool
+) -> str:
+    """Print blocks of a kind in one place as a row, or each block, with what one token moves."""
+    rows: dict[tuple[str, ...], list[BlockNeed]] = {}
+    for need in needs:
+        placement = plan.placements[need.name]
+        label = need.name if every_block else need.kind
+        place = (placement.precision, placement.tier, placement.state)
+        rows.setdefault((label, *map(str, place)), []).append(need)
+    width = max([12, *(len(key[0]) for key in rows)])
+    what = "block" if every_block else "kind"
+    lines = [
+        f"{what:{width}}  {'precision':9}  {'tier':6}  {'state':5}  {'blocks':>6}  {'bytes':>10}  "
+        f"{'link/token':>10}  layers"
+    ]
+    tiers, labels = list(map(str, Tier)), list(dict.fromkeys(key[0] for key in rows))
+    ordered = sorted(rows, key=lambda key: (labels.index(key[0]), tiers.index(key[2])))
+    for key in [*rows] if every_block else ordered:
+        label, precision, tier, state = key
+        members = rows[key]
+        places = [plan.placements[need.name] for need in members]
+        held = sum(place.resident_bytes or place.stored_bytes for place in places)
+        milliseconds = sum(_link_ms(need, plan, machine) for need in members)
+        link = f"{milliseconds:7.1f} ms" if milliseconds else "-"
+        layers = _ranges(need.layer for need in members)
+        lines.append(
+            f"{label:{width}}  {precision:9}  {tier:6}  {state:5}  {len(members):6}  "
+            f"{format_bytes(held):>10}  {link:>10}  {layers}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _link_ms(need: BlockNeed, plan: Plan, machine: MachineProfile) -> float:
+    """Return the milliseconds of its link that a block takes per token."""
+    placement = plan.placements[need.name]
+    if placement.tier is Tier.HBM:
+        return 0.0
+    spec = machine.tiers[placement.tier]
+    lookups = min(need.uses, 1) if need.lookup_bytes else 0
+    seconds = lookups * spec.transfer_seconds(need.lookup_bytes)
+    units = sum(map(spec.transfer_seconds, placement.unit_bytes))
+    return (seconds + (need.uses - lookups) * units) * 1e3
+
+
+def _ranges(layers: Iterable[int | None]) -> str:
+    """Print layer numbers as ranges: 0-3, 7."""
+    numbers = sorted({layer for layer in layers if layer is not None})
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(
+        str(start) if start == end else f"{start}-{end}"
+        for start, end in zip(starts, ends, strict=True)
+    )
+
+
+def _summary(plan: Plan, machine: MachineProfile, limit: float) -> str:
+    predicted = plan.predicted
+    lines = []
+    for tier, num_bytes in plan.bytes_per_tier().items():
+        given = plan.budget[tier]
+        of = "no limit" if given is None else f"of {format_bytes(given)}"
+        lines.append(f"{tier + ' weights':22}{format_bytes(num_bytes):>12}   {of}")
+    slots = plan.num_slots * plan.slot_bytes
+    lines += [
+        f"{'slots':22}{format_bytes(slots):>12}   {plan.num_slots} of "
+        f"{format_bytes(plan.slot_bytes)}",
+        f"{'working memory':22}{format_bytes(plan.scratch_bytes):>12}",
+        f"{'peak fast memory':22}{format_bytes(plan.fast_bytes):>12}   predicted",
+        f"{'moved per token':22}{format_bytes(predicted.moved_bytes):>12}",
+        f"{'time per token':22}{predicted.seconds * 1e3:>9.1f} ms   predicted: "
+        f"{predicted.compute_seconds * 1e3:.1f} ms compute, "
+        f"{predicted.wait_seconds * 1e3:.1f} ms waiting",
+        f"{'physical limit':22}{limit * 1e3:>9.1f} ms   what doesn't fit the budget, at the full "
+        "bandwidth of its link, or the compute",
+    ]
+    if not machine.measured:
+        lines.append("The machine's figures are declared or defaults, not measured.")
+    return "\n".join(lines)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model is planned for, and on which machine."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, required=True, help="folder with a config.json")
+    model.add_argument(
+        "--precision",
+        choices=["lossless", *map(str, Precision)],
+        default="lossless",
+        help="of all matrices, though none below its floor (default: %(default)s)",
+    )
+    model.add_argument(
+        "--hints", type=Path, metavar="FILE", help="tier_hints.json, for floors and importance"
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--machine",
+        type=Path,
+        metavar="FILE",
+        help=f"figures of the machine (default: {MACHINE_FILE}, where there is one)",
+    )
+    machine.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="what computes; need not be here (default: %(default)s)",
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Plan a model's placement within a budget, and predict its speed, without "
+        "running it.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong input, or a budget that is too small. The "
+        "last line of stdout is JSON.",
+    )
+    add_model_flags(parser)
+    parser.add_argument(
+        "--budget",
+        required=True,
+        metavar="TIER=SIZE,...",
+        help="fast memory is HBM (RAM without an accelerator); no size: no limit; a tier left out "
+        "is not used: HBM=700MiB,SSD=",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--blocks", action="store_true", help="a row for each block")
+    output.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the last line's JSON here as well"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
