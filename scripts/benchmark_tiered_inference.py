@@ -28,7 +28,7 @@ import transformers
 from lib.blocks import parameter_digest, partition_model, storage_bytes, tied_modules
 from lib.errors import InputError
 from lib.files import check_writable
-from lib.hints import Hints, load_hints, match_hints
+from lib.hints import Hints, Precision, load_hints, match_hints
 from lib.report import benchmark_sections, transfer_ms
 from lib.tiering import Clock, EmulationSpec, Stats, attach, load_specs, specs_to_json
 from scripts.cli import emit_json, run_main
@@ -40,6 +40,7 @@ from scripts.inputs import (
     quiet_transformers,
 )
 from scripts.measure import ForwardBench, latency_to_json
+from scripts.plan import read_budget
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_LENGTH = 128
@@ -109,7 +110,13 @@ def measure(
             baseline = {**memory, "bytes_moved_per_forward": 0, "perplexity": perplexity}
         bench.release_memory()
         with attach(
-            bench.model, hints, mode=args.mode, emulation=emulation, device=bench.device
+            bench.model,
+            hints,
+            mode=args.mode,
+            budget=None if args.budget is None else read_budget(args.budget),
+            precision=args.precision,
+            emulation=emulation,
+            device=bench.device,
         ) as runtime:
             times, memory = bench.run(
                 "tiered",
@@ -154,6 +161,8 @@ def _describe(args: argparse.Namespace, model: torch.nn.Module, device: torch.de
         "num_threads": torch.get_num_threads(),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "mode": args.mode,
+        "budget": args.budget,
+        "precision": args.precision,
         "spec_file": None if args.spec is None else str(args.spec),
         "batch_size": args.batch_size,
         "num_iterations": args.num_iterations,
@@ -328,6 +337,16 @@ def _parser() -> argparse.ArgumentParser:
         default="emulated",
         choices=["emulated", "real"],
         help="charge the time of hypothetical tiers, or move the weights (default: %(default)s)",
+    )
+    tiers.add_argument(
+        "--budget",
+        metavar="TIER=SIZE,...",
+        help="place by bytes per tier, not by the hints: HBM=700MiB,SSD= (no size: no limit)",
+    )
+    tiers.add_argument(
+        "--precision",
+        choices=[str(precision) for precision in Precision],
+        help="hold the weights so, or at their floor (default: as they are, lossless)",
     )
     tiers.add_argument(
         "--spec",

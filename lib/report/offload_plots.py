@@ -21,6 +21,9 @@ _STYLES: Mapping[str, tuple[str, str]] = {
     "transformers": (INK, "v"),
     "accelerate": (_GREY, "^"),
     "airllm": ("#CC79A7", "P"),
+    "diffusers-block": (INK, "v"),
+    "diffusers-leaf": ("#CC79A7", "<"),
+    "flextensor": ("#F0E442", "P"),
 }
 """Colour and marker of each system; a system that is not named here is sky blue."""
 _HEADROOM = 1.6
@@ -31,7 +34,8 @@ def plot_offload(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> 
     """Draw one line per system, and write a PNG; raises InputError where no limited run survived.
 
     Left: median tokens/s (log axis), the range down to the slow tail as a bar, runs that did not
-    survive as crosses below. Right: peak memory, filled without and hollow with the page cache.
+    survive as crosses below. Right: peak memory, filled without and hollow with the page cache; of
+    a GPU filled what was reserved there, hollow what was pinned in host memory for it.
     """
     limited: dict[str, list[Mapping[str, Any]]] = {}
     for run in document["runs"]:
@@ -45,6 +49,8 @@ def plot_offload(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> 
     if not rates or not limited:
         raise InputError("no run under a memory limit survived: there is nothing to draw")
     bottom = min(rates) / _HEADROOM**2
+    on_gpu = any("pinned_mib" in run for run in document["runs"])
+    limit_name = "GPU memory limit (MiB)" if on_gpu else "memory limit (MiB)"
     with picture(path, (10, 4.6), dpi) as figure:
         speed, memory = figure.subplots(1, 2, width_ratios=(3, 2))
         for name, runs in limited.items():
@@ -53,16 +59,16 @@ def plot_offload(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> 
             color, marker = _STYLES.get(name, (SKY_BLUE, "o"))
             ordered = sorted(runs, key=lambda run: run["limit_mib"])
             _draw_speed(speed, ordered, color=color, marker=marker, bottom=bottom)
-            _draw_memory(memory, ordered, color=color, marker=marker)
+            _draw_memory(memory, ordered, color=color, marker=marker, on_gpu=on_gpu)
         _draw_resident(speed, document)
         limits = sorted({run["limit_mib"] for runs in limited.values() for run in runs})
         memory.plot(limits, limits, color=INK, lw=0.8, ls=":", zorder=0)
         for axes in (speed, memory):
             axes.set_xticks(limits, [str(limit) for limit in limits], fontsize=8)
             axes.margins(x=0.08)
-            axes.set_xlabel("memory limit (MiB)")
+            axes.set_xlabel(limit_name)
             axes.grid(alpha=0.3)
-        speed.set_xlabel("memory limit (MiB); crosses: did not survive")
+        speed.set_xlabel(f"{limit_name}; crosses: did not survive")
         speed.set_yscale("log")
         speed.set_ylim(bottom / _HEADROOM, max(rates) * _HEADROOM)
         speed.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -75,9 +81,12 @@ def plot_offload(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> 
             ncols=4,
         )
         memory.set_ylim(bottom=0)
-        memory.set_ylabel(
-            "peak MiB (dotted: the limit)\nfilled: anonymous, hollow: with page cache"
+        kinds = (
+            "filled: of the GPU, hollow: pinned on the host"
+            if on_gpu
+            else "filled: anonymous, hollow: with page cache"
         )
+        memory.set_ylabel(f"peak MiB (dotted: the limit)\n{kinds}")
 
 
 def _draw_speed(
@@ -101,12 +110,16 @@ def _draw_speed(
     axes.plot(dead, [bottom] * len(dead), color=color, marker="x", ms=7, mew=2, ls="")
 
 
-def _draw_memory(axes: "Axes", runs: list[Mapping[str, Any]], *, color: str, marker: str) -> None:
+def _draw_memory(
+    axes: "Axes", runs: list[Mapping[str, Any]], *, color: str, marker: str, on_gpu: bool
+) -> None:
     limits = [run["limit_mib"] for run in runs]
-    for key, fill in (("peak_anon_mib", "full"), ("peak_mib", "none")):
+    filled, hollow = ("peak_mib", "pinned_mib") if on_gpu else ("peak_anon_mib", "peak_mib")
+    for key, fill in ((filled, "full"), (hollow, "none")):
+        peaks = [run.get(key) for run in runs]
         axes.plot(
             limits,
-            [run[key] for run in runs],
+            [float("nan") if peak is None else peak for peak in peaks],
             color=color,
             marker=marker,
             ms=5,
@@ -119,5 +132,6 @@ def _draw_resident(axes: "Axes", document: Mapping[str, Any]) -> None:
     for run in document["runs"]:
         if run["name"] == "resident" and run["survived"]:
             rate = run["tokens_per_s"]["median"]
-            label = f"{run['label']}, no limit ({run['peak_anon_mib']:.0f} MiB)"
+            peak = run["peak_mib"] if run["peak_anon_mib"] is None else run["peak_anon_mib"]
+            label = f"{run['label']}, no limit ({peak:.0f} MiB)"
             axes.axhline(rate, color=INK, ls="--", lw=1, label=label)

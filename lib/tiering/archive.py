@@ -20,6 +20,7 @@ class Archive:
     def __init__(self, stores: Mapping[Tier, Store], originals: Originals) -> None:
         self._stores = stores
         self._originals = originals
+        self._kept: set[Stored] = set()
 
     def put(self, payload: Payload, tier: Tier, before: Stored | None = None) -> Stored:
         """Store a payload in a tier, unless it is there: from another tier, or from the originals.
@@ -34,9 +35,15 @@ class Archive:
             names = [part.parameter for part in payload.parts]
             key = content_key(payload, {name: self._originals.identity(name) for name in names})
             parts = payload_bytes(payload, self._originals.read)
-        if not store.has(key):
-            store.put(key, payload.num_bytes, parts)
+        store.put(key, payload.num_bytes, parts)
+        self._kept.add((tier, key))
         return tier, key
+
+    def keep_only(self, wanted: set[Stored]) -> None:
+        """Free the payloads that nothing refers to any more."""
+        for tier, key in self._kept - wanted:
+            self._stores[tier].free(key)
+        self._kept &= wanted
 
     def view(self, stored: Stored) -> Tensor | None:
         """Return a payload where it lies; None where that is no memory."""
@@ -44,15 +51,8 @@ class Archive:
 
     def shards(self, stored: Stored, payload: Payload) -> Iterator[tuple[Tensor, Shard]]:
         """Read a payload shard by shard."""
-        store, key = self._stores[stored[0]], stored[1]
-        view = store.view(key)
         for shard in payload.shards:
-            if view is not None:
-                yield view[shard.offset : shard.offset + shard.num_bytes], shard
-            else:
-                buffer = aligned_buffer(shard.num_bytes)
-                store.read_into(key, shard.offset, buffer)
-                yield buffer, shard
+            yield self.read_shard(stored, shard), shard
 
     def weights(
         self, stored: Stored, payload: Payload, device_of: Callable[[str], torch.device]
@@ -98,6 +98,14 @@ class Archive:
                 moved_bytes += high - low
             target[place] = buffer[start - low : start - low + row_bytes]
         return rows, moved_bytes
+
+    def read_shard(self, stored: Stored, shard: Shard) -> Tensor:
+        """Return one shard, in memory of its own where it isn't in memory."""
+        if (view := self.view(stored)) is not None:
+            return view[shard.offset : shard.offset + shard.num_bytes]
+        buffer = aligned_buffer(shard.num_bytes)
+        self._stores[stored[0]].read_into(stored[1], shard.offset, buffer)
+        return buffer
 
     def shard_record(self, stored: Stored, shard: Shard, buffer: Tensor) -> Tensor:
         """Read a shard's record, into ``buffer`` where it isn't in memory."""

@@ -43,8 +43,9 @@ from .specs import EmulationSpec
 from .stores import DeviceStore, FileStore, HostStore, NumaStore, Store
 
 Mode = Literal["real", "emulated"]
+_REAL_TIERS = frozenset({Tier.HBM, Tier.CPU, Tier.CXL, Tier.SSD})
 _DECLARED = MachineProfile(name="default specs", tiers=DEFAULT_SPECS)
-_UNMEASURED = MachineProfile(
+UNMEASURED = MachineProfile(
     name="not measured",
     tiers={
         Tier.HBM: DEFAULT_SPECS[Tier.HBM],
@@ -101,14 +102,19 @@ def attach(
     loaded = _load_hints(hints, model, blocks, checkpoint)
     if isinstance(machine, str | Path):
         machine = load_machine(machine)
-    profile = machine or (_UNMEASURED if mode == "real" else _DECLARED)
+    profile = machine or (UNMEASURED if mode == "real" else _DECLARED)
+    if mode == "emulated" and emulation is None:
+        emulation = EmulationSpec(specs=dict(profile.tiers), charge_hbm=machine is None)
     payloads = make_payloads(model, blocks, precision=precision, hints=loaded)
     needs = block_needs(model, payloads, hints=loaded, device=compute_device, machine=profile)
     scratch = scratch_bytes(payloads.values())
 
     def plan_budget(limits: Budget, schedule: Sequence[Step]) -> Plan:
         parsed = parse_budget(limits, compute_device, mode)
-        return make_plan(needs, schedule, parsed, profile, scratch)
+        plan = make_plan(needs, schedule, parsed, profile, scratch)
+        if emulation is not None:
+            _check_specs(plan, emulation)
+        return plan
 
     schedule = definition_schedule(needs)
     labels: dict[str, Tier] = {}
@@ -119,8 +125,6 @@ def attach(
         tiers = {name: hint.tier for name, hint in loaded.blocks.items()}
         labels = {block.name: tiers[block.name] for block in blocks}
         plan = _plan_by_hints(needs, payloads, labels, compute_device, mode, scratch)
-    if mode == "emulated" and emulation is None:
-        emulation = EmulationSpec(specs=dict(profile.tiers), charge_hbm=machine is None)
     if emulation is not None:
         _check_specs(plan, emulation)
     stores = _Stores(Path(spill_dir) if spill_dir is not None else None, mode, compute_device)
@@ -138,22 +142,22 @@ def attach(
         try:
             originals.prepare(compute_device)
             with progress_bar(plan, payloads) as progress:
-                residency.apply(plan, [step.block for step in schedule], progress=progress)
+                residency.apply(plan, schedule, progress=progress)
+            return Runtime(
+                model,
+                blocks,
+                residency,
+                plan,
+                plan_budget,
+                mode=mode,
+                emulation=emulation,
+                device=compute_device,
+                schedule=schedule,
+                labels=labels,
+            )
         except BaseException:
             residency.close()
             raise
-    return Runtime(
-        model,
-        blocks,
-        residency,
-        plan,
-        plan_budget,
-        mode=mode,
-        emulation=emulation,
-        device=compute_device,
-        schedule=schedule,
-        labels=labels,
-    )
 
 
 def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, int | None]:
@@ -167,6 +171,11 @@ def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, 
     for name, size in budget.items():
         if name not in list(Tier):
             raise InputError(f"budget for unknown tier {name!r}; allowed: {', '.join(Tier)}")
+        if mode == "real" and Tier(name) not in _REAL_TIERS:
+            raise InputError(
+                f"real mode has no {name} tier; use {', '.join(sorted(_REAL_TIERS))}, or "
+                "mode='emulated'"
+            )
         parsed[Tier(name)] = None if size is None else parse_bytes(size)
     if device.type == "cpu" and mode == "real" and Tier.CPU in parsed:
         limit = parsed.pop(Tier.CPU)
@@ -216,7 +225,7 @@ class _Stores(dict[Tier, Store]):
         elif tier is Tier.SSD:
             self[tier] = FileStore(self._folder)
         elif tier is Tier.CXL:
-            self[tier] = NumaStore()
+            self[tier] = NumaStore(pinned=self._device.type == "cuda")
         else:
             self[tier] = HostStore(pinned=self._device.type == "cuda")
         return self[tier]
@@ -332,7 +341,7 @@ def _served_tier(block: str, tier: Tier, device: torch.device, mode: Mode) -> Ti
     """Return where a tier's blocks are on this machine; refuses tiers that it lacks."""
     if mode == "emulated":
         return tier
-    if tier not in {Tier.HBM, Tier.CPU, Tier.CXL, Tier.SSD}:
+    if tier not in _REAL_TIERS:
         raise InputError(
             f"block {block!r}: real mode has no {tier} tier; use HBM, CPU, CXL or SSD, or "
             "mode='emulated'"
@@ -356,7 +365,12 @@ def _resolve_device(model: nn.Module, device: str | torch.device | None) -> torc
         first = next(model.parameters()).device
         return torch.device("cpu") if first.type == "meta" else first
     try:
-        return torch.empty(0, device=device).device
+        resolved = torch.empty(0, device=device).device
+        if resolved.type not in ("cpu", "cuda"):
+            raise InputError(
+                f"device {str(device)!r} is no place to compute here: give cpu or cuda"
+            )
+        return resolved
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"device {str(device)!r} can't be used here: {str(error).splitlines()[0]}"

@@ -138,8 +138,9 @@ class EmulatedLink:
         """Let the time pass until the transfer ends."""
         self._pass(ticket.due - self._now())
 
-    def done_with(self, slot: int, *, shared: bool) -> None:
+    def done_with(self, slot: int, *, shared: bool) -> bool:
         """Nothing was moved, so nothing is overwritten."""
+        return True
 
     def fetch(self, tier: Tier, num_bytes: int) -> None:
         """Charge a transfer that nobody foresaw: rows of an embedding."""

@@ -5,17 +5,19 @@ it, also when the forward raises. What "acquire" does is the residency's busines
 """
 
 import contextlib
+import os
 import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from types import FrameType, MappingProxyType, TracebackType
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 
 from ..blocks import Block
 from ..errors import InputError, PlacementError
@@ -29,6 +31,8 @@ from .telemetry import BlockStats, Recorder, Stats
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Modules of models that a runtime holds; weak, so that a forgotten model is freed."""
+_BAR_DELAY_SECONDS = 2.0
+"""A forward that takes longer shows how much it has streamed."""
 _STEP_DOWN = 0.85
 """What is left of the fast memory in use when an out-of-memory makes the runtime take less."""
 
@@ -60,7 +64,13 @@ class Runtime:
         self._make_plan = make_plan
         self._labels = labels
         self._lock = threading.RLock()
-        self._held: list[list[str]] = []
+        self._held: list[tuple[_GroupHook, list[str]]] = []
+        self._implicit: nn.Module | None = None
+        """The submodule whose call by itself is the present forward."""
+        self._process = os.getpid()
+        self._broken: str | None = None
+        """Why nothing can run: moving weights has failed half-way."""
+        self._bar: Any = tqdm(disable=True)
         self._handles: list[RemovableHandle] = []
         self._thread: threading.Thread | None = None
         self._detached = False
@@ -86,6 +96,8 @@ class Runtime:
             # to(), half(), cuda(): Module._apply would convert the resident half of the model and
             # then fail.
             module.__dict__["_apply"] = _refuse_apply
+            # Half of the weights would be loaded, and the rest refuse.
+            module.__dict__["_load_from_state_dict"] = _refuse_apply
 
     def __enter__(self) -> Self:
         """Return the runtime itself; it is attached already."""
@@ -113,24 +125,23 @@ class Runtime:
     @budget.setter
     def budget(self, budget: Mapping[str, str | int | None]) -> None:
         with self._lock:
-            if self._detached or self._held:
-                raise PlacementError(
-                    "the budget can't be changed "
-                    + ("after detach" if self._detached else "during a forward")
-                )
+            if self._detached:
+                raise PlacementError("the budget can't be changed after detach: attach again")
+            self._check_idle()
             self._carry_out(self._make_plan(budget, self._schedule))
 
     @contextlib.contextmanager
     def limited(self, budget: Mapping[str, str | int | None]) -> Iterator[Self]:
         """Run under another budget for a while; the plan before comes back."""
-        before = self.plan
+        before, labels = self.plan, self._labels
         self.budget = dict(budget)
         try:
             yield self
         finally:
             with self._lock:
                 if not self._detached:
-                    self._carry_out(before)
+                    self._check_idle()
+                    self._carry_out(before, labels)
 
     @property
     def virtual_seconds(self) -> float:
@@ -165,13 +176,14 @@ class Runtime:
         if self._detached:
             return
         with self._lock:
+            self._check_idle()
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
             for module in self._model.modules():
                 _attached.discard(module)
                 module.__dict__.pop("_apply", None)
-            self._release_all()
+                module.__dict__.pop("_load_from_state_dict", None)
             with torch.inference_mode(mode=False), torch.no_grad():
                 self._residency.close()
             self._detached = True
@@ -197,36 +209,62 @@ class Runtime:
                 "torch.no_grad() or detach"
             )
         with self._lock:
-            thread = threading.current_thread()
-            if self._thread not in (None, thread) and self._thread.is_alive():
-                raise PlacementError("another thread runs the model: one forward at a time")
-            self._thread = thread
-            # KeyboardInterrupt skips post-hooks: give back what an interrupted forward held.
-            self._release_all()
-            self._trace = []
-            self._residency.begin_forward()
-            self._recorder.forwards += 1
+            self._begin(implicit=None)
+
+    def _begin(self, *, implicit: nn.Module | None) -> None:
+        """Start a forward of the model, or of a submodule that was called by itself."""
+        if self._broken is not None:
+            raise PlacementError(self._broken)
+        if os.getpid() != self._process:
+            raise PlacementError(
+                "the process was forked after attach, and reader threads don't survive a fork: "
+                "attach in the child process"
+            )
+        self._refuse_other_threads()
+        # KeyboardInterrupt skips post-hooks: give back what an interrupted forward held.
+        self._end_leftovers()
+        self._thread = threading.current_thread()
+        self._implicit = implicit
+        self._trace = []
+        self._residency.begin_forward()
+        self._recorder.forwards += 1
+        streamed = sum(sum(p.unit_bytes) for p in self.plan.placements.values())
+        self._bar = tqdm(
+            total=streamed,
+            desc="streaming weights",
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            delay=_BAR_DELAY_SECONDS,
+            leave=False,
+            disable=not (streamed and sys.stderr.isatty()),
+        )
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._thread is not threading.current_thread():
-            return
         with self._lock:
-            self._thread = None
-            self._release_all()
-            error = sys.exc_info()[1]
-            if error is None:
-                self._schedule = tuple(self._trace) or self._schedule
-                self._residency.end_forward()
-            elif _is_out_of_memory(error):
-                self._step_down(error)
+            if self._thread is threading.current_thread() and self._implicit is None:
+                self._end()
 
-    def _acquire(self, groups: Sequence[Group], *, lookup: bool) -> None:
-        held: list[str] = []
+    def _end(self) -> None:
+        self._end_leftovers()
+        self._thread = None
+        error = sys.exc_info()[1]
+        if error is None:
+            self._schedule = tuple(self._trace) or self._schedule
+            self._residency.end_forward()
+        elif _is_out_of_memory(error):
+            self._step_down(error)
+
+    def _acquire(self, hook: "_GroupHook", module: nn.Module) -> None:
         with self._lock:
-            self._held.append(held)
-            for group in groups:
+            self._refuse_other_threads()
+            if self._thread is not threading.current_thread() or self._was_interrupted(module):
+                self._begin(implicit=module)
+            held: list[str] = []
+            self._held.append((hook, held))
+            for group in hook.groups:
                 block = group.blocks[0].name
-                self._trace.append(Step(group.name, lookup=lookup))
+                self._trace.append(Step(group.name, lookup=hook.lookup))
                 self._recorder.begin_transfer(block)
                 before, moved_bytes = self._residency.virtual_seconds, 0
                 try:
@@ -239,18 +277,46 @@ class Runtime:
                         self._recorder.end_compute()
                 for other in group.blocks[1:]:
                     self._recorder.count_call(other.name)
+                self._bar.update(moved_bytes)
 
-    def _release(self) -> None:
+    def _was_interrupted(self, module: nn.Module) -> bool:
+        """Say whether the call of a submodule that is taken for the present forward has ended: its
+        post-hook doesn't run after a KeyboardInterrupt. The present call is ``module``'s.
+        """
+        if self._implicit is None:
+            return False
+        return _num_running(self._implicit) <= (self._implicit is module)
+
+    def _release(self, hook: "_GroupHook", module: nn.Module) -> None:
         with self._lock:
-            if not self._held:
-                return
-            for group in reversed(self._held.pop()):
+            mine = self._thread is threading.current_thread()
+            if not (mine and self._held and self._held[-1][0] is hook):
+                return  # a refused call has acquired nothing
+            for group in reversed(self._held.pop()[1]):
                 self._recorder.end_compute()
                 self._residency.release(group)
+            if not self._held and self._implicit is module:
+                self._end()
 
-    def _release_all(self) -> None:
-        while self._held:
-            self._release()
+    def _refuse_other_threads(self) -> None:
+        other = self._thread
+        if other not in (None, threading.current_thread()) and other.is_alive():
+            raise PlacementError("another thread runs the model: one forward at a time")
+
+    def _end_leftovers(self) -> None:
+        self._held.clear()
+        self._recorder.leave_all()
+        self._residency.end_holds()
+        self._bar.close()
+
+    def _check_idle(self) -> None:
+        """Refuse to move weights from under a forward; an interrupted one doesn't count."""
+        self._refuse_other_threads()
+        root = self._model if self._implicit is None else self._implicit
+        if self._thread is threading.current_thread() and _num_running(root):
+            raise PlacementError("weights can't be moved during a forward: wait for its end")
+        self._end_leftovers()
+        self._thread = None
 
     @contextlib.contextmanager
     def _moving(self, group: str) -> Iterator[Callable[[int], None]]:
@@ -266,11 +332,22 @@ class Runtime:
             self._recorder.end_transfer(block, sum(moved), charged)
             self._recorder.end_compute()
 
-    def _carry_out(self, plan: Plan) -> None:
+    def _carry_out(self, plan: Plan, labels: Mapping[str, Tier] = MappingProxyType({})) -> None:
+        """Move what must move; where that fails the plan before is carried out again."""
         with torch.inference_mode(mode=False), torch.no_grad():
-            self._residency.apply(plan, [step.block for step in self._schedule])
-        self.plan = plan
-        self._labels = {}
+            try:
+                self._residency.apply(plan, self._schedule)
+            except BaseException as error:
+                try:
+                    self._residency.apply(self.plan, self._schedule)
+                except BaseException as again:
+                    self._broken = (
+                        f"weights could not be moved ({error}), nor back ({again}): free memory "
+                        "or disk and set another budget, or detach"
+                    )
+                raise
+        self._broken = None
+        self.plan, self._labels = plan, labels
         for group in self._residency.groups:
             for block in group.blocks:
                 self._recorder.blocks[block.name].tier = str(self._tier_of(group, block))
@@ -284,7 +361,7 @@ class Runtime:
         smaller = int(self.plan.fast_bytes * _STEP_DOWN)
         try:
             self._carry_out(self._make_plan({**tiers, "HBM": smaller}, self._schedule))
-        except InputError as refusal:
+        except Exception as refusal:  # raised from a hook, it would hide the out-of-memory
             error.add_note(f"the runtime can't do with less fast memory: {refusal}")
             return
         message = (
@@ -311,24 +388,38 @@ class _GroupHook:
 
     def __init__(self, runtime: Runtime, groups: list[Group]) -> None:
         self._runtime = runtime
-        self._groups = groups
-        self._lookup = False
+        self.groups = groups
+        self.lookup = False
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(group.name for group in self._groups)})"
+        return f"{type(self).__name__}({', '.join(group.name for group in self.groups)})"
 
     def install(self, module: nn.Module, handles: list[RemovableHandle]) -> None:
-        self._lookup = isinstance(module, nn.Embedding)
+        self.lookup = isinstance(module, nn.Embedding)
         # In front of a user's own hooks: they find the weights there, and one that raises leaves
         # our pair balanced.
         handles.append(module.register_forward_pre_hook(self._before, prepend=True))
         handles.append(module.register_forward_hook(self._after, always_call=True))
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        self._runtime._acquire(self._groups, lookup=self._lookup)
+        self._runtime._acquire(self, module)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._runtime._release()
+        self._runtime._release(self, module)
+
+
+def _num_running(module: nn.Module) -> int:
+    """Count the calls of a module that this thread is in."""
+    count, frame = 0, cast(FrameType | None, sys._getframe(1))
+    while frame is not None:
+        code = frame.f_code
+        count += (
+            code.co_name == "_call_impl"
+            and code.co_filename == nn.modules.module.__file__
+            and frame.f_locals.get("self") is module
+        )
+        frame = frame.f_back
+    return count
 
 
 def refuse_managed(model: nn.Module) -> None:
@@ -357,8 +448,8 @@ def refuse_managed(model: nn.Module) -> None:
 
 def _refuse_apply(*args: Any, **kwargs: Any) -> None:
     raise PlacementError(
-        "the model's weights are placed by a runtime: detach it before moving or converting the "
-        "model"
+        "the model's weights are placed by a runtime: detach it before moving, converting or "
+        "loading the model"
     )
 
 

@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,7 +18,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import PlacementError
 from ..hints import Tier
 from .stores import NUM_READERS, PIECE_BYTES, Store, aligned_buffer
 
@@ -51,8 +51,9 @@ class Link(Protocol):
         really moved. Raises PlacementError where the bytes are not sound.
         """
 
-    def done_with(self, slot: int, *, shared: bool) -> None:
-        """Say that what was computed with the slot's bytes has been asked of the device.
+    def done_with(self, slot: int, *, shared: bool) -> bool:
+        """Say that what was computed with the slot's bytes has been asked of the device; returns
+        whether they are still there.
 
         ``shared``: others than us have seen views of them, and may have kept one.
         """
@@ -93,25 +94,35 @@ class Ticket:
     """When an emulated transfer ends, on its link's clock."""
     finish: Callable[[], None] | None = None
     """What the reader thread does once all bytes are in host memory."""
-    _open_pieces: int = 0
+    store: Store | None = None
+    _pieces: deque[tuple[int, Tensor]] = field(default_factory=deque)
+    """(Start in the payload, target) of the reads that nobody has begun."""
+    _num_open: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def take_piece(self) -> tuple[int, Tensor] | None:
+        """Return a read that is still to do."""
+        with self._lock:
+            return self._pieces.popleft() if self._pieces else None
 
-_Job = tuple[Ticket, Store, int, Tensor] | None
+    def end_pieces(self, count: int) -> bool:
+        """Say that so many reads are done; returns whether they were the last."""
+        with self._lock:
+            self._num_open -= count
+            return self._num_open == 0
+
+
+_Job = Ticket | None
 
 
 class RealLink:
-    """Reads units from real stores.
-
-    A forked child inherits no threads: there every use is a PlacementError.
-    """
+    """Reads units from real stores."""
 
     virtual_seconds = 0.0
 
     def __init__(self, stores: Mapping[Tier, Store], device: torch.device) -> None:
         self._stores = stores
         self._device = device
-        self._process = os.getpid()
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._slots: list[Tensor] = []
         self._host_slots: list[Tensor] = []
@@ -120,21 +131,24 @@ class RealLink:
             if device.type == "cuda"
             else None
         )
+        self._in_slot: dict[int, Ticket] = {}
         self._used: dict[int, torch.cuda.Event] = {}
         self._staged: dict[int, torch.cuda.Event] = {}
-        self._num_threads = 0
+        self._threads: list[threading.Thread] = []
         self._num_own_users = 0
-        # The threads know the queue alone, so that a forgotten runtime is freed.
-        self._finish = weakref.finalize(self, _end_threads, self._jobs, NUM_READERS)
+        # The threads know the queue alone, so that a forgotten runtime is freed. They end before
+        # the interpreter does: it would abort with a thread in the middle of a read.
+        self._finish = weakref.finalize(self, _end_threads, self._jobs, self._threads, os.getpid())
 
     def make_slots(self, num_slots: int, slot_bytes: int) -> None:
         """Allocate slots in fast memory, and as many pinned ones where a disk feeds a device."""
-        self._slots, self._host_slots = [], []
-        self._used.clear()
-        self._staged.clear()
+        self._free_slots()
         self._slots = [self._allocate(slot_bytes) for _ in range(num_slots)]
         if self._slots:
             self._num_own_users = _num_users(self._slots[0])
+        for slot in range(num_slots if self._stream is not None else 0):
+            # The allocator may have given us memory that kernels on the current stream still use.
+            self.done_with(slot, shared=False)
         if self._stream is not None and Tier.SSD in self._stores:
             self._host_slots = [
                 torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True)
@@ -143,9 +157,11 @@ class RealLink:
 
     def submit(self, unit: Unit, slot: int) -> Ticket:
         """Queue the unit's pieces for the reader threads, or the copy on the stream."""
-        self._check_process()
-        ticket = Ticket(unit, slot)
-        store = self._stores[unit.tier]
+        assert unit.num_bytes <= self._slots[slot].numel(), "the plan's slots are too small"
+        if (before := self._in_slot.get(slot)) is not None:
+            before.arrived.wait()
+        ticket = self._in_slot[slot] = Ticket(unit, slot)
+        store = ticket.store = self._stores[unit.tier]
         there = store.view(unit.key) if self._stream is not None else None
         if there is not None:
             self._copy(ticket, there[unit.offset : unit.offset + unit.num_bytes])
@@ -156,18 +172,25 @@ class RealLink:
         target = (self._host_slots or self._slots)[slot][: unit.num_bytes]
         if self._stream is not None:
             ticket.finish = lambda: self._copy_staged(ticket, target)
-        starts = range(0, unit.num_bytes, PIECE_BYTES)
-        ticket._open_pieces = len(starts)
         self._start_threads()
-        for start in starts:
-            self._jobs.put(
-                (ticket, store, unit.offset + start, target[start : start + PIECE_BYTES])
-            )
+        for start in range(0, unit.num_bytes, PIECE_BYTES):
+            ticket._pieces.append((unit.offset + start, target[start : start + PIECE_BYTES]))
+        ticket._num_open = len(ticket._pieces)
+        try:
+            for _ in range(min(NUM_READERS, ticket._num_open)):
+                self._jobs.put(ticket)
+        except BaseException:  # KeyboardInterrupt: nobody may write into the slot any more
+            unread = 0
+            while ticket.take_piece() is not None:
+                unread += 1
+            if ticket.end_pieces(unread):
+                ticket.arrived.set()
+            ticket.arrived.wait()
+            raise
         return ticket
 
     def wait(self, ticket: Ticket) -> Tensor | None:
         """Wait for the threads; a device is made to wait for its copy stream."""
-        self._check_process()
         ticket.arrived.wait()
         if ticket.error is not None:
             raise ticket.error
@@ -176,18 +199,20 @@ class RealLink:
             torch.cuda.current_stream(self._device).wait_event(ticket.copied)
         return self._slots[ticket.slot][: ticket.unit.num_bytes]
 
-    def done_with(self, slot: int, *, shared: bool) -> None:
+    def done_with(self, slot: int, *, shared: bool) -> bool:
         """Let the copy stream know after which of the device's work a slot may be overwritten.
 
         A module may return its weight, or keep a view of it: that slot's memory is theirs then, and
         the slot gets memory of its own again.
         """
-        if shared and _num_users(self._slots[slot]) > self._num_own_users:
+        kept = not shared or _num_users(self._slots[slot]) <= self._num_own_users
+        if not kept:
             self._slots[slot] = self._allocate(self._slots[slot].numel())
         if self._stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))
             self._used[slot] = event
+        return kept
 
     def fetch(self, tier: Tier, num_bytes: int) -> None:
         """Nothing to account for: the time has really passed."""
@@ -209,7 +234,16 @@ class RealLink:
     def close(self) -> None:
         """End the threads and free the slots."""
         self._finish()
+        self._free_slots()
+
+    def _free_slots(self) -> None:
+        for ticket in self._in_slot.values():
+            ticket.arrived.wait()
+        if self._stream is not None:
+            self._stream.synchronize()  # copies into the slots, and out of pinned memory
         self._slots, self._host_slots = [], []
+        for kept in (self._in_slot, self._used, self._staged):
+            kept.clear()
 
     def _allocate(self, num_bytes: int) -> Tensor:
         if self._stream is None:
@@ -231,47 +265,47 @@ class RealLink:
         self._staged[ticket.slot] = ticket.copied
 
     def _start_threads(self) -> None:
-        while self._num_threads < NUM_READERS:
-            threading.Thread(
+        while len(self._threads) < NUM_READERS:
+            thread = threading.Thread(
                 target=_read_pieces, args=(self._jobs,), daemon=True, name="tierhints-reader"
-            ).start()
-            self._num_threads += 1
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._process:
-            raise PlacementError(
-                "the process was forked after attach, and reader threads don't survive a fork: "
-                "attach in the child process"
             )
+            self._threads.append(thread)
+            thread.start()
 
 
 def _read_pieces(jobs: "queue.SimpleQueue[_Job]") -> None:
     """Read and check pieces until told to end; a failure goes to whoever waits for the unit."""
-    while (job := jobs.get()) is not None:
-        ticket, store, start, target = job
-        try:
-            if ticket.error is None:
-                store.read_into(ticket.unit.key, start, target)
-        except BaseException as error:
-            ticket.error = error
-        del job, store, target  # views of the slot, which must not be taken for somebody else's
-        with ticket._lock:
-            ticket._open_pieces -= 1
-            last = ticket._open_pieces == 0
-        if last:
+    while (ticket := jobs.get()) is not None:
+        while (piece := ticket.take_piece()) is not None:
+            start, target = piece
             try:
-                if ticket.error is None and ticket.finish is not None:
-                    ticket.finish()
+                if ticket.error is None:
+                    assert ticket.store is not None
+                    ticket.store.read_into(ticket.unit.key, start, target)
             except BaseException as error:
                 ticket.error = error
-            ticket.finish = None
-            ticket.arrived.set()
+            del piece, target  # views of the slot, which must not be taken for somebody else's
+            if ticket.end_pieces(1):
+                try:
+                    if ticket.error is None and ticket.finish is not None:
+                        ticket.finish()
+                except BaseException as error:
+                    ticket.error = error
+                ticket.finish = None
+                ticket.arrived.set()
         del ticket
 
 
-def _end_threads(jobs: "queue.SimpleQueue[_Job]", num_threads: int) -> None:
-    for _ in range(num_threads):
+def _end_threads(
+    jobs: "queue.SimpleQueue[_Job]", threads: list[threading.Thread], process: int
+) -> None:
+    if os.getpid() != process:
+        return  # a forked child, which has none of them
+    for _ in threads:
         jobs.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join()
 
 
 def _num_users(buffer: Tensor) -> int:

@@ -18,6 +18,8 @@ from ..precision.kernels import SCRATCH_BYTES, Use, resident_bytes
 from .payload import Payload, group_blocks, make_payload
 from .stores import CHUNK_BYTES
 
+_COMPUTED_AS_IS = {Precision.BF16, Precision.FP16, Precision.INT8, Precision.INT4}
+"""Precisions that are multiplied with as they are held; the others are expanded first."""
 _DEFAULT_COMPUTE = 4e9
 """Weights per second of a machine that was not measured."""
 
@@ -111,12 +113,14 @@ def _need(
     must_reside: bool,
 ) -> BlockNeed:
     group = payload.group
-    resident = sum(
-        part.num_bytes
-        if part.codec is None
-        else resident_bytes(part.rows, part.columns, part.codec, part.uses, device)
-        for part in payload.parts
-    )
+    resident = payload.num_bytes if payload.in_place else payload.data_bytes
+    if payload.lossy:
+        resident = sum(
+            part.num_bytes
+            if part.codec is None
+            else resident_bytes(part.rows, part.columns, part.codec, part.uses, device)
+            for part in payload.parts
+        )
     num_params = sum(block.num_params for block in group.blocks)
     rate = machine.compute.get(str(payload.precision), machine.compute.get("fp32", 0.0))
     importances = [
@@ -140,7 +144,7 @@ def _need(
         lookup_bytes=_lookup_moved(payload) if embedding else 0,
         importance=max(known, default=None),
         compute_seconds=0.0 if only_lookup else num_params / (rate or _DEFAULT_COMPUTE),
-        computed_as_is=payload.lossy,
+        computed_as_is=payload.lossy and payload.precision in _COMPUTED_AS_IS,
     )
 
 

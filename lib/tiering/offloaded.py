@@ -70,6 +70,17 @@ class OffloadedParameter(nn.Parameter):
     _tierhints_transposed: bool
     """The parameter is W.T, as in GPT-2's Conv1D."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedParameter":
+        """Refuse: the copy would have no weights."""
+        raise PlacementError("a model whose weights are offloaded can't be copied: detach it first")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse: the pickle would have no weights."""
+        raise PlacementError(
+            "a model whose weights are offloaded can't be pickled: detach it first, or save its "
+            "state_dict()"
+        )
+
     @classmethod
     def __torch_function__(
         cls,

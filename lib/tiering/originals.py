@@ -77,8 +77,13 @@ class Originals:
     def read(self, name: str, start: int | None = None, end: int | None = None) -> Tensor:
         """Return a parameter's weights, or rows [start, end), in host memory; read-only."""
         if self._checkpoint is not None:
-            weights = self._checkpoint.read(name, start, end)
-            return weights.to(self._given[name].dtype)
+            weights = self._checkpoint.read(name, start, end).to(self._given[name].dtype)
+            shape = self.shapes[name]
+            if start is None and weights.stride() != shape.stride():
+                weights = torch.empty_strided(
+                    shape.size(), shape.stride(), dtype=shape.dtype
+                ).copy_(weights)
+            return weights
         weights = self.parameters[name].data
         return (weights if start is None else weights[start:end]).cpu()
 
@@ -118,6 +123,10 @@ def _check_parameter(name: str, parameter: nn.Parameter, *, in_checkpoint: bool)
         raise InputError(
             f"parameter {name!r} is a {type(parameter.data).__name__}: only plain dense tensors "
             "can be offloaded"
+        )
+    if parameter.is_inference():
+        raise InputError(
+            f"parameter {name!r} was made in inference mode: build the model outside it"
         )
     if in_checkpoint != (parameter.device.type == "meta"):
         raise InputError(

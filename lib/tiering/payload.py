@@ -28,7 +28,10 @@ _SHARD_ROWS = 256
 """Shards have a multiple of this many rows: with it, matrix products of shards have the bits of the
 whole product's (smaller shards may take another kernel).
 """
+_FORMAT = 1
+"""Of payloads and of the records in them: a change makes what earlier versions stored unknown."""
 _PIECE_ALIGNMENT = 256
+_IN_PLACE_BYTES = 2**20
 _PART_BYTES = 8 * 2**20
 """Bytes of native weights in a shard, and read at a time while a payload is made."""
 _TRANSPOSED = {"Conv1D"}
@@ -134,6 +137,11 @@ class Payload:
         return self.shards[-1].offset + self.shards[-1].num_bytes
 
     @property
+    def in_place(self) -> bool:
+        """Raw and large: in RAM the buffer that it is read into becomes the weights themselves."""
+        return not self.lossy and not self.by_rows and self.num_bytes >= _IN_PLACE_BYTES
+
+    @property
     def lossy(self) -> bool:
         """Some of its weights are not those that were given."""
         return any(part.codec is not None for part in self.parts)
@@ -210,7 +218,9 @@ def content_key(payload: Payload, identities: Mapping[str, str]) -> str:
     """Name a payload by what is in it: layout, codec, and the identity of each parameter's
     weights.
     """
-    digest = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128(f"format {_FORMAT};{payload.by_rows}|".encode())
+    for shard in payload.shards:
+        digest.update(f"{shard.start}-{shard.end}@{shard.offset}+{shard.num_bytes}|".encode())
     for part in payload.parts:
         codec = part.codec
         text = (
@@ -299,10 +309,14 @@ def _make_part(
         and weight.is_floating_point()
         and _rank(precision) > _rank(native_precision(weight.dtype))
     )
-    codec = default_codec(precision) if lossy and precision is not None else None
-    transposed = codec is not None and type(owner).__name__ in _TRANSPOSED
-    rows, columns = _matrix_shape(weight.shape, transposed)
-    record = codec.layout(rows, columns) if codec is not None else None
+    codec, record, transposed = None, None, False
+    if lossy and precision is not None and weight.numel():
+        codec = default_codec(precision)
+        transposed = type(owner).__name__ in _TRANSPOSED
+        record = codec.layout(*_matrix_shape(weight.shape, transposed))
+        if record.num_bytes >= weight.numel() * weight.element_size():
+            # Rows of a few weights (small convolutions) would grow by their scales.
+            codec, record, transposed = None, None, False
     return Part(
         parameter=name,
         offset=offset,

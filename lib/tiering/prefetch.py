@@ -30,13 +30,17 @@ class Prefetcher:
     Used by one thread. ``schedule`` is the order expected before the first forward is traced.
     """
 
-    def __init__(self, link: Link, num_slots: int, schedule: Sequence[Unit]) -> None:
+    def __init__(
+        self, link: Link, num_slots: int, schedule: Sequence[Unit], *, slot_bytes: int = 2**63
+    ) -> None:
+        self.slot_bytes = slot_bytes if num_slots else 0
+        """The largest unit that can be acquired."""
         self._link = link
         self._num_slots = num_slots
         self._free = list(range(num_slots))
         self._live: dict[Unit, _Live] = {}
         self._trace: list[Unit] = []
-        self._set_schedule(list(schedule))
+        self._set_schedule([unit for unit in schedule if unit.num_bytes <= slot_bytes])
 
     def acquire(self, unit: Unit) -> Tensor | None:
         """Return a unit's bytes in fast memory, for as long as it is held; nests.
@@ -66,7 +70,8 @@ class Prefetcher:
         live = self._live[unit]
         live.holds -= 1
         if live.holds == 0:
-            self._link.done_with(live.ticket.slot, shared=shared)
+            if not self._link.done_with(live.ticket.slot, shared=shared):
+                self._drop(unit)
             self._prefetch()
 
     def begin_forward(self) -> None:
@@ -81,6 +86,18 @@ class Prefetcher:
         self._trace = []
         self._cursor = 0
         self._prefetch()
+
+    def end_holds(self) -> None:
+        """End the holds that an interrupted forward left behind; slots that it lost are free
+        again.
+        """
+        for unit, live in list(self._live.items()):
+            if live.holds:
+                live.holds = 0
+                if not self._link.done_with(live.ticket.slot, shared=True):
+                    self._drop(unit)
+        taken = {live.ticket.slot for live in self._live.values()}
+        self._free = [slot for slot in range(self._num_slots) if slot not in taken]
 
     def drain(self) -> None:
         """Wait for what is on its way and forget it; nothing may be held."""

@@ -6,7 +6,8 @@ strides; lossy precisions keep the original in a store, for detach.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import ctypes
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..blocks import storage_bytes
 from ..errors import PlacementError
 from ..hints import Tier
-from ..policy.plan import Plan
+from ..policy.plan import Plan, Step
 from ..precision.kernels import SCRATCH_BYTES, CompressedWeight, EncodedWeight, Scratch, allocate
 from .archive import Archive, Stored
 from .link import Link, Unit
@@ -42,6 +43,8 @@ class _Held:
     """Compressed weights in fast memory, by parameter."""
     stored: Stored | None = None
     """Where its payload is, once it has been stored."""
+    versions: list[int] = field(default_factory=list)
+    """Of its parameters while it resides raw in fast memory, to notice writes."""
     native: tuple[Stored, Payload] | None = None
     """Where the original weights are once they are nowhere in memory."""
 
@@ -90,16 +93,18 @@ class Residency:
     def apply(
         self,
         plan: Plan,
-        schedule: list[str],
+        schedule: Sequence[Step],
         *,
         progress: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         """Carry a plan out: first what leaves fast memory, then the slots, then what comes in.
 
-        ``schedule`` has groups in the order in which they are likely to be used. May be called
+        ``schedule`` has the uses in the order in which they are likely to come. May be called
         again with another plan of the same precisions, while nothing is held.
         """
+        self.end_holds()
         self._prefetcher.drain()
+        self._prefetcher = Prefetcher(self._link, 0, [])  # what fails below leaves no slots
         self._make_scratch(plan)
         for name, held in self._held.items():
             tier = plan.placements[name].tier
@@ -111,8 +116,16 @@ class Residency:
             if plan.placements[name].tier is Tier.HBM and held.tier is not Tier.HBM:
                 self._bring_in(held)
                 progress(held.payload.num_bytes)
-        units = [unit for name in schedule for unit in self._held[name].units]
-        self._prefetcher = Prefetcher(self._link, plan.num_slots, units)
+        units = [
+            unit for step in schedule if not step.lookup for unit in self._held[step.block].units
+        ]
+        self._prefetcher = Prefetcher(self._link, plan.num_slots, units, slot_bytes=plan.slot_bytes)
+        kept = [held.stored for held in self._held.values() if held.stored is not None]
+        kept += [held.native[0] for held in self._held.values() if held.native is not None]
+        self._archive.keep_only(set(kept))
+        _trim_heap()
+        measured = self.resident_bytes()
+        assert self._emulated or measured <= plan.fast_bytes, (measured, plan.fast_bytes)
 
     @property
     def groups(self) -> list[Group]:
@@ -149,15 +162,18 @@ class Residency:
             self._link.use_in_place(held.payload.data_bytes)
         if not held.units or held.by_rows:
             return 0
-        moved_bytes = 0
-        if held.num_holds == 0:
-            unit = held.units[0]
+        held.num_holds += 1  # first: whoever is interrupted below is found by end_holds
+        if held.num_holds > 1:
+            return 0
+        unit = held.units[0]
+        try:
             with _plain_tensors():
                 buffer = self._prefetcher.acquire(unit)
                 self._show(held, self._in_memory(held, 0) if buffer is None else buffer)
-            moved_bytes = unit.data_bytes
-        held.num_holds += 1
-        return moved_bytes
+        except Exception:
+            held.num_holds -= 1
+            raise
+        return unit.data_bytes
 
     def release(self, group: str) -> None:
         """End one use; nothing is copied back, since weights don't change."""
@@ -169,6 +185,15 @@ class Residency:
             with _plain_tensors():
                 self._hide(held)
             self._prefetcher.release(held.units[0], shared=True)
+
+    def end_holds(self) -> None:
+        """Give back what an interrupted forward still holds."""
+        for held in self._held.values():
+            if held.num_holds:
+                held.num_holds = 0
+                with _plain_tensors():
+                    self._hide(held)
+        self._prefetcher.end_holds()
 
     def begin_forward(self) -> None:
         """Say that the schedule starts from its beginning."""
@@ -216,12 +241,13 @@ class Residency:
         It may then be called again, with more memory free: what is stored stays stored.
         """
         failures: dict[str, BaseException] = {}
-        with contextlib.suppress(PlacementError):
-            self._prefetcher.drain()
+        self.end_holds()
+        self._prefetcher.drain()
         for held in self._held.values():
             try:
                 self._restore(held)
-            except (PlacementError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
+            except (PlacementError, OSError, RuntimeError, MemoryError) as error:
+                # RuntimeError: out of memory, as torch says it.
                 failures |= dict.fromkeys((part.parameter for part in held.payload.parts), error)
         self._originals.restore(list(failures))
         if failures:
@@ -250,6 +276,8 @@ class Residency:
 
     def _send_off(self, held: _Held, tier: Tier) -> None:
         """Take a group out of fast memory (or move it to another tier below)."""
+        if held.tier is Tier.HBM and not held.payload.lossy:
+            self._forget_changed(held)
         held.stored = self._archive.put(held.payload, tier, held.stored)
         self._keep_native(held)
         held.units = tuple(
@@ -285,6 +313,21 @@ class Residency:
             self._load(held, held.stored)
         held.units = ()
         held.tier = Tier.HBM
+        held.versions = self._versions(held)
+
+    def _versions(self, held: _Held) -> list[int]:
+        return [self._parameter(part)._version for part in held.payload.parts]
+
+    def _forget_changed(self, held: _Held) -> None:
+        """Store weights anew that were written to while they were in fast memory."""
+        if self._versions(held) == held.versions:
+            return
+        if self._originals.from_checkpoint:
+            raise PlacementError(
+                f"weights of {held.payload.group.name} were changed and are a checkpoint's: detach "
+                "before changing the model"
+            )
+        held.stored, held.native = None, None
 
     def _keep_native(self, held: _Held) -> None:
         """See to it that the original weights are stored before they leave memory."""
@@ -310,6 +353,12 @@ class Residency:
                 weight.fill(shard.start, buffer[: shard.data_bytes], shard.record)
             self._reside(held, part, weight)
             return
+        if self._device.type == "cpu" and payload.in_place:
+            # The buffer that was read into becomes the weights: no second copy, even for a moment.
+            for buffer, _ in self._archive.shards(stored, payload):
+                for part in payload.parts:
+                    set_weights(self._parameter(part), raw_view(buffer, part))
+            return
         for part, source in self._archive.weights(stored, payload, lambda name: self._device):
             if part.record is None:
                 set_weights(self._parameter(part), source)
@@ -323,6 +372,14 @@ class Residency:
         if held.native is None:
             return
         stored, payload = held.native
+        if held.tier is Tier.HBM and payload is held.payload:  # they are in memory: nothing is read
+            for part in payload.parts:
+                parameter = self._parameter(part)
+                set_weights(
+                    parameter, parameter.data.to(self._originals.home(part.parameter), copy=True)
+                )
+            held.native = None
+            return
         for part, weights in self._archive.weights(stored, payload, self._originals.home):
             set_weights(self._parameter(part), weights)
         held.native, held.stored, held.tier = None, None, None
@@ -431,13 +488,34 @@ class _GroupReader:
     def hold(self, index: int) -> Iterator[Tensor]:
         """Bring a shard into fast memory for as long as the context lasts."""
         residency, unit = self._residency, self._held.units[index]
+        if unit.num_bytes > residency._prefetcher.slot_bytes:
+            with self._read_apart(index) as buffer:
+                yield buffer
+            return
         with residency.on_move(unit.group) as moved, _plain_tensors():
-            buffer = residency._prefetcher.acquire(unit)
+            there = residency._prefetcher.acquire(unit)
             moved(unit.data_bytes)
         try:
-            yield residency._in_memory(self._held, index) if buffer is None else buffer
+            yield residency._in_memory(self._held, index) if there is None else there
         finally:
             residency._prefetcher.release(unit, shared=False)
+
+    @contextlib.contextmanager
+    def _read_apart(self, index: int) -> Iterator[Tensor]:
+        """Read a shard that the plan has no slot for, since it foresaw lookups only."""
+        residency, held = self._residency, self._held
+        unit = held.units[index]
+        assert held.stored is not None
+        with residency.on_move(unit.group) as moved, _plain_tensors():
+            shard = held.payload.shards[index]
+            buffer = residency._archive.read_shard(held.stored, shard).to(residency._device)
+            residency._link.fetch(unit.tier, unit.data_bytes)
+            moved(unit.data_bytes)
+        residency.on_extra(unit.num_bytes)
+        try:
+            yield buffer
+        finally:
+            residency.on_extra(-unit.num_bytes)
 
     def read_rows(self, index: int, ids: Tensor) -> Tensor:
         """Return rows (n, columns) of a shard, by their numbers within it."""
@@ -460,3 +538,11 @@ def _plain_tensors() -> Iterator[None]:
     """Make ordinary tensors: those made in inference mode could not be used outside it."""
     with torch.inference_mode(mode=False), torch.no_grad():
         yield
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system: under a memory limit what malloc keeps counts as
+    ours.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -110,6 +110,11 @@ class Recorder:
         self._mark()
         self._owners.pop()
 
+    def leave_all(self) -> None:
+        """Leave whatever an interrupted forward was in."""
+        self._mark()
+        del self._owners[1:]
+
     def change_resident(self, num_bytes: int) -> None:
         """Book weight bytes that appeared in (or, negative, left) fast memory."""
         self.resident_bytes += num_bytes

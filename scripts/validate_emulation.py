@@ -1,0 +1,228 @@
+"""Check that emulation tells the truth: the same plans, offloaded for real and emulated.
+
+    python scripts/validate_emulation.py --json docs/results/emulation.json
+
+For each plan the model first decodes with real offload, in segments between which the disk is
+measured with units of the plan's own size (disks drift within seconds); then it decodes again under
+the same plan with the weights in memory and those measured figures on the wall clock. The error of
+a plan is that of the median token.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lib.errors import InputError, PlacementError
+from lib.files import check_writable
+from lib.hints import Tier
+from lib.machine import MachineProfile, TierSpec, load_machine
+from lib.tiering import Clock, EmulationSpec, Runtime, attach
+from lib.tiering.attach import UNMEASURED
+from lib.tiering.needs import model_needs
+from lib.tiering.probe import FileProbe
+from lib.tiering.stores import default_spill_folder
+from lib.units import MIB, format_bytes
+from scripts.cli import emit_json, run_main
+from scripts.inputs import build_empty_model
+from scripts.offload.checkpoint import GPT2_MEDIUM, TOY, make_checkpoint
+
+_SHARES = ((None, 0.3), (None, 0.5), (None, 0.7), (None, 0.85), ("int8", 0.5), ("int4", 0.5))
+"""Precision, and fast memory as a share of what the model takes at it: streamed in every case."""
+_TOY_SHARES = ((None, 0.6), (None, 0.7), (None, 0.8), (None, 0.9), ("bf16", 0.8), ("int8", 0.9))
+_SEGMENTS = 4
+_PROBE_SECONDS = 0.4
+_PROMPT = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Decoding under one plan."""
+
+    seconds: list[float]
+    logits: torch.Tensor
+    plan: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    check_writable(args.json)
+    if args.tokens < _SEGMENTS:
+        raise InputError(f"--tokens {args.tokens} must be {_SEGMENTS} or more: a segment's each")
+    if args.threads < 1:
+        raise InputError(f"--threads {args.threads} must be 1 or more")
+    torch.set_num_threads(args.threads)
+    machine = load_machine(args.machine) if args.machine else None
+    work = Path(args.work_dir or default_spill_folder() / "tierhints-bench")
+    checkpoint = args.model or make_checkpoint(TOY if args.quick else GPT2_MEDIUM, work)
+    tokens = args.tokens
+    shares = _TOY_SHARES if args.quick else _SHARES
+    rows = [
+        _compare(checkpoint, work / "emulation", precision, share, tokens, machine)
+        for precision, share in tqdm(shares, desc="plans", leave=False, disable=None)
+    ]
+    document = {
+        "model": str(checkpoint),
+        "plans": len(rows),
+        "median_abs_error_pct": statistics.median(abs(row["error_pct"]) for row in rows),
+        "rows": rows,
+    }
+    print(_table(rows))
+    print(
+        f"\nmedian absolute error {document['median_abs_error_pct']:.1f} % over {len(rows)} plans, "
+        f"median of {rows[0]['n']} tokens each\n"
+    )
+    emit_json(document, args.json)
+    return 0
+
+
+def _compare(
+    checkpoint: Path,
+    spill: Path,
+    precision: str | None,
+    share: float,
+    tokens: int,
+    machine: MachineProfile | None,
+) -> dict[str, Any]:
+    fast = int(_resident_bytes(checkpoint, precision) * share)
+    model = build_empty_model(checkpoint)
+    common: dict[str, Any] = {
+        "budget": {"HBM": fast, "SSD": None},
+        "precision": precision,
+        "weights": checkpoint,
+        "machine": machine,
+    }
+    with (
+        attach(model, mode="real", spill_dir=spill, **common) as runtime,
+        FileProbe(spill) as probe,
+    ):
+        real, specs = _decode(model, runtime, tokens, probe)
+        stats = runtime.stats()
+        plan = runtime.plan
+    del model, runtime
+    gc.collect()
+    spec = TierSpec(
+        "disk",
+        statistics.median(spec.setup_us for spec in specs),
+        statistics.median(spec.bandwidth_gb_s for spec in specs),
+    )
+    emulation = EmulationSpec(
+        specs={Tier.HBM: TierSpec("HBM", 0, 1000), Tier.SSD: spec},
+        clock=Clock.WALL,
+        charge_hbm=False,
+    )
+    model = build_empty_model(checkpoint)
+    if machine is None:
+        common["machine"] = UNMEASURED  # as in real mode: the plan must be the same
+    with attach(model, mode="emulated", emulation=emulation, **common) as runtime:
+        if runtime.plan != plan:
+            raise PlacementError("the emulated plan is not the real one")
+        emulated, _ = _decode(model, runtime, tokens, None)
+    if not torch.equal(real.logits, emulated.logits):
+        raise PlacementError("emulated outputs are not the real ones")
+    real_seconds, emulated_seconds = (
+        statistics.median(measured.seconds) for measured in (real, emulated)
+    )
+    return {
+        "precision": precision or "lossless",
+        "budget_mib": fast / MIB,
+        "slots": plan.num_slots,
+        "slot_mib": plan.slot_bytes / MIB,
+        "bytes_per_token": stats.bytes_moved / stats.forwards,
+        "link_gb_s": spec.bandwidth_gb_s,
+        "setup_us": spec.setup_us,
+        "real_ms": real_seconds * 1e3,
+        "emulated_ms": emulated_seconds * 1e3,
+        "predicted_ms": plan.predicted.seconds * 1e3,
+        "error_pct": (emulated_seconds / real_seconds - 1) * 100,
+        "n": len(real.seconds),
+    }
+
+
+def _resident_bytes(checkpoint: Path, precision: str | None) -> int:
+    """Return the fast memory that the whole model takes at a precision, slots apart."""
+    model = build_empty_model(checkpoint)
+    needs, scratch = model_needs(
+        model,
+        precision=precision,
+        hints=None,
+        device=torch.device("cpu"),
+        machine=UNMEASURED,
+    )
+    return scratch + sum(need.resident_bytes for need in needs)
+
+
+def _decode(
+    model: Any, runtime: Runtime, tokens: int, probe: FileProbe | None
+) -> tuple[Measured, list[TierSpec]]:
+    """Time single-token forwards after a prompt; with a probe, measure the disk in between."""
+    specs: list[TierSpec] = []
+    units = sorted(
+        {size for placement in runtime.plan.placements.values() for size in placement.unit_bytes}
+    )
+    if not units:
+        raise InputError("the plan streams nothing: there is no transfer to emulate")
+    sizes = sorted({units[0], units[len(units) // 2], units[-1]})
+    ids = torch.arange(_PROMPT).view(1, -1) * 31 % model.config.vocab_size
+    seconds: list[float] = []
+    with torch.inference_mode():
+        output = model(ids, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+        for _ in range(_SEGMENTS):
+            if probe is not None:
+                specs.append(probe.measure(sizes, seconds=_PROBE_SECONDS))
+            # The pause was time to prefetch in: the token after it is not timed.
+            for index in range(1 + tokens // _SEGMENTS):
+                start = time.perf_counter()
+                output = model(token, past_key_values=output.past_key_values, use_cache=True)
+                if index:
+                    seconds.append(time.perf_counter() - start)
+                token = output.logits[:, -1:].argmax(-1)
+        if probe is not None:
+            specs.append(probe.measure(sizes, seconds=_PROBE_SECONDS))
+    return Measured(seconds=seconds, logits=output.logits, plan=runtime.plan.to_json()), specs
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "precision   budget       slots         moved/token  link GB/s  real ms  emulated ms  error"
+    ]
+    lines += [
+        f"{row['precision']:<11} {format_bytes(row['budget_mib'] * MIB):<12} "
+        f"{row['slots']} x {format_bytes(row['slot_mib'] * MIB):<9} "
+        f"{format_bytes(row['bytes_per_token']):<12} {row['link_gb_s']:<10.2f} "
+        f"{row['real_ms']:<8.1f} {row['emulated_ms']:<12.1f} {row['error_pct']:+.1f} %"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Compare emulated with real offload, plan by plan.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
+    )
+    parser.add_argument(
+        "--model", type=Path, help="checkpoint folder (default: GPT-2 medium's shape, made here)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a toy model, to see that it works")
+    parser.add_argument(
+        "--tokens", type=int, default=24, help="timed tokens of each run (default: 24)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="compute threads (default: 2)")
+    parser.add_argument("--machine", type=Path, help="machine.json that the plans are made for")
+    parser.add_argument("--work-dir", type=Path, help="folder on the disk to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the document here too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
