@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..blocks import (
     Block,
+    BlockKind,
     digest_parameters,
     partition_model,
     tied_modules,
@@ -140,7 +141,14 @@ def attach(
             payloads, originals, link, archive, device=compute_device, emulated=mode == "emulated"
         )
         try:
-            originals.prepare(compute_device)
+            originals.prepare(
+                compute_device,
+                one_expert_at_a_time=[
+                    payload.group.modules[0]
+                    for payload in payloads.values()
+                    if payload.lossy and payload.group.kind is BlockKind.EXPERT
+                ],
+            )
             with progress_bar(plan, payloads) as progress:
                 residency.apply(plan, schedule, progress=progress)
             return Runtime(

@@ -5,7 +5,8 @@ A model on the meta device gets its weights from a checkpoint: parameters of our
 meta ones until detach.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import xxhash
@@ -34,6 +35,7 @@ class Originals:
             _check_checkpoint(self._given, checkpoint)
         self.model = model
         self._checkpoint = checkpoint
+        self._experts: list[tuple[Any, Any]] = []
         self._homes = {name: parameter.device for name, parameter in self._given.items()}
         self._buffers = [(buffer, buffer.device) for buffer in model.buffers()]
         self._trainable = [name for name, value in self._given.items() if value.requires_grad]
@@ -51,7 +53,7 @@ class Originals:
         """The weights are a checkpoint's: nothing in memory needs to be kept."""
         return self._checkpoint is not None
 
-    def prepare(self, device: torch.device) -> None:
+    def prepare(self, device: torch.device, *, one_expert_at_a_time: Iterable[str] = ()) -> None:
         """Freeze the parameters, put stand-ins for meta ones, and bring the buffers to the
         device.
         """
@@ -73,6 +75,13 @@ class Originals:
                     "with lib.tiering.empty_weights()"
                 )
             buffer.data = buffer.data.to(device)
+
+        for name in one_expert_at_a_time:
+            # transformers' grouped kernels take the weights of all experts as one tensor.
+            config: Any = getattr(self.model.get_submodule(name), "config", None)
+            if hasattr(config, "_experts_implementation"):
+                self._experts.append((config, config._experts_implementation))
+                config._experts_implementation = "eager"
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> Tensor:
         """Return a parameter's weights, or rows [start, end), in host memory; read-only."""
@@ -110,6 +119,9 @@ class Originals:
                 parameter.requires_grad_(name in self._trainable)
         for buffer, home in self._buffers:
             buffer.data = buffer.data.to(home)
+        while self._experts:
+            config, implementation = self._experts.pop()
+            config._experts_implementation = implementation
 
     def _swap(self, replacements: Mapping[int, nn.Parameter]) -> None:
         for module in self.model.modules():

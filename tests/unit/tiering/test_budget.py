@@ -219,12 +219,17 @@ class TestPrecision:
     def test_packed_experts_can_be_compressed(self, tmp_path: Path) -> None:
         model = tiny_mixtral().eval()
         expected = logits(model)
+        before = model.config._experts_implementation
         for budget in ("1GiB", smallest(model, "int8")):
             with attach(
                 model, budget={"HBM": budget, "SSD": None}, precision="int8", spill_dir=tmp_path
-            ):
+            ) as runtime:
                 assert (logits(model) - expected).std() < 0.05 * expected.std()
+                # One expert is expanded at a time, never all of a layer.
+                fast, peak = runtime.plan.fast_bytes, runtime.stats().peak_resident_bytes
+                assert peak <= fast
         assert torch.equal(logits(model), expected)
+        assert model.config._experts_implementation == before
 
 
 class TestCheckpoint:
