@@ -28,7 +28,7 @@ from lib.machine import MachineProfile, TierSpec, load_machine
 from lib.tiering import Clock, EmulationSpec, Runtime, attach
 from lib.tiering.attach import UNMEASURED
 from lib.tiering.needs import model_needs
-from lib.tiering.probe import FileProbe
+from lib.tiering.probe import FileProbe, measure_contention
 from lib.tiering.stores import default_spill_folder
 from lib.units import MIB, format_bytes
 from scripts.cli import emit_json, run_main
@@ -102,9 +102,12 @@ def _compare(
     }
     with (
         attach(model, mode="real", spill_dir=spill, **common) as runtime,
-        FileProbe(spill) as probe,
+        FileProbe(spill, file_bytes=_file_bytes(runtime)) as probe,
     ):
         real, specs = _decode(model, runtime, tokens, probe)
+        contention = statistics.median(
+            measure_contention(probe, unit_bytes=runtime.plan.slot_bytes) for _ in range(3)
+        )
         stats = runtime.stats()
         plan = runtime.plan
     del model, runtime
@@ -117,6 +120,7 @@ def _compare(
     emulation = EmulationSpec(
         specs={Tier.HBM: TierSpec("HBM", 0, 1000), Tier.SSD: spec},
         clock=Clock.WALL,
+        contention=contention,
         charge_hbm=False,
     )
     model = build_empty_model(checkpoint)
@@ -139,6 +143,7 @@ def _compare(
         "bytes_per_token": stats.bytes_moved / stats.forwards,
         "link_gb_s": spec.bandwidth_gb_s,
         "setup_us": spec.setup_us,
+        "contention": contention,
         "real_ms": real_seconds * 1e3,
         "emulated_ms": emulated_seconds * 1e3,
         "predicted_ms": plan.predicted.seconds * 1e3,
@@ -189,6 +194,12 @@ def _decode(
         if probe is not None:
             specs.append(probe.measure(sizes, seconds=_PROBE_SECONDS))
     return Measured(seconds=seconds, logits=output.logits, plan=runtime.plan.to_json()), specs
+
+
+def _file_bytes(runtime: Runtime) -> int:
+    """Return the bytes that a pass streams: a smaller file may lie in some cache below the disk."""
+    streamed = sum(sum(placement.unit_bytes) for placement in runtime.plan.placements.values())
+    return max(256 * MIB, streamed)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -106,7 +106,8 @@ class EmulatedLink:
     Each tier is one link, first come first served: a transfer starts when it is asked for or when
     the one before it ends, takes setup plus bytes over bandwidth, and goes on while the model
     computes; only what is left of it when its unit is needed is waited for. The model's own compute
-    is the real one. On an accelerator the host waits for the device before it looks at the clock.
+    is the real one, made slower by the spec's contention while a link is busy. On an accelerator
+    the host waits for the device before it looks at the clock.
     """
 
     def __init__(self, spec: EmulationSpec, device: torch.device) -> None:
@@ -116,8 +117,10 @@ class EmulatedLink:
         self._waiter: Waiter | None = None
         if spec.clock is Clock.WALL:
             self._waiter = DeviceWaiter(device) if device.type == "cuda" else HostWaiter()
+        self._computing_since = 0.0
         self._waited = 0.0
         self._waited_before = 0.0
+        self._computing_since = self._now()
 
     @property
     def virtual_seconds(self) -> float:
@@ -129,6 +132,7 @@ class EmulatedLink:
 
     def submit(self, unit: Unit, slot: int) -> Ticket:
         """Put a transfer in its tier's queue."""
+        self._slow_compute()
         ticket = Ticket(unit, slot)
         ticket.due = self._enqueue(unit.tier, unit.data_bytes)
         ticket.arrived.set()
@@ -136,7 +140,9 @@ class EmulatedLink:
 
     def wait(self, ticket: Ticket) -> None:
         """Let the time pass until the transfer ends."""
+        self._slow_compute()
         self._pass(ticket.due - self._now())
+        self._computing_since = self._now()
 
     def done_with(self, slot: int, *, shared: bool) -> bool:
         """Nothing was moved, so nothing is overwritten."""
@@ -177,6 +183,15 @@ class EmulatedLink:
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def _slow_compute(self) -> None:
+        """Charge what compute since the last look would have lost to transfers that went on."""
+        now = self._now()
+        busy = max(self._free_at.values(), default=0.0)
+        shared = min(now, busy) - self._computing_since
+        if shared > 0:
+            self._pass(self._spec.contention * shared)
+        self._computing_since = self._now()
 
     def _enqueue(self, tier: Tier, num_bytes: int) -> float:
         start = max(self._now(), self._free_at.get(tier, 0.0))

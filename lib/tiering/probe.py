@@ -9,6 +9,7 @@ Disks and busy machines drift: tiers and sizes take turns, and medians are kept.
 import itertools
 import math
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -341,3 +342,30 @@ def _random_bytes(num_bytes: int) -> Iterator[Tensor]:
     for start in range(0, num_bytes, PIECE_BYTES):
         numbers = torch.empty(PIECE_BYTES // 8, dtype=torch.int64).random_(generator=generator)
         yield numbers.view(torch.uint8)[: num_bytes - start]
+
+
+def measure_contention(probe: FileProbe, *, unit_bytes: int, seconds: float = 0.5) -> float:
+    """Return by what share single-row matrix products are slower while a disk is read."""
+    weights = [torch.randn(4096, 1024) for _ in range(8)]
+    row = torch.randn(1, 1024)
+    passes: list[float] = []
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set():
+            start = time.perf_counter()
+            for weight in weights:
+                torch.nn.functional.linear(row, weight)
+            passes.append(time.perf_counter() - start)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        time.sleep(seconds)
+        alone = statistics.median(passes)
+        passes.clear()
+        probe.measure(unit_bytes, seconds=seconds)
+        return max(statistics.median(passes) / alone - 1, 0.0)
+    finally:
+        stop.set()
+        thread.join()

@@ -31,6 +31,10 @@ class EmulationSpec:
 
     specs: Mapping[Tier, TierSpec] = field(default_factory=lambda: dict(DEFAULT_SPECS))
     clock: Clock = Clock.VIRTUAL
+    contention: float = 0.0
+    """By what share compute is slower while a link is busy: both want cores and memory bandwidth.
+    Measured by ``probe.measure_contention``; 0 for links that don't take part of either.
+    """
     charge_hbm: bool = True
     """Charge each use of weights in HBM too, as for a device that this machine doesn't have. Not
     for a measured machine, whose compute already takes the time of its own memory.

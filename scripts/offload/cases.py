@@ -8,12 +8,14 @@ from lib.units import MIB
 from scripts.cgroups import LimitedRun
 
 from .figures import Fields, summarize_failure, summarize_run
-from .systems import RESIDENT, System
+from .systems import System
 
 
 @dataclass(kw_only=True)
 class Case:
-    """What is run, and what its rounds gave; ``reason`` says why it is not run (again)."""
+    """What is run, and what its rounds gave; ``reason`` says why it is not run (again), and
+    ``impossible`` that this machine can't, which is no failure.
+    """
 
     system: System
     limit_mib: int | None
@@ -22,6 +24,7 @@ class Case:
     limited: list[LimitedRun] = field(default_factory=list)
     cached_bytes: int = 0
     reason: str | None = None
+    impossible: bool = False
 
     @property
     def name(self) -> str:
@@ -31,11 +34,12 @@ class Case:
 
 
 def summarize_cases(cases: Sequence[Case]) -> list[Fields]:
-    """Return the runs of the document. What a token takes to compute is the resident model's."""
+    """Return the runs of the document. What a token takes to compute is the resident model's, the
+    first case.
+    """
     resident_seconds = [
         interval["seconds"]
-        for case in cases
-        if case.system is RESIDENT
+        for case in cases[:1]
         for result in case.results
         for interval in result["intervals"]
         if interval["timed"]
@@ -65,13 +69,52 @@ def _summarize_case(case: Case, compute_seconds: float | None) -> Fields:
         "survived": survived,
         "reason": case.reason,
         **figures,
-        "peak_mib": _peak_mib([run.peak_bytes for run in case.limited]),
-        "peak_anon_mib": _peak_mib([run.peak_anon_bytes for run in case.limited]),
+        **_memory(case),
         "cached_before_mib": case.cached_bytes / MIB,
         "match": match,
         "budget_bytes": facts.get("budget_bytes"),
         "anonymous_bytes": facts.get("anonymous_bytes"),
         "plan": facts.get("plan"),
+    }
+
+
+def find_problems(cases: Sequence[Case], runs: Sequence[Fields]) -> list[str]:
+    """Return what must not be: a run of ours that failed, or a lossless one that lost something.
+
+    Where the resident model is impossible there is nothing to compare with.
+    """
+    problems = []
+    for case, run in zip(cases, runs, strict=True):
+        if case.system.peer or case.impossible:
+            continue
+        if not run["survived"]:
+            problems.append(f"{case.name}: {case.reason}")
+        elif case.system.exact and not (run["match"] and run["match"]["bit_equal"]):
+            if run["match"] or not cases[0].impossible:
+                problems.append(f"{case.name}: logits are not the resident model's bit for bit")
+    return problems
+
+
+def _memory(case: Case) -> Fields:
+    """Return the peaks: those of the group, or of a GPU and then the group's as the host's."""
+    group = _peak_mib([run.peak_bytes for run in case.limited])
+    anonymous = _peak_mib([run.peak_anon_bytes for run in case.limited])
+    device = [memory for result in case.results if (memory := result.get("device_memory"))]
+    if not device:
+        return {"peak_mib": group, "peak_anon_mib": anonymous}
+    registered = [
+        (result.get("plan") or {}).get("bytes_per_tier", {}).get("CPU", 0)
+        for result in case.results
+    ]  # ours registers its own memory, past torch's allocator
+    return {
+        "peak_mib": _peak_mib([memory["peak_reserved_bytes"] for memory in device]),
+        "peak_anon_mib": None,
+        "device_used_mib": _peak_mib([memory["device_used_bytes"] for memory in device]),
+        "pinned_mib": _peak_mib(
+            [memory["pinned_bytes"] + own for memory, own in zip(device, registered, strict=True)]
+        ),
+        "host_peak_mib": group,
+        "host_peak_anon_mib": anonymous,
     }
 
 

@@ -12,11 +12,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+SEGMENTS = 6
+"""Of a generation, at most: a link wanders within seconds, and is measured between them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
     """From the end of one forward pass to the end of the next. ``disk_bytes`` is what the process
-    had fetched from the disk, ``moved_bytes`` what a system itself says.
+    had fetched from the disk, ``moved_bytes`` what a system itself says; the last timed interval of
+    a segment has those of all its timed ones, since asking takes a system's time.
     """
 
     seconds: float
@@ -38,40 +42,53 @@ class Recorder:
         pauses: Collection[int],
         on_pause: Callable[[], None],
         moved_bytes: Callable[[], int] = lambda: 0,
+        synchronize: Callable[[], None] = lambda: None,
     ) -> None:
-        """``logits_SV`` is written, a row per pass; after the ``pauses`` ``on_pause`` is called."""
+        """``logits_SV`` is written, a row per pass; after the ``pauses`` ``on_pause`` is called.
+
+        ``synchronize`` waits for the logits on a device, before the clock is read.
+        """
         self.logits_SV = logits_SV
         self.intervals: list[Interval] = []
         self._pauses = set(pauses)
         self._on_pause = on_pause
         self._moved_bytes = moved_bytes
+        self._synchronize = synchronize
+        self._time = 0.0
         self._segment = 0
         self._timed = False  # the prefill is told apart
         self._mark()
 
     def start(self) -> None:
         """Begin to measure: call it right before ``generate``."""
+        self._synchronize()
         self._mark()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Note one pass; the scores (1, V) go on as they came."""
+        self._synchronize()
         now = time.perf_counter()
         index = len(self.intervals)
+        pauses = index in self._pauses
+        counts = pauses or not self._timed or index == len(self.logits_SV) - 1
         self.intervals.append(
             Interval(
                 seconds=now - self._time,
-                disk_bytes=disk_bytes() - self._disk,
-                moved_bytes=self._moved_bytes() - self._moved,
+                disk_bytes=disk_bytes() - self._disk if counts else 0,
+                moved_bytes=self._moved_bytes() - self._moved if counts else 0,
                 segment=self._segment,
                 timed=self._timed,
             )
         )
         self.logits_SV[index] = scores[0]
-        self._timed = index not in self._pauses
-        if not self._timed:
+        self._timed = not pauses
+        if pauses:
             self._segment += 1
             self._on_pause()
-        self._mark()
+        if counts:
+            self._mark()
+        else:
+            self._time = now  # what is fetched ahead meanwhile is on the clock
         return scores
 
     def _mark(self) -> None:
@@ -81,11 +98,13 @@ class Recorder:
 
 
 def plan_passes(num_timed: int) -> tuple[int, list[int]]:
-    """Return the passes of a generation with that many timed tokens in two segments, and after
-    which of them to pause: the prefill, and the middle.
+    """Return the passes of a generation with that many timed tokens, and after which of them to
+    pause: the prefill, and each segment but the last. Every segment begins with an untimed token.
     """
-    middle = 1 + num_timed // 2
-    return num_timed + 3, [0, middle]
+    num_segments = min(SEGMENTS, num_timed)
+    bounds = [num_timed * segment // num_segments for segment in range(num_segments)]
+    pauses = [bound + segment for segment, bound in enumerate(bounds)]
+    return 1 + num_timed + num_segments, pauses
 
 
 def disk_bytes() -> int:

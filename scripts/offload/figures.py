@@ -37,15 +37,16 @@ def summarize_run(results: Sequence[Fields], *, compute_seconds: float | None) -
         if interval["timed"]
     ]
     seconds = [interval["seconds"] for interval, _ in timed]
-    bytes_key = "moved_bytes" if results[0]["says_moved"] else "disk_bytes"
-    num_bytes = sum(interval[bytes_key] for interval, _ in timed)
+    counted_by = results[0]["counted_by"]
+    moved = [_moved_bytes(interval, result) for interval, result in timed]
+    num_bytes = None if counted_by is None else sum(moved)
     could_move = sum(
         interval["seconds"] * _segment_bandwidth(result, interval["segment"])
         for interval, result in timed
     )
     bandwidth = could_move / sum(seconds)
-    per_token = num_bytes / len(timed)
-    limits = [compute_seconds or 0.0, per_token / bandwidth]
+    per_token = None if num_bytes is None else num_bytes / len(timed)
+    limits = [compute_seconds or 0.0, (per_token or 0.0) / bandwidth]
     return {
         "tokens_per_s": {
             "median": 1 / statistics.median(seconds),
@@ -54,14 +55,16 @@ def summarize_run(results: Sequence[Fields], *, compute_seconds: float | None) -
         },
         "ttft_s": statistics.median(result["intervals"][0]["seconds"] for result in results),
         "load_s": statistics.median(result["load_seconds"] for result in results),
-        "bytes_per_token": round(per_token),
-        "bytes_counted_by": "runtime" if bytes_key == "moved_bytes" else "disk reads",
+        "bytes_per_token": None if per_token is None else round(per_token),
+        "bytes_counted_by": counted_by,
         "disk_bytes_per_token": round(
             statistics.mean(interval["disk_bytes"] for interval, _ in timed)
         ),
         "link_gb_s": bandwidth / 1e9,
-        "link_utilisation": num_bytes / could_move,
-        "limit_tokens_per_s": 1 / max(limits) if max(limits) > 0 else None,
+        "link_utilisation": None if num_bytes is None else num_bytes / could_move,
+        "limit_tokens_per_s": 1 / max(limits)
+        if num_bytes is not None and max(limits) > 0
+        else None,
     }
 
 
@@ -92,8 +95,13 @@ def compare_to_resident(result: Fields, resident: Fields) -> Fields:
     }
 
 
-def add_ratios(runs: Sequence[Fields]) -> dict[str, float | None]:
-    """Put each run's ratios to its peers into it; return the document's."""
+def add_ratios(
+    runs: Sequence[Fields], *, gpu_limit_mib: int | None = None
+) -> dict[str, float | None]:
+    """Put each run's ratios to its peers into it; return the document's.
+
+    ``gpu_limit_mib``: the runs are those of a GPU, and this limit of it is looked at.
+    """
     speeds = {(run["name"], run["limit_mib"]): run["tokens_per_s"]["median"] for run in runs}
     for run in runs:
         speed, limit = run["tokens_per_s"]["median"], run["limit_mib"]
@@ -105,13 +113,25 @@ def add_ratios(runs: Sequence[Fields]) -> dict[str, float | None]:
     }
     resident = speeds.get(("resident", None))
     for precision, limit in (("int8", 900), ("int4", 600)):
-        ours = speeds.get((f"ours-{precision}", limit))
+        ours = speeds.get((f"ours-{precision}", gpu_limit_mib or limit))
         ratios[f"{precision}_vs_resident"] = _ratio(ours, resident)
+    if gpu_limit_mib is not None:
+        lossless, int4, accelerate = (
+            speeds.get((name, gpu_limit_mib))
+            for name in ("ours-lossless", "ours-int4", "accelerate")
+        )
+        diffusers = [run for run in runs if run["name"].startswith("diffusers-")]
+        ratios["cuda_lossless_vs_diffusers"] = _ratio(
+            lossless, _best_peer(diffusers, gpu_limit_mib)
+        )
+        ratios["cuda_lossless_vs_accelerate"] = _ratio(lossless, accelerate)
+        ratios["cuda_int4_vs_lossless"] = _ratio(int4, lossless)
     return ratios
 
 
 def table(runs: Sequence[Fields]) -> str:
-    """Return the runs as a table for people."""
+    """Return the runs as a table for people; beside a GPU's peak stands what is pinned for it."""
+    beside = "pinned" if any("pinned_mib" in run for run in runs) else "peak_anon"
     head = (
         "system",
         "limit MiB",
@@ -120,7 +140,7 @@ def table(runs: Sequence[Fields]) -> str:
         "n",
         "TTFT s",
         "peak MiB",
-        "anon MiB",
+        "pinned MiB" if beside == "pinned" else "anon MiB",
         "MiB/token",
         "link",
         "limit tok/s",
@@ -128,7 +148,7 @@ def table(runs: Sequence[Fields]) -> str:
         "x best peer",
         "as resident",
     )
-    rows = [head, *(_row(run) for run in runs)]
+    rows = [head, *(_row(run, f"{beside}_mib") for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = [
         "  ".join(
@@ -140,7 +160,7 @@ def table(runs: Sequence[Fields]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _row(run: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(run: Mapping[str, Any], beside: str) -> tuple[str, ...]:
     rate = run["tokens_per_s"]
     match = run["match"]
     if match is None:
@@ -158,7 +178,7 @@ def _row(run: Mapping[str, Any]) -> tuple[str, ...]:
         str(rate["n"]),
         _number(run["ttft_s"]),
         _number(run["peak_mib"], "{:.0f}"),
-        _number(run["peak_anon_mib"], "{:.0f}"),
+        _number(run.get(beside), "{:.0f}"),
         _number(None if moved is None else moved / MIB, "{:.0f}"),
         _number(run["link_utilisation"], "{:.0%}"),
         _number(run["limit_tokens_per_s"]),
@@ -183,6 +203,14 @@ def _best_peer(runs: Sequence[Fields], limit_mib: int | None) -> float | None:
         if run["peer"] and run["limit_mib"] == limit_mib and run["survived"]
     ]
     return max(rates, default=None)
+
+
+def _moved_bytes(interval: Fields, result: Fields) -> int:
+    """Return the bytes that moved for a token, as far as they are known."""
+    counted_by = result["counted_by"]
+    if counted_by == "weights per pass":
+        return int(result["bytes_per_pass"])
+    return int(interval["moved_bytes" if counted_by == "runtime" else "disk_bytes"])
 
 
 def _segment_bandwidth(result: Fields, segment: int) -> float:

@@ -14,12 +14,11 @@ import numpy as np
 from lib.units import MIB
 from scripts.cgroups import LimitedRun, run_limited
 
-from .checkpoint import Shape
 from .figures import Fields
+from .shapes import Shape
 from .systems import System
 
 PROMPT_TOKENS = 32
-TIMEOUT_SECONDS = 300.0
 _ROOT = Path(__file__).resolve().parents[2]
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
 """How the last line of a traceback begins."""
@@ -38,7 +37,7 @@ class Attempt:
 class Runner:
     """Runs systems with one checkpoint. ``num_tokens`` overrides each system's own number of timed
     tokens, ``budget_bytes`` the budget that ours works out from the limit; ``machine`` is the
-    machine.json that ours plans with.
+    machine.json that ours plans with. On the device "cuda" limits are those of its memory.
     """
 
     folder: Path
@@ -49,6 +48,8 @@ class Runner:
     budget_bytes: int | None
     num_tokens: int | None
     machine: Path | None
+    device: str = "cpu"
+    timeout_seconds: float = 300.0
 
     def prepare(self, system: System) -> Attempt:
         """Let a system make its files, without a limit."""
@@ -79,6 +80,8 @@ class Runner:
         limit_bytes = None if limit_mib is None else limit_mib * MIB
         random = np.random.default_rng(self.shape.seed)
         request = {
+            "device": self.device,
+            "family": self.shape.family,
             "system": system.name,
             "prepare": prepare,
             "checkpoint": str(self.checkpoint),
@@ -94,7 +97,8 @@ class Runner:
             "probe_folder": str(self._files),  # emptied before each run
             "logits": str(self._files / "logits.f32"),
         }
-        return self._start("scripts.offload.worker", request, limit_bytes=limit_bytes)
+        host_limit = limit_bytes if self.device == "cpu" else None
+        return self._start("scripts.offload.worker", request, limit_bytes=host_limit)
 
     def _start(self, module: str, request: dict[str, Any], *, limit_bytes: int | None) -> Attempt:
         shutil.rmtree(self._files, ignore_errors=True)
@@ -106,12 +110,12 @@ class Runner:
             [sys.executable, "-m", module, str(path)],
             limit_bytes=limit_bytes,
             log=self._files / "log",
-            timeout_seconds=TIMEOUT_SECONDS,
+            timeout_seconds=self.timeout_seconds,
             environment=self._environment(),
         )
         if limited.returncode or not result.exists():
             log = (self._files / "log").read_text(errors="replace")
-            return Attempt(result=None, limited=limited, reason=_explain(limited, log))
+            return Attempt(result=None, limited=limited, reason=self._explain(limited, log))
         return Attempt(result=json.loads(result.read_text()), limited=limited, reason=None)
 
     def _environment(self) -> dict[str, str]:
@@ -125,15 +129,17 @@ class Runner:
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
 
-
-def _explain(limited: LimitedRun, log: str) -> str:
-    """Say in a few words why a worker gave no result."""
-    lines = log.strip().splitlines() or ["it said nothing"]
-    phases = [line.removeprefix("phase: ") for line in lines if line.startswith("phase: ")]
-    during = f"while {phases[-1]}" if phases else "at start"
-    if limited.timed_out:
-        return f"took more than {TIMEOUT_SECONDS:.0f} s {during}"
-    if limited.out_of_memory:
-        return f"killed by the limit {during}"
-    errors = [line for line in lines if _EXCEPTION.match(line)]
-    return f"error {during}: {(errors or lines)[-1][:160]}"
+    def _explain(self, limited: LimitedRun, log: str) -> str:
+        """Say in a few words why a worker gave no result."""
+        lines = log.strip().splitlines() or ["it said nothing"]
+        phases = [line.removeprefix("phase: ") for line in lines if line.startswith("phase: ")]
+        during = f"while {phases[-1]}" if phases else "at start"
+        if limited.timed_out:
+            return f"took more than {self.timeout_seconds:.0f} s {during}"
+        if limited.out_of_memory and self.device == "cpu":
+            return f"killed by the limit {during}"
+        errors = [line for line in lines if _EXCEPTION.match(line)]
+        last = (errors or lines)[-1]
+        if "OutOfMemoryError" in last:  # torch's, on a GPU
+            return f"out of GPU memory under the limit {during}"
+        return f"error {during}: {last[:160]}"

@@ -1,9 +1,10 @@
-"""The systems compared: each makes the same GPT-2 ready to generate, its weights where it says.
+"""What a compared system is, and those of a machine without a GPU (cuda_systems.py: with one).
 
 Everything is imported inside: what a system doesn't need must not count in its memory. ``prepare``
 runs once and without a limit: no system is charged for converting the checkpoint to its own files.
 """
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,7 +17,9 @@ from lib.units import MIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a worker is to load. ``folder`` is the system's own, for its files."""
+    """What a worker is to load. ``folder`` is the system's own, for its files; ``limit_bytes`` of
+    host memory or, on a GPU, of its own.
+    """
 
     checkpoint: Path
     folder: Path
@@ -24,16 +27,22 @@ class Task:
     reserve_bytes: int
     budget_bytes: int | None
     machine: Path | None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A model ready to generate; ``moved_bytes`` counts the weight bytes brought so far, where a
-    system says so. ``facts`` go into the document.
+    """A model ready to generate. ``moved_bytes`` counts the weight bytes brought so far, where a
+    system says so; ``bytes_per_pass`` is what one moves in each pass by design. ``unit_bytes``: the
+    transfers that it makes. ``warm_up_passes`` it wants before it is measured. ``facts`` go into
+    the document.
     """
 
     model: Any
     moved_bytes: Callable[[], int] | None = None
+    bytes_per_pass: int | None = None
+    unit_bytes: int | None = None
+    warm_up_passes: int = 0
     facts: Callable[[], dict[str, Any]] = dict
 
 
@@ -142,7 +151,6 @@ def _prepare_airllm(task: Task) -> None:
 
 def _load_ours(task: Task, precision: str | None) -> Loaded:
     """Under a limit, weights get what the process has not taken already, less the reserve."""
-    from lib.tiering import attach
     from scripts.inputs import build_empty_model
 
     model = build_empty_model(task.checkpoint)
@@ -154,23 +162,33 @@ def _load_ours(task: Task, precision: str | None) -> Loaded:
             raise MemoryError(
                 f"the process took {used / MIB:.0f} MiB before any weight: no budget is left"
             )
+    return attach_ours(model, task, precision, budget_bytes=budget, below="SSD")
+
+
+def attach_ours(
+    model: Any, task: Task, precision: str | None, *, budget_bytes: int | None, below: str
+) -> Loaded:
+    """Attach our runtime to an empty model; what the budget doesn't hold goes to tier ``below``."""
+    from lib.tiering import attach
+
     runtime = attach(
         model,
         hints=None,
-        budget={"HBM": budget, "SSD": None},
+        budget={"HBM": budget_bytes, below: None},
         precision=precision,
         weights=task.checkpoint,
         machine=task.machine,
         spill_dir=task.folder,
+        device=task.device,
         mode="real",
     )
+    plan = runtime.plan
+    units = [size for placement in plan.placements.values() for size in placement.unit_bytes]
     return Loaded(
         model=model,
         moved_bytes=lambda: runtime.stats().bytes_moved,
-        facts=lambda: {
-            "budget_bytes": budget,
-            "plan": runtime.plan.to_json(),
-        },
+        unit_bytes=round(statistics.median(units)) if units else None,
+        facts=lambda: {"budget_bytes": budget_bytes, "plan": plan.to_json()},
     )
 
 
@@ -185,7 +203,7 @@ def anonymous_bytes() -> int:
 RESIDENT = System(
     name="resident", label="resident fp32", peer=False, load=_load_resident, num_tokens=24
 )
-SYSTEMS: tuple[System, ...] = (
+CPU_SYSTEMS: tuple[System, ...] = (
     RESIDENT,
     System(
         name="ours-lossless",
@@ -199,7 +217,7 @@ SYSTEMS: tuple[System, ...] = (
         label="ours, int8",
         peer=False,
         load=lambda task: _load_ours(task, "int8"),
-        limits_mib=(900,),
+        limits_mib=(900, 700),
         full_precision=False,
         num_tokens=24,
     ),
@@ -208,7 +226,7 @@ SYSTEMS: tuple[System, ...] = (
         label="ours, int4",
         peer=False,
         load=lambda task: _load_ours(task, "int4"),
-        limits_mib=(600,),
+        limits_mib=(900, 600),
         full_precision=False,
         num_tokens=24,
     ),

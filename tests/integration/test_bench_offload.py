@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM
 from lib.errors import InputError
 from lib.report.offload_plots import plot_offload
 from scripts import bench_offload
-from scripts.offload.checkpoint import Shape, make_checkpoint
+from scripts.offload.checkpoint import make_checkpoint
 from scripts.offload.decode import Recorder, plan_passes
 from scripts.offload.figures import add_ratios, compare_to_resident, summarize_run, table
 from scripts.offload.page_cache import drop_page_cache
 from scripts.offload.runner import Runner
+from scripts.offload.shapes import GPT2Shape
 from scripts.offload.systems import RESIDENT
 
-SHAPE = Shape(layers=2, width=16, heads=2, vocab_size=50, context=32)
+SHAPE = GPT2Shape(layers=2, width=16, heads=2, vocab_size=50, context=32)
 
 
 def make_interval(seconds: float, num_bytes: int, segment: int, *, timed: bool = True) -> Any:
@@ -87,23 +88,35 @@ def test_the_checkpoint_is_made_once_and_the_same(tmp_path: Path) -> None:
     assert (again / "model.safetensors").read_bytes() == before[1]
 
 
-def test_tokens_after_a_pause_are_not_timed() -> None:
-    num_passes, pauses = plan_passes(6)
-    assert (num_passes, pauses) == (9, [0, 4])
+@pytest.mark.parametrize(
+    ("num_timed", "num_passes", "pauses"),
+    [(2, 5, [0, 2]), (6, 13, [0, 2, 4, 6, 8, 10]), (12, 19, [0, 3, 6, 9, 12, 15])],
+)
+def test_tokens_after_a_pause_are_not_timed(
+    num_timed: int, num_passes: int, pauses: list[int]
+) -> None:
+    assert plan_passes(num_timed) == (num_passes, pauses)
     asked: list[int] = []
+    passes: list[int] = []
     recorder = Recorder(
         torch.zeros(num_passes, 3),
         pauses=pauses,
         on_pause=lambda: asked.append(len(recorder.intervals)),
+        moved_bytes=lambda: 10 * sum(passes),
     )
     recorder.start()
     for index in range(num_passes):
+        passes.append(1)
         recorder(torch.zeros(1, index + 1), torch.full((1, 3), float(index)))
-    assert asked == [1, 5]
-    timed = [interval.timed for interval in recorder.intervals]
-    assert timed == [False, False, True, True, True, False, True, True, True]
-    assert [interval.segment for interval in recorder.intervals] == [0] + [1] * 4 + [2] * 4
+    assert asked == [pause + 1 for pause in pauses]
+    untimed = [index for index, interval in enumerate(recorder.intervals) if not interval.timed]
+    assert untimed == [0, *asked]
+    assert [interval.segment for interval in recorder.intervals] == [
+        sum(pause < index for pause in pauses) for index in range(num_passes)
+    ]
     assert recorder.logits_SV[:, 0].tolist() == list(range(num_passes))
+    moved = [interval.moved_bytes for interval in recorder.intervals if interval.timed]
+    assert sum(moved) == 10 * num_timed and moved.count(0) == num_timed - len(pauses)
 
 
 def test_figures_of_a_run() -> None:
@@ -115,7 +128,7 @@ def test_figures_of_a_run() -> None:
     ]
     result = {
         "intervals": intervals,
-        "says_moved": True,
+        "counted_by": "runtime",
         "link_bytes_per_s": [1e9, 3e9, 1e9],
         "load_seconds": 4.0,
     }
@@ -127,8 +140,14 @@ def test_figures_of_a_run() -> None:
     assert figures["limit_tokens_per_s"] == pytest.approx(2e9 / 0.9e9)
     compute_bound = summarize_run([result], compute_seconds=2.0)
     assert compute_bound["limit_tokens_per_s"] == 0.5
-    disk = summarize_run([{**result, "says_moved": False}], compute_seconds=None)
+    disk = summarize_run([{**result, "counted_by": "disk reads"}], compute_seconds=None)
     assert disk["bytes_per_token"] == 2 * 9 * 10**8
+    by_design = {**result, "counted_by": "weights per pass", "bytes_per_pass": 10**9}
+    figures = summarize_run([by_design], compute_seconds=0.1)
+    assert figures["link_utilisation"] == pytest.approx(5 * 1e9 / (3.5 * 2e9))
+    unknown = summarize_run([{**result, "counted_by": None}], compute_seconds=0.1)
+    assert unknown["bytes_per_token"] is unknown["link_utilisation"] is None
+    assert unknown["limit_tokens_per_s"] is None and unknown["link_gb_s"] == 2.0
 
 
 def test_ratios_are_to_the_best_peer_that_survived() -> None:
@@ -197,22 +216,33 @@ def test_a_worker_without_enough_memory_did_not_survive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--limits", "-5"], "--limits -5"),
+        (["--limits", "-5"], "--limits -5 is out of range: allowed is any size above 0"),
         (["--only", "magic"], "--only 'magic' is unknown"),
+        (["--tokens", "0"], "--tokens 0 is out of range: allowed are 2 to 200; leave"),
         (["--tokens", "1"], "--tokens 1"),
+        (["--threads", "0"], "--threads 0 is out of range: allowed are 1 or more; leave"),
+        (["--rounds", "0"], "--rounds 0 is out of range: allowed are 1 or more; 1 runs"),
+        (["--reserve-mib", "-1"], "--reserve-mib -1 is out of range: allowed are 0 or more"),
+        (["--ours-budget-mib", "-3"], "--ours-budget-mib -3.0 is out of range: .* leave"),
+        (["--ours-budget-mib", "nan"], "--ours-budget-mib nan"),
+        (["--gpu-budget-gib", "0"], "--gpu-budget-gib 0.0 is out of range"),
+        (["--gpu-budget-gib", "6"], "--gpu-budget-gib has no effect without a GPU"),
         (["--quality", "nowhere"], "has no checkpoint"),
     ],
 )
 def test_wrong_input_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        bench_offload.main([*arguments, "--work-dir", str(tmp_path)])
+        bench_offload.main([*arguments, "--device", "cpu", "--work-dir", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_quick_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--quick", "--only", "ours-lossless", "--threads", "1", "--tokens", "2"]
+    arguments = ["--device", "cpu", "--quick", "--only", "ours-lossless"]
+    arguments += ["--threads", "1", "--tokens", "2"]
     code = bench_offload.main([*arguments, "--work-dir", str(tmp_path)])
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == 0, document["problems"]
+    assert document["machine"]["device"] == "cpu" and document["machine"]["gpu"] is None
     resident, ours = document["runs"]
     assert resident["name"] == "resident" and ours["name"] == "ours-lossless"
     assert ours["survived"] and ours["match"]["bit_equal"]

