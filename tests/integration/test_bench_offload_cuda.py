@@ -193,6 +193,7 @@ def test_the_document_of_a_gpu(
         return Attempt(result=result, limited=limited, reason=None)
 
     monkeypatch.setattr(arguments, "choose_setting", lambda device: CUDA_SETTING)
+    monkeypatch.setattr(System, "is_installed", lambda system: True)
     monkeypatch.setattr(Runner, "prepare", prepare)
     monkeypatch.setattr(Runner, "measure", measure)
     code = bench_offload.main(["--quick", "--gpu-budget-gib", "2", "--work-dir", str(tmp_path)])
