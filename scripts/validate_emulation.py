@@ -2,19 +2,17 @@
 
     python scripts/validate_emulation.py --json docs/results/emulation.json
 
-For each plan the model first decodes with real offload, in segments between which the disk is
-measured with units of the plan's own size (disks drift within seconds); then it decodes again under
-the same plan with the weights in memory and those measured figures on the wall clock. The error of
-a plan is that of the median token.
+Two copies of the model decode in turns, since disks and processors drift within seconds: one with
+real offload; the other, its weights in memory, under the same plan on the wall clock. What is
+emulated is measured in the same turn: the disk, with units of the plan's own sizes, and by what
+share reading slows the model's compute. The error of a plan is that of the median token.
 """
 
 import argparse
-import gc
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from lib.machine import MachineProfile, TierSpec, load_machine
 from lib.tiering import Clock, EmulationSpec, Runtime, attach
 from lib.tiering.attach import UNMEASURED
 from lib.tiering.needs import model_needs
-from lib.tiering.probe import FileProbe, measure_contention
+from lib.tiering.probe import FileProbe
 from lib.tiering.stores import default_spill_folder
 from lib.units import MIB, format_bytes
 from scripts.cli import emit_json, run_main
@@ -38,18 +36,12 @@ from scripts.offload.checkpoint import GPT2_MEDIUM, TOY, make_checkpoint
 _SHARES = ((None, 0.3), (None, 0.5), (None, 0.7), (None, 0.85), ("int8", 0.5), ("int4", 0.5))
 """Precision, and fast memory as a share of what the model takes at it: streamed in every case."""
 _TOY_SHARES = ((None, 0.6), (None, 0.7), (None, 0.8), (None, 0.9), ("bf16", 0.8), ("int8", 0.9))
-_SEGMENTS = 4
-_PROBE_SECONDS = 0.4
+_SEGMENTS = 6
+_PROBE_SECONDS = 0.3
+_CONTENTION_SECONDS = 1.5
+_NO_DISK = TierSpec("at once", 0, 1e6)
+"""What leaves the compute alone."""
 _PROMPT = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """Decoding under one plan."""
-
-    seconds: list[float]
-    logits: torch.Tensor
-    plan: dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for precision, share in tqdm(shares, desc="plans", leave=False, disable=None)
     ]
     document = {
-        "model": str(checkpoint),
+        "model": checkpoint.name,
         "plans": len(rows),
         "median_abs_error_pct": statistics.median(abs(row["error_pct"]) for row in rows),
         "rows": rows,
@@ -92,64 +84,114 @@ def _compare(
     tokens: int,
     machine: MachineProfile | None,
 ) -> dict[str, Any]:
+    """Decode with a model offloaded for real and one emulated, in turns."""
     fast = int(_resident_bytes(checkpoint, precision) * share)
-    model = build_empty_model(checkpoint)
     common: dict[str, Any] = {
         "budget": {"HBM": fast, "SSD": None},
         "precision": precision,
         "weights": checkpoint,
-        "machine": machine,
+        # As in real mode: the plan must be the same.
+        "machine": machine or UNMEASURED,
     }
+    real_model, emulated_model = (build_empty_model(checkpoint) for _ in range(2))
     with (
-        attach(model, mode="real", spill_dir=spill, **common) as runtime,
-        FileProbe(spill, file_bytes=_file_bytes(runtime)) as probe,
+        attach(real_model, mode="real", spill_dir=spill, **common) as real,
+        attach(emulated_model, mode="emulated", emulation=_machine(_NO_DISK, 0), **common) as other,
+        FileProbe(spill, file_bytes=_file_bytes(real)) as probe,
+        torch.inference_mode(),
     ):
-        real, specs = _decode(model, runtime, tokens, probe)
-        contention = statistics.median(
-            measure_contention(probe, unit_bytes=runtime.plan.slot_bytes) for _ in range(3)
-        )
-        stats = runtime.stats()
-        plan = runtime.plan
-    del model, runtime
-    gc.collect()
-    spec = TierSpec(
-        "disk",
-        statistics.median(spec.setup_us for spec in specs),
-        statistics.median(spec.bandwidth_gb_s for spec in specs),
-    )
-    emulation = EmulationSpec(
-        specs={Tier.HBM: TierSpec("HBM", 0, 1000), Tier.SSD: spec},
-        clock=Clock.WALL,
-        contention=contention,
-        charge_hbm=False,
-    )
-    model = build_empty_model(checkpoint)
-    if machine is None:
-        common["machine"] = UNMEASURED  # as in real mode: the plan must be the same
-    with attach(model, mode="emulated", emulation=emulation, **common) as runtime:
-        if runtime.plan != plan:
+        if other.plan != real.plan:
             raise PlacementError("the emulated plan is not the real one")
-        emulated, _ = _decode(model, runtime, tokens, None)
-    if not torch.equal(real.logits, emulated.logits):
+        decoders = [_Decoder(real_model), _Decoder(emulated_model)]
+        contentions: list[float] = []
+        disks: list[TierSpec] = []
+        for _ in range(_SEGMENTS):
+            before = _probe_disk(probe, real)
+            decoders[0].run(tokens // _SEGMENTS)
+            disk = _mean(before, _probe_disk(probe, real))
+            other.emulation = _machine(_NO_DISK, 0)
+            contention = probe.measure_contention(
+                decoders[1].repeat, unit_bytes=real.plan.slot_bytes, seconds=_CONTENTION_SECONDS
+            )
+            other.emulation = _machine(disk, contention)
+            decoders[1].run(tokens // _SEGMENTS)
+            contentions.append(contention)
+            disks.append(disk)
+        stats, plan = real.stats(), real.plan
+    if not torch.equal(decoders[0].logits, decoders[1].logits):
         raise PlacementError("emulated outputs are not the real ones")
-    real_seconds, emulated_seconds = (
-        statistics.median(measured.seconds) for measured in (real, emulated)
-    )
+    real_seconds, emulated_seconds = (statistics.median(each.seconds) for each in decoders)
     return {
         "precision": precision or "lossless",
         "budget_mib": fast / MIB,
         "slots": plan.num_slots,
         "slot_mib": plan.slot_bytes / MIB,
         "bytes_per_token": stats.bytes_moved / stats.forwards,
-        "link_gb_s": spec.bandwidth_gb_s,
-        "setup_us": spec.setup_us,
-        "contention": contention,
+        "link_gb_s": statistics.median(disk.bandwidth_gb_s for disk in disks),
+        "setup_us": statistics.median(disk.setup_us for disk in disks),
+        "contention": statistics.median(contentions),
         "real_ms": real_seconds * 1e3,
         "emulated_ms": emulated_seconds * 1e3,
         "predicted_ms": plan.predicted.seconds * 1e3,
         "error_pct": (emulated_seconds / real_seconds - 1) * 100,
-        "n": len(real.seconds),
+        "n": len(decoders[0].seconds),
     }
+
+
+class _Decoder:
+    """Decodes token after token with one model."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.seconds: list[float] = []
+        ids = torch.arange(_PROMPT).view(1, -1) * 31 % model.config.vocab_size
+        self._output = model(ids, use_cache=True)
+        self._first = self._token = self._output.logits[:, -1:].argmax(-1)
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The last token's."""
+        return self._output.logits
+
+    def run(self, tokens: int) -> None:
+        """Time so many tokens; the one before them, which was prefetched in a pause, is not."""
+        for index in range(1 + tokens):
+            start = time.perf_counter()
+            cache = self._output.past_key_values
+            self._output = self._model(self._token, past_key_values=cache, use_cache=True)
+            if index:
+                self.seconds.append(time.perf_counter() - start)
+            self._token = self.logits[:, -1:].argmax(-1)
+
+    def repeat(self) -> None:
+        """Compute a token that is none of the text."""
+        self._model(self._first, use_cache=False)
+
+
+def _machine(disk: TierSpec, contention: float) -> EmulationSpec:
+    return EmulationSpec(
+        specs={Tier.SSD: disk}, clock=Clock.WALL, contention=contention, charge_hbm=False
+    )
+
+
+def _probe_disk(probe: FileProbe, runtime: Runtime) -> TierSpec:
+    """Measure the disk with units of the plan's own sizes."""
+    units = sorted(
+        {size for placement in runtime.plan.placements.values() for size in placement.unit_bytes}
+    )
+    if not units:
+        raise InputError("the plan streams nothing: there is no transfer to emulate")
+    sizes = sorted({units[0], units[len(units) // 2], units[-1]})
+    return probe.measure(sizes, seconds=_PROBE_SECONDS)
+
+
+def _mean(first: TierSpec, second: TierSpec) -> TierSpec:
+    """Return the disk between two measurements."""
+    return TierSpec(
+        "disk",
+        (first.setup_us + second.setup_us) / 2,
+        statistics.harmonic_mean((first.bandwidth_gb_s, second.bandwidth_gb_s)),
+    )
 
 
 def _resident_bytes(checkpoint: Path, precision: str | None) -> int:
@@ -163,37 +205,6 @@ def _resident_bytes(checkpoint: Path, precision: str | None) -> int:
         machine=UNMEASURED,
     )
     return scratch + sum(need.resident_bytes for need in needs)
-
-
-def _decode(
-    model: Any, runtime: Runtime, tokens: int, probe: FileProbe | None
-) -> tuple[Measured, list[TierSpec]]:
-    """Time single-token forwards after a prompt; with a probe, measure the disk in between."""
-    specs: list[TierSpec] = []
-    units = sorted(
-        {size for placement in runtime.plan.placements.values() for size in placement.unit_bytes}
-    )
-    if not units:
-        raise InputError("the plan streams nothing: there is no transfer to emulate")
-    sizes = sorted({units[0], units[len(units) // 2], units[-1]})
-    ids = torch.arange(_PROMPT).view(1, -1) * 31 % model.config.vocab_size
-    seconds: list[float] = []
-    with torch.inference_mode():
-        output = model(ids, use_cache=True)
-        token = output.logits[:, -1:].argmax(-1)
-        for _ in range(_SEGMENTS):
-            if probe is not None:
-                specs.append(probe.measure(sizes, seconds=_PROBE_SECONDS))
-            # The pause was time to prefetch in: the token after it is not timed.
-            for index in range(1 + tokens // _SEGMENTS):
-                start = time.perf_counter()
-                output = model(token, past_key_values=output.past_key_values, use_cache=True)
-                if index:
-                    seconds.append(time.perf_counter() - start)
-                token = output.logits[:, -1:].argmax(-1)
-        if probe is not None:
-            specs.append(probe.measure(sizes, seconds=_PROBE_SECONDS))
-    return Measured(seconds=seconds, logits=output.logits, plan=runtime.plan.to_json()), specs
 
 
 def _file_bytes(runtime: Runtime) -> int:

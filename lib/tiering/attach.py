@@ -110,11 +110,13 @@ def attach(
     needs = block_needs(model, payloads, hints=loaded, device=compute_device, machine=profile)
     scratch = scratch_bytes(payloads.values())
 
+    emulated = EmulatedLink(emulation, compute_device) if emulation is not None else None
+
     def plan_budget(limits: Budget, schedule: Sequence[Step]) -> Plan:
         parsed = parse_budget(limits, compute_device, mode)
         plan = make_plan(needs, schedule, parsed, profile, scratch)
-        if emulation is not None:
-            _check_specs(plan, emulation)
+        if emulated is not None:
+            emulated.check(plan)
         return plan
 
     schedule = definition_schedule(needs)
@@ -126,14 +128,10 @@ def attach(
         tiers = {name: hint.tier for name, hint in loaded.blocks.items()}
         labels = {block.name: tiers[block.name] for block in blocks}
         plan = _plan_by_hints(needs, payloads, labels, compute_device, mode, scratch)
-    if emulation is not None:
-        _check_specs(plan, emulation)
+        if emulated is not None:
+            emulated.check(plan)
     stores = _Stores(Path(spill_dir) if spill_dir is not None else None, mode, compute_device)
-    link: Link
-    if emulation is not None:
-        link = EmulatedLink(emulation, compute_device)
-    else:
-        link = RealLink(stores, compute_device)
+    link: Link = emulated or RealLink(stores, compute_device)
     with torch.inference_mode(mode=False), torch.no_grad():
         originals = Originals(model, checkpoint)
         archive = Archive(stores, originals)
@@ -157,8 +155,7 @@ def attach(
                 residency,
                 plan,
                 plan_budget,
-                mode=mode,
-                emulation=emulation,
+                emulated=emulated,
                 device=compute_device,
                 schedule=schedule,
                 labels=labels,
@@ -355,16 +352,6 @@ def _served_tier(block: str, tier: Tier, device: torch.device, mode: Mode) -> Ti
             "mode='emulated'"
         )
     return Tier.HBM if tier is Tier.CPU and device.type == "cpu" else tier
-
-
-def _check_specs(plan: Plan, emulation: EmulationSpec) -> None:
-    missing = {str(placement.tier) for placement in plan.placements.values()} - set(
-        map(str, emulation.specs)
-    )
-    if missing - ({"HBM"} if not emulation.charge_hbm else set()):
-        raise InputError(
-            f"tier {min(missing)} has no emulation spec: add it to the spec file's tiers"
-        )
 
 
 def _resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:

@@ -14,7 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..hints import Tier
+from ..policy.plan import Plan
 from .link import Ticket, Unit
 from .specs import Clock, EmulationSpec
 
@@ -111,7 +113,8 @@ class EmulatedLink:
     """
 
     def __init__(self, spec: EmulationSpec, device: torch.device) -> None:
-        self._spec = spec
+        self.spec = spec
+        """What is charged for; another one takes effect at once."""
         self._device = device
         self._free_at: dict[Tier, float] = {}
         self._waiter: Waiter | None = None
@@ -126,6 +129,16 @@ class EmulatedLink:
     def virtual_seconds(self) -> float:
         """What was waited for on the virtual clock since the last reset."""
         return self._waited - self._waited_before
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan with a tier that the machine lacks; raises InputError."""
+        tiers = {placement.tier for placement in plan.placements.values()}
+        if not self.spec.charge_hbm:
+            tiers.discard(Tier.HBM)
+        if missing := tiers - self.spec.specs.keys():
+            raise InputError(
+                f"tier {min(missing)} has no emulation spec: add it to the spec file's tiers"
+            )
 
     def make_slots(self, num_slots: int, slot_bytes: int) -> None:
         """Nothing is allocated, since nothing moves."""
@@ -154,8 +167,8 @@ class EmulatedLink:
 
     def use_in_place(self, num_bytes: int) -> None:
         """Charge one use of weights in HBM, where the spec says so."""
-        if self._spec.charge_hbm:
-            self._pass(self._spec.specs[Tier.HBM].transfer_seconds(num_bytes))
+        if self.spec.charge_hbm:
+            self._pass(self.spec.specs[Tier.HBM].transfer_seconds(num_bytes))
 
     def slots(self) -> Sequence[Tensor]:
         """Return nothing: there are no slots."""
@@ -190,12 +203,12 @@ class EmulatedLink:
         busy = max(self._free_at.values(), default=0.0)
         shared = min(now, busy) - self._computing_since
         if shared > 0:
-            self._pass(self._spec.contention * shared)
+            self._pass(self.spec.contention * shared)
         self._computing_since = self._now()
 
     def _enqueue(self, tier: Tier, num_bytes: int) -> float:
         start = max(self._now(), self._free_at.get(tier, 0.0))
-        due = start + self._spec.specs[tier].transfer_seconds(num_bytes)
+        due = start + self.spec.specs[tier].transfer_seconds(num_bytes)
         self._free_at[tier] = due
         return due
 

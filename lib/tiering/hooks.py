@@ -24,6 +24,7 @@ from ..errors import InputError, PlacementError
 from ..hints import Tier
 from ..policy.plan import Plan, Step
 from ..units import format_bytes
+from .emulation import EmulatedLink
 from .payload import Group
 from .residency import Residency
 from .specs import Clock, EmulationSpec
@@ -48,14 +49,13 @@ class Runtime:
         plan: Plan,
         make_plan: Callable[[Mapping[str, str | int | None], Sequence[Step]], Plan],
         *,
-        mode: str,
-        emulation: EmulationSpec | None,
+        emulated: EmulatedLink | None,
         device: torch.device,
         schedule: Sequence[Step],
         labels: Mapping[str, Tier],
     ) -> None:
-        self.mode = mode
-        self.clock = Clock.WALL if emulation is None else emulation.clock
+        self.mode = "real" if emulated is None else "emulated"
+        self._emulated = emulated
         self.plan = plan
         """Where each group of blocks is, and what that was predicted to cost."""
         self._model = model
@@ -142,6 +142,39 @@ class Runtime:
                 if not self._detached:
                     self._check_idle()
                     self._carry_out(before, labels)
+
+    @property
+    def clock(self) -> Clock:
+        """How time passes: really, or added up."""
+        return Clock.WALL if self._emulated is None else self._emulated.spec.clock
+
+    @property
+    def emulation(self) -> EmulationSpec | None:
+        """The machine that emulated mode charges for; None in real mode.
+
+        Setting it asks "what if" of the same plan on another machine, between forwards; what is on
+        its way then still takes its time, so the forward after is not typical. Raises InputError
+        for a machine that lacks a tier of the plan, in real mode, and for another clock.
+        """
+        return None if self._emulated is None else self._emulated.spec
+
+    @emulation.setter
+    def emulation(self, spec: EmulationSpec) -> None:
+        with self._lock:
+            if self._emulated is None:
+                raise InputError("real mode emulates no machine: attach with mode='emulated'")
+            if spec.clock is not self.clock:
+                raise InputError(
+                    f"the clock is {self.clock} since attach and can't become {spec.clock}: attach "
+                    "again"
+                )
+            self._check_idle()
+            before, self._emulated.spec = self._emulated.spec, spec
+            try:
+                self._emulated.check(self.plan)
+            except InputError:
+                self._emulated.spec = before
+                raise
 
     @property
     def virtual_seconds(self) -> float:

@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,8 @@ _UNITS_UNDER_WAY = 2
 _TIMED_BYTES = 32 * MIB
 """About what one timing reads, so that its start and end weigh little."""
 _MAX_TIMED_UNITS = 16
+_TURNS = 2
+"""A computation is timed alone and beside reads in turns: machines drift."""
 _MEMORY_UNITS = 4
 """Largest units held in memory while it is timed."""
 _KEY = "0"
@@ -187,6 +189,34 @@ class FileProbe:
         points = time_lanes([self._lane], sizes, rounds=_until(time.perf_counter() + seconds))
         return fit_points("disk", points[Tier.SSD])
 
+    def measure_contention(
+        self, compute: Callable[[], object], *, unit_bytes: int, seconds: float
+    ) -> float:
+        """Return by what share a computation is slower while the disk is read: readers want cores
+        and memory bandwidth, too. Takes about so many seconds, and two calls each way at least.
+        """
+        size = -(-unit_bytes // CHUNK_BYTES) * CHUNK_BYTES
+        alone: list[float] = []
+        shared: list[float] = []
+        stop = threading.Event()
+
+        def read() -> None:
+            while not stop.is_set():
+                self._lane.unit_seconds(size)
+
+        compute()  # the first call may allocate
+        for _ in range(_TURNS):
+            _time_calls(compute, alone, seconds / (2 * _TURNS))
+            stop.clear()
+            reader = threading.Thread(target=read)
+            reader.start()
+            try:
+                _time_calls(compute, shared, seconds / (2 * _TURNS))
+            finally:
+                stop.set()
+                reader.join()
+        return max(statistics.median(shared) / statistics.median(alone) - 1, 0.0)
+
     def close(self) -> None:
         """Remove the file."""
         self._lane.close()
@@ -201,16 +231,6 @@ class FileProbe:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def probe_file_tier(
-    folder: Path | None, *, unit_bytes: int | Sequence[int], seconds: float
-) -> TierSpec:
-    """Measure the disk under a folder (None: the default spill folder's) for about so many seconds,
-    once; see ``FileProbe``.
-    """
-    with FileProbe(folder) as probe:
-        return probe.measure(unit_bytes, seconds=seconds)
 
 
 def open_lanes(
@@ -329,6 +349,14 @@ def _wait(pieces: list[Future[None]]) -> None:
         piece.result()
 
 
+def _time_calls(compute: Callable[[], object], timings: list[float], seconds: float) -> None:
+    """Call for about so long, once at least, and add the seconds of each call."""
+    for _ in _until(time.perf_counter() + seconds):
+        begin = time.perf_counter()
+        compute()
+        timings.append(time.perf_counter() - begin)
+
+
 def _until(deadline: float) -> Iterator[None]:
     """Yield once, and then until the clock says so."""
     yield
@@ -342,30 +370,3 @@ def _random_bytes(num_bytes: int) -> Iterator[Tensor]:
     for start in range(0, num_bytes, PIECE_BYTES):
         numbers = torch.empty(PIECE_BYTES // 8, dtype=torch.int64).random_(generator=generator)
         yield numbers.view(torch.uint8)[: num_bytes - start]
-
-
-def measure_contention(probe: FileProbe, *, unit_bytes: int, seconds: float = 0.5) -> float:
-    """Return by what share single-row matrix products are slower while a disk is read."""
-    weights = [torch.randn(4096, 1024) for _ in range(8)]
-    row = torch.randn(1, 1024)
-    passes: list[float] = []
-    stop = threading.Event()
-
-    def compute() -> None:
-        while not stop.is_set():
-            start = time.perf_counter()
-            for weight in weights:
-                torch.nn.functional.linear(row, weight)
-            passes.append(time.perf_counter() - start)
-
-    thread = threading.Thread(target=compute)
-    thread.start()
-    try:
-        time.sleep(seconds)
-        alone = statistics.median(passes)
-        passes.clear()
-        probe.measure(unit_bytes, seconds=seconds)
-        return max(statistics.median(passes) / alone - 1, 0.0)
-    finally:
-        stop.set()
-        thread.join()

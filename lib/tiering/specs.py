@@ -33,7 +33,7 @@ class EmulationSpec:
     clock: Clock = Clock.VIRTUAL
     contention: float = 0.0
     """By what share compute is slower while a link is busy: both want cores and memory bandwidth.
-    Measured by ``probe.measure_contention``; 0 for links that don't take part of either.
+    Measured by ``FileProbe.measure_contention``; 0 for links that don't take part of either.
     """
     charge_hbm: bool = True
     """Charge each use of weights in HBM too, as for a device that this machine doesn't have. Not

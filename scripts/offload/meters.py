@@ -45,9 +45,11 @@ class Meter(Protocol):
 class DiskMeter:
     """The disk of a folder, read as our runtime reads."""
 
-    def __init__(self, folder: Path) -> None:
-        """Write the file to read; memory for it is taken now, not later."""
-        self._probe = FileProbe(folder)
+    def __init__(self, folder: Path, *, weight_bytes: int) -> None:
+        """Write the file to read, as large as the weights that are streamed: a small one may lie
+        in a cache below the disk. Memory for it is taken now, not later.
+        """
+        self._probe = FileProbe(folder, file_bytes=max(weight_bytes // MIB * MIB, 256 * MIB))
         self._probe.measure(_DISK_UNIT_BYTES, seconds=0)
 
     def synchronize(self) -> None:

@@ -62,7 +62,10 @@ def measure(system: System, task: Task, request: dict[str, Any]) -> dict[str, An
     meter: Meter = (
         CopyMeter(limit_bytes=task.limit_bytes)
         if task.device == "cuda"
-        else DiskMeter(Path(request["probe_folder"]))
+        else DiskMeter(
+            Path(request["probe_folder"]),
+            weight_bytes=sum(f.stat().st_size for f in task.checkpoint.glob("*.safetensors")),
+        )
     )
     logits_SV = torch.full((num_passes, request["vocab_size"]), math.nan)
     bandwidths: list[float] = []

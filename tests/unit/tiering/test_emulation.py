@@ -94,3 +94,37 @@ def test_a_wait_is_never_too_short() -> None:
 def test_a_tier_without_a_spec_is_refused() -> None:
     with pytest.raises(InputError, match="tier OBJECT has no emulation spec"):
         attach(toy(), {**HINTS, "3": "OBJECT"}, mode="emulated")
+
+
+def test_the_same_plan_can_be_asked_about_another_machine() -> None:
+    slow, fast = (
+        EmulationSpec(
+            specs={tier: TierSpec(tier, setup, 1000) for tier in (Tier.CPU, Tier.SSD)},
+            charge_hbm=False,
+        )
+        for setup in (1e5, 0)
+    )
+    with attach(toy(), HINTS, mode="emulated", emulation=slow) as runtime:
+        seconds = []
+        for spec in (slow, fast, slow):
+            runtime.emulation = spec
+            assert runtime.emulation is spec
+            with torch.no_grad():
+                runtime._model(torch.ones(1, 8))  # what was on its way keeps its time
+                runtime.reset_stats()
+                runtime._model(torch.ones(1, 8))
+            seconds.append(runtime.virtual_seconds)
+        assert seconds[1] < 0.01 < 0.09 < seconds[0]
+        assert seconds[2] > 0.09
+        with pytest.raises(InputError, match="clock is virtual since attach"):
+            runtime.emulation = EmulationSpec(specs=slow.specs, clock=Clock.WALL)
+        with pytest.raises(InputError, match="no emulation spec"):
+            runtime.emulation = EmulationSpec(specs={Tier.OBJECT: TierSpec("S3", 0, 1)})
+        assert runtime.emulation is slow
+
+
+def test_real_mode_emulates_no_machine() -> None:
+    with attach(toy(), budget={"HBM": None}) as runtime:
+        assert runtime.emulation is None
+        with pytest.raises(InputError, match="attach with mode='emulated'"):
+            runtime.emulation = EmulationSpec()

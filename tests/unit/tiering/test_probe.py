@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ from lib.errors import InputError, PlacementError
 from lib.hints import Tier
 from lib.machine import TierSpec, load_machine
 from lib.tiering import probe
-from lib.tiering.probe import FileProbe, make_profile, probe_file_tier, time_lanes
+from lib.tiering.probe import FileProbe, make_profile, time_lanes
 from lib.tiering.stores import CHUNK_BYTES, FileStore
 from lib.units import MIB
 from scripts import probe_machine
@@ -85,10 +87,27 @@ def test_the_probe_reads_as_the_engine_does(
     assert sorted(reads) == sorted((start * MIB, size * MIB) for start, size in pieces)
 
 
-def test_a_disk_is_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FileProbe.__init__, "__kwdefaults__", {"file_bytes": 2 * MIB})
-    assert probe_file_tier(tmp_path, unit_bytes=MIB, seconds=0).bandwidth_gb_s > 0
+def test_contention_is_how_much_slower_a_computation_is_while_the_disk_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = threading.Event()
+    real = FileStore.read_into
+
+    def note(self: FileStore, key: str, start: int, out: torch.Tensor) -> None:
+        reading.set()
+        real(self, key, start, out)
+
+    def compute() -> None:
+        reading.clear()
+        time.sleep(0.02)
+        time.sleep(0.02 if reading.is_set() else 0)
+
+    monkeypatch.setattr(FileStore, "read_into", note)
+    with FileProbe(tmp_path, file_bytes=2 * MIB) as file_probe:
+        contention = file_probe.measure_contention(compute, unit_bytes=MIB, seconds=0.4)
+    assert 0.5 < contention < 2
     assert list(tmp_path.iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("Thread-")]
 
 
 def test_a_read_error_ends_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
