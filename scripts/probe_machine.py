@@ -1,5 +1,5 @@
-"""Measure what each tier of this machine takes to read from, and write machine.json for planner and
-emulator.
+"""Measure what each tier of this machine takes to read from, and how fast it computes with weights
+of each precision; write machine.json for planner and emulator.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.machine import MachineProfile, machine_to_json, save_machine
+from lib.tiering.compute_probe import measure_compute
 from lib.tiering.probe import UNIT_SIZES, Lane, Point, make_profile, open_lanes, time_lanes
 from lib.tiering.stores import (
     available_memory,
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         for lane in lanes:
             lane.close()
-    machine = make_profile(args.name or machine_name(device), lanes, points)
+    compute = measure_compute(device, rounds=repeats)
+    machine = make_profile(args.name or machine_name(device), lanes, points, compute)
     save_machine(machine, args.output)
     print_table(machine, lanes, points)
     print(f"\nWritten: {args.output}\n")
@@ -108,6 +110,9 @@ def print_table(
                 f"{point.num_bytes / point.median_s / GB:.2f} GB/s, "
                 f"fit {fitted / point.median_s - 1:+.0%}"
             )
+    print(f"\n{'compute, products with one row':39} " + "Gweights/s")
+    for precision, rate in machine.compute.items():
+        print(f"{'':5} {precision:33} {rate / 1e9:10.2f}")
 
 
 def _choose_file_bytes(size: str | None, quick: bool, largest: int) -> int:

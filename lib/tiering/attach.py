@@ -172,6 +172,10 @@ def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, 
     beside one, without effect (a warning says so), but for emulation, where it is a tier of its
     own.
     """
+    if not isinstance(budget, Mapping):
+        raise InputError(
+            f'budget {budget!r} names no tiers: give sizes by tier, such as {{"HBM": "700MiB"}}'
+        )
     parsed: dict[Tier, int | None] = {}
     for name, size in budget.items():
         if name not in list(Tier):

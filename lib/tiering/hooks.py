@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FrameType, MappingProxyType, TracebackType
 from typing import Any, Self, cast
 
@@ -75,6 +75,7 @@ class Runtime:
         self._thread: threading.Thread | None = None
         self._detached = False
         self._schedule = tuple(schedule)
+        self._looked_up = {step.block for step in schedule if step.lookup}
         self._trace: list[Step] = []
         self._recorder = Recorder(
             device=device,
@@ -127,6 +128,7 @@ class Runtime:
         with self._lock:
             if self._detached:
                 raise PlacementError("the budget can't be changed after detach: attach again")
+            self._refuse_other_processes()
             self._check_idle()
             self._carry_out(self._make_plan(budget, self._schedule))
 
@@ -209,6 +211,7 @@ class Runtime:
         if self._detached:
             return
         with self._lock:
+            self._refuse_other_processes()
             self._check_idle()
             for handle in self._handles:
                 handle.remove()
@@ -228,12 +231,33 @@ class Runtime:
                 users.setdefault(module_name, []).append(group)
         for module_name, groups in users.items():
             _GroupHook(self, groups).install(self._model.get_submodule(module_name), self._handles)
+        for name in _containers(users):
+            self._install_entry(self._model.get_submodule(name))
         # Last and in front: it sees each forward begin before any group is acquired.
         begin = self._model.register_forward_pre_hook(
             self._begin_forward, prepend=True, with_kwargs=True
         )
         end = self._model.register_forward_hook(self._end_forward, always_call=True)
         self._handles += [begin, end]
+
+    def _install_entry(self, module: nn.Module) -> None:
+        """Let a part of the model be called by itself: a base model, an encoder, a layer."""
+
+        def begin(module: nn.Module, args: Any) -> None:
+            with self._lock:
+                self._refuse_other_threads()
+                if self._thread is not threading.current_thread() or self._was_interrupted(module):
+                    self._begin(implicit=module)
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            with self._lock:
+                if self._thread is threading.current_thread() and self._implicit is module:
+                    self._end()
+
+        self._handles += [
+            module.register_forward_pre_hook(begin, prepend=True),
+            module.register_forward_hook(end, always_call=True),
+        ]
 
     def _begin_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.mode == "real" and torch.is_grad_enabled() and _requires_grad((args, kwargs)):
@@ -248,11 +272,7 @@ class Runtime:
         """Start a forward of the model, or of a submodule that was called by itself."""
         if self._broken is not None:
             raise PlacementError(self._broken)
-        if os.getpid() != self._process:
-            raise PlacementError(
-                "the process was forked after attach, and reader threads don't survive a fork: "
-                "attach in the child process"
-            )
+        self._refuse_other_processes()
         self._refuse_other_threads()
         # KeyboardInterrupt skips post-hooks: give back what an interrupted forward held.
         self._end_leftovers()
@@ -283,10 +303,17 @@ class Runtime:
         self._thread = None
         error = sys.exc_info()[1]
         if error is None:
-            self._schedule = tuple(self._trace) or self._schedule
+            self._schedule = self._expected_schedule()
             self._residency.end_forward()
         elif _is_out_of_memory(error):
             self._step_down(error)
+
+    def _expected_schedule(self) -> tuple[Step, ...]:
+        """Expect what this forward used; the forward of a part says nothing of the other blocks."""
+        if self._implicit is None:
+            return tuple(self._trace) or self._schedule
+        named = {step.block for step in self._trace}
+        return (*self._trace, *(step for step in self._schedule if step.block not in named))
 
     def _acquire(self, hook: "_GroupHook", module: nn.Module) -> None:
         with self._lock:
@@ -297,7 +324,8 @@ class Runtime:
             self._held.append((hook, held))
             for group in hook.groups:
                 block = group.blocks[0].name
-                self._trace.append(Step(group.name, lookup=hook.lookup))
+                lookup = hook.lookup and group.name in self._looked_up
+                self._trace.append(Step(group.name, lookup=lookup))
                 self._recorder.begin_transfer(block)
                 before, moved_bytes = self._residency.virtual_seconds, 0
                 try:
@@ -336,6 +364,13 @@ class Runtime:
         if other not in (None, threading.current_thread()) and other.is_alive():
             raise PlacementError("another thread runs the model: one forward at a time")
 
+    def _refuse_other_processes(self) -> None:
+        if os.getpid() != self._process:
+            raise PlacementError(
+                "the process was forked after attach, and reader threads don't survive a fork: "
+                "load and attach in the child process"
+            )
+
     def _end_leftovers(self) -> None:
         self._held.clear()
         self._recorder.leave_all()
@@ -356,14 +391,23 @@ class Runtime:
         """Book a transfer that no module hook asked for."""
         block = self._residency.first_block(group)
         moved: list[int] = []
-        before = self._residency.virtual_seconds
-        self._recorder.begin_transfer(block, counts=False)
-        try:
-            yield moved.append
-        finally:
-            charged = self._residency.virtual_seconds - before
-            self._recorder.end_transfer(block, sum(moved), charged)
-            self._recorder.end_compute()
+        with self._alone():
+            before = self._residency.virtual_seconds
+            self._recorder.begin_transfer(block, counts=False)
+            try:
+                yield moved.append
+            finally:
+                charged = self._residency.virtual_seconds - before
+                self._recorder.end_transfer(block, sum(moved), charged)
+                self._recorder.end_compute()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads from the slots, and a forked child from waiting for its parent's."""
+        with self._lock:
+            self._refuse_other_processes()
+            self._refuse_other_threads()
+            yield
 
     def _carry_out(self, plan: Plan, labels: Mapping[str, Tier] = MappingProxyType({})) -> None:
         """Move what must move; where that fails the plan before is carried out again."""
@@ -439,6 +483,15 @@ class _GroupHook:
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._runtime._release(self, module)
+
+
+def _containers(users: Collection[str]) -> list[str]:
+    """Name the modules, but for the model itself, that have users of weights inside them."""
+    names: dict[str, None] = {}
+    for user in users:
+        parts = user.split(".")
+        names |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts)))
+    return [name for name in names if name not in users]
 
 
 def _num_running(module: nn.Module) -> int:

@@ -6,6 +6,7 @@ synchronization on the host. ``EmulatedLink`` (emulation.py) lets the time pass 
 tiers would take.
 """
 
+import contextlib
 import os
 import queue
 import threading
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from ..hints import Tier
 from .stores import NUM_READERS, PIECE_BYTES, Store, aligned_buffer
+
+_ARRIVAL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +84,44 @@ class Link(Protocol):
         """Free the slots and end the threads."""
 
 
+class Arrival:
+    """A ``threading.Event`` that is set once, and that an interrupted wait leaves whole.
+
+    Event guards itself by a lock of its own, which KeyboardInterrupt may leave locked for good.
+    """
+
+    __slots__ = ("_gate", "_there")
+
+    def __init__(self) -> None:
+        self._there = False
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def is_set(self) -> bool:
+        """Say whether it is there."""
+        return self._there
+
+    def set(self) -> None:
+        """Let everybody go on who waits."""
+        self._there = True
+        with contextlib.suppress(RuntimeError):  # a second time
+            self._gate.release()
+
+    def wait(self) -> None:
+        """Block until it is there."""
+        while not self._there:
+            # What the gate is worth after an interrupt nobody knows: hence the time limit.
+            if self._gate.acquire(timeout=_ARRIVAL_SECONDS):
+                self._gate.release()
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """A unit on its way, or arrived."""
 
     unit: Unit
     slot: int
-    arrived: threading.Event = field(default_factory=threading.Event)
+    arrived: Arrival = field(default_factory=Arrival)
     error: BaseException | None = None
     copied: "torch.cuda.Event | None" = None
     due: float = 0.0
@@ -160,7 +194,7 @@ class RealLink:
         assert unit.num_bytes <= self._slots[slot].numel(), "the plan's slots are too small"
         if (before := self._in_slot.get(slot)) is not None:
             before.arrived.wait()
-        ticket = self._in_slot[slot] = Ticket(unit, slot)
+        ticket = Ticket(unit, slot)
         store = ticket.store = self._stores[unit.tier]
         there = store.view(unit.key) if self._stream is not None else None
         if there is not None:
@@ -177,6 +211,7 @@ class RealLink:
             ticket._pieces.append((unit.offset + start, target[start : start + PIECE_BYTES]))
         ticket._num_open = len(ticket._pieces)
         try:
+            self._in_slot[slot] = ticket
             for _ in range(min(NUM_READERS, ticket._num_open)):
                 self._jobs.put(ticket)
         except BaseException:  # KeyboardInterrupt: nobody may write into the slot any more

@@ -299,15 +299,19 @@ def time_lanes(
 
 
 def make_profile(
-    name: str, lanes: Sequence[Lane], points: Mapping[Tier, Sequence[Point]]
+    name: str,
+    lanes: Sequence[Lane],
+    points: Mapping[Tier, Sequence[Point]],
+    compute: Mapping[str, float],
 ) -> MachineProfile:
-    """Fit each tier's points, and put them together with the capacities."""
+    """Fit each tier's points, and put them together with capacities and compute rates."""
     return MachineProfile(
         name=name,
         tiers={lane.tier: fit_points(lane.name, points[lane.tier]) for lane in lanes},
         capacity_bytes={
             lane.tier: lane.capacity_bytes for lane in lanes if lane.capacity_bytes is not None
         },
+        compute=compute,
         measured=True,
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.errors import InputError, PlacementError
-from lib.hints import Tier
+from lib.hints import Precision, Tier
 from lib.machine import TierSpec, load_machine
 from lib.tiering import probe
 from lib.tiering.probe import FileProbe, make_profile, time_lanes
@@ -46,11 +46,12 @@ def test_a_profile_has_what_was_timed_after_the_warm_up() -> None:
         SpecLane(Tier.SSD, "disk", 10**9, specs[Tier.SSD]),
     ]
     points = time_lanes(lanes, SIZES, range(3))
-    machine = make_profile("toy", lanes, points)
+    machine = make_profile("toy", lanes, points, {"fp32": 1e9})
     assert [lane.asked for lane in lanes] == [list(SIZES) * 4] * 2
     assert [(point.num_bytes, point.n) for point in points[Tier.SSD]] == [(s, 3) for s in SIZES]
     assert machine.measured
     assert machine.capacity_bytes == {Tier.SSD: 10**9}
+    assert machine.compute == {"fp32": 1e9}
     for tier, spec in specs.items():
         assert machine.tiers[tier].setup_us == pytest.approx(spec.setup_us)
         assert machine.tiers[tier].bandwidth_gb_s == pytest.approx(spec.bandwidth_gb_s)
@@ -135,6 +136,8 @@ def test_the_command_writes_a_machine_file_and_one_document(
     machine = load_machine(output)
     assert machine.name == "toy"
     assert machine.measured
+    assert machine.compute.keys() == set(Precision)
+    assert all(1e6 < rate < 1e15 for rate in machine.compute.values())
     assert {Tier.HBM, Tier.CPU, Tier.SSD} <= set(machine.tiers)
     assert document["machine"]["tiers"].keys() == document["points"].keys()
     assert all(point["median_s"] > 0 for points in document["points"].values() for point in points)
