@@ -260,6 +260,8 @@ class Runtime:
         ]
 
     def _begin_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            _refuse_compile()
         if self.mode == "real" and torch.is_grad_enabled() and _requires_grad((args, kwargs)):
             raise PlacementError(
                 "inputs require gradients, but offloaded weights serve inference only: use "
@@ -316,6 +318,8 @@ class Runtime:
         return (*self._trace, *(step for step in self._schedule if step.block not in named))
 
     def _acquire(self, hook: "_GroupHook", module: nn.Module) -> None:
+        if torch.compiler.is_compiling():
+            _refuse_compile()
         with self._lock:
             self._refuse_other_threads()
             if self._thread is not threading.current_thread() or self._was_interrupted(module):
@@ -530,6 +534,14 @@ def refuse_managed(model: nn.Module) -> None:
             raise PlacementError(
                 f"{place} has Diffusers hooks (group offloading): remove them first"
             )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # run, not traced: its error goes out
+def _refuse_compile() -> None:
+    raise PlacementError(
+        "torch.compile can't trace a model whose weights come and go: detach it, or call the "
+        "uncompiled model"
+    )
 
 
 def _refuse_apply(*args: Any, **kwargs: Any) -> None:

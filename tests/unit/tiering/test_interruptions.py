@@ -182,6 +182,20 @@ def test_a_base_model_called_by_itself_is_one_forward(tmp_path: Path) -> None:
         assert torch.equal(model.transformer(IDS).last_hidden_state, want)
 
 
+@pytest.mark.parametrize("part", ["", "transformer"])
+def test_torch_compile_of_an_attached_model_is_refused_when_it_runs(
+    part: str, tmp_path: Path
+) -> None:
+    model = tiny_gpt2().eval()
+    with torch.no_grad():
+        want = model(IDS).logits
+        with attach(model, budget={"HBM": None, "SSD": None}, spill_dir=tmp_path):
+            compiled = torch.compile(model.get_submodule(part), backend="eager")
+            with pytest.raises(PlacementError, match="can't trace a model whose weights"):
+                compiled(IDS)
+            assert torch.equal(model(IDS).logits, want)
+
+
 def test_a_model_whose_embedding_is_no_plain_one_gets_another_budget(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = OPTConfig(
