@@ -31,6 +31,11 @@ def check_writable(path: str | Path | None) -> None:
 
 
 def write_text(text: str, path: str | Path) -> None:
+    """Write a text as UTF-8 like ``write_bytes``."""
+    write_bytes(text.encode("utf-8"), path)
+
+
+def write_bytes(data: bytes, path: str | Path) -> None:
     """Write a temporary file beside ``path``, flush it to the disk and rename it; makes the folder
     if need be.
 
@@ -41,8 +46,8 @@ def write_text(text: str, path: str | Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

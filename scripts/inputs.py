@@ -8,6 +8,7 @@ dtype, in evaluation mode (no dropout).
 import platform
 import re
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -71,6 +72,9 @@ def quiet_transformers(*, progress: bool) -> None:
 
     logging.set_verbosity_error()
     (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
+    # Where torchao is installed, transformers imports it, and it warns of other machines' kernels.
+    for name in ("torchao", "torch.utils._pytree"):
+        getLogger(name).setLevel(ERROR)
 
 
 def load_model(model: str, checkpoint: Path | None = None) -> "PreTrainedModel":
