@@ -14,6 +14,11 @@ from typing import Any
 
 from lib.units import MIB
 
+_PACKING_BYTES = 48 * MIB
+"""What a CPU's matrix products of many rows take to repack fp32 weights, from the first one on; the
+compressed ones expand into the runtime's own scratch.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -157,7 +162,8 @@ def _load_ours(task: Task, precision: str | None) -> Loaded:
     budget = task.budget_bytes
     used = anonymous_bytes()
     if budget is None and task.limit_bytes is not None:
-        budget = task.limit_bytes - used - task.reserve_bytes
+        packing_bytes = 0 if precision else _PACKING_BYTES
+        budget = task.limit_bytes - used - task.reserve_bytes - packing_bytes
         if budget <= 0:
             raise MemoryError(
                 f"the process took {used / MIB:.0f} MiB before any weight: no budget is left"
