@@ -3,16 +3,13 @@
 Without a budget every block goes to the tier that its hint names; with one, the planner decides.
 """
 
-import contextlib
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..blocks import (
     Block,
@@ -38,6 +35,7 @@ from .link import Link, RealLink
 from .needs import PrecisionChoice, block_needs, make_payloads, scratch_bytes
 from .originals import Originals
 from .payload import Payload
+from .progress import placing_bar
 from .residency import Residency
 from .sources import CheckpointSource
 from .specs import EmulationSpec
@@ -147,7 +145,7 @@ def attach(
                     if payload.lossy and payload.group.kind is BlockKind.EXPERT
                 ],
             )
-            with progress_bar(plan, payloads) as progress:
+            with placing_bar(sum(each.num_bytes for each in payloads.values())) as progress:
                 residency.apply(plan, schedule, progress=progress)
             return Runtime(
                 model,
@@ -201,22 +199,6 @@ def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, 
             'as {"HBM": "700MiB", "SSD": None}'
         )
     return parsed
-
-
-@contextlib.contextmanager
-def progress_bar(plan: Plan, payloads: Mapping[str, Payload]) -> Iterator[Callable[[int], None]]:
-    """Show the bytes placed so far and the time to go, on a terminal only."""
-    total = sum(payload.num_bytes for payload in payloads.values())
-    with tqdm(
-        total=total,
-        desc="placing weights",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    ) as bar:
-        yield lambda num_bytes: bar.update(num_bytes) and None
 
 
 class _Stores(dict[Tier, Store]):

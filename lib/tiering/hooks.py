@@ -17,7 +17,6 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
 from ..blocks import Block
 from ..errors import InputError, PlacementError
@@ -26,14 +25,13 @@ from ..policy.plan import Plan, Step
 from ..units import format_bytes
 from .emulation import EmulatedLink
 from .payload import Group
+from .progress import PassBar
 from .residency import Residency
 from .specs import Clock, EmulationSpec
 from .telemetry import BlockStats, Recorder, Stats
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Modules of models that a runtime holds; weak, so that a forgotten model is freed."""
-_BAR_DELAY_SECONDS = 2.0
-"""A forward that takes longer shows how much it has streamed."""
 _STEP_DOWN = 0.85
 """What is left of the fast memory in use when an out-of-memory makes the runtime take less."""
 
@@ -70,7 +68,7 @@ class Runtime:
         self._process = os.getpid()
         self._broken: str | None = None
         """Why nothing can run: moving weights has failed half-way."""
-        self._bar: Any = tqdm(disable=True)
+        self._bar = PassBar()
         self._handles: list[RemovableHandle] = []
         self._thread: threading.Thread | None = None
         self._detached = False
@@ -222,6 +220,7 @@ class Runtime:
                 module.__dict__.pop("_load_from_state_dict", None)
             with torch.inference_mode(mode=False), torch.no_grad():
                 self._residency.close()
+            self._bar.close()
             self._detached = True
 
     def _install(self) -> None:
@@ -284,16 +283,7 @@ class Runtime:
         self._residency.begin_forward()
         self._recorder.forwards += 1
         streamed = sum(sum(p.unit_bytes) for p in self.plan.placements.values())
-        self._bar = tqdm(
-            total=streamed,
-            desc="streaming weights",
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            delay=_BAR_DELAY_SECONDS,
-            leave=False,
-            disable=not (streamed and sys.stderr.isatty()),
-        )
+        self._bar.begin(streamed)
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         with self._lock:
@@ -379,7 +369,7 @@ class Runtime:
         self._held.clear()
         self._recorder.leave_all()
         self._residency.end_holds()
-        self._bar.close()
+        self._bar.end()
 
     def _check_idle(self) -> None:
         """Refuse to move weights from under a forward; an interrupted one doesn't count."""
