@@ -147,6 +147,24 @@ def load_optimizer(folder: Path, network: Any, optimizer: Optimizer) -> None:
         raise InputError(_damaged(path, error)) from error
 
 
+def read_moments(folder: Path, *, beta2: float) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and bias-corrected second moment of each parameter of a checkpoint, one at a time.
+
+    Raises InputError for a checkpoint without an optimizer, and a damaged one.
+    """
+    path = folder / OPTIMIZER_FILE
+    if not path.is_file():
+        raise InputError(f"checkpoint {folder} has no {OPTIMIZER_FILE}: it holds no moments")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [key.removesuffix("/step") for key in file.keys() if key.endswith("/step")]
+            for name in names:
+                steps = file.get_tensor(f"{name}/step").item()
+                yield name, file.get_tensor(f"{name}/exp_avg_sq").float() / (1 - beta2**steps)
+    except (OSError, SafetensorError, ZeroDivisionError) as error:
+        raise InputError(_damaged(path, error)) from error
+
+
 def _gather(tensor: Tensor) -> Tensor:
     """Return the whole tensor on the CPU; collective for sharded ones. Other ranks than the main
     one keep nothing.

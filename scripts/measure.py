@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
+
+from lib.precision.quality import Quality, QualityMeter, next_token_nll, perplexity
 
 T = TypeVar("T")
 PERPLEXITY_TOKENS = 8192
 """Held-out tokens read for a perplexity, at most: seconds on two cores, and a standard error of
 about 2 %."""
+KL_TOKENS = 4096
+"""Held-out tokens whose logits are kept on disk for the KL, at most: KL varies little over text."""
 
 
 class ForwardBench:
@@ -97,21 +100,25 @@ class ForwardBench:
 
         Raises FloatingPointError if it is not finite.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = 0.0
         for batch in self._show(self._heldout, f"{name}: perplexity"):
             logits_BTV = self._forward(batch)
-            for logits_TV, tokens_T in zip(logits_BTV, batch, strict=True):
-                loss = functional.cross_entropy(
-                    logits_TV[:-1].float(), tokens_T[1:], reduction="sum"
-                )
-                total += loss
-        mean = total.item() / self.perplexity_tokens
-        if not mean < 700:  # exp(700) is near the largest float; NaN compares false
-            raise FloatingPointError(
-                f"the {name} model's held-out loss is {mean} nats per token: its weights are "
-                "broken, or overflow in this dtype"
-            )
-        return math.exp(mean)
+            total += sum(map(next_token_nll, logits_BTV, batch))
+        return perplexity(total / self.perplexity_tokens)
+
+    def save_reference(self, folder: Path) -> None:
+        """Write the logits of the first held-out tokens to files, for ``compare_reference``."""
+        for index, batch in enumerate(self._kl_batches()):
+            logits_BTV = self._forward(batch).cpu().contiguous()
+            save_file({"logits": logits_BTV}, folder / f"reference_{index}.safetensors")
+
+    def compare_reference(self, folder: Path) -> Quality:
+        """Compare the model as it is now with the one whose logits were saved."""
+        meter = QualityMeter()
+        for index, batch in enumerate(self._show(self._kl_batches(), "KL")):
+            reference = load_file(folder / f"reference_{index}.safetensors")["logits"]
+            meter.add(batch.cpu(), reference, self._forward(batch).cpu())
+        return meter.result()
 
     def save_logits(self, path: Path) -> None:
         """Write the first batch's logits to a file: in memory they would count in the next run."""
@@ -127,6 +134,9 @@ class ForwardBench:
             "max_abs_logit_difference": (logits.float() - expected.float()).abs().max().item(),
             "logits_compared": logits.numel(),
         }
+
+    def _kl_batches(self) -> Sequence[Tensor]:
+        return self._heldout[: max(1, KL_TOKENS // (self.batch_size * self.length))]
 
     def release_memory(self) -> None:
         """Give back what an earlier run left over, so that it doesn't count in the next peak."""

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .adam import AdamSignal, AdamStateTierAnalyzer, adam_hints, collect_adam_signal
 from .attention import attention_fim_trace
-from .fisher import (
-    FisherLabels,
-    FisherResult,
-    collect_fisher,
-    fisher_hints,
-    save_fisher_diagonal,
-)
+from .fisher import FisherResult, collect_fisher, fisher_hints, save_fisher_diagonal
+from .gradients import FisherLabels
 from .scale import MomentScale
 from .summary import reshard
 

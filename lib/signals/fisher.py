@@ -16,41 +16,28 @@ Neither is Adam's moment (``adam``) nor the Fisher information of attention prob
 (``attention``).
 """
 
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ..blocks import partition_model, unique_parameters, unwrap_model
+from ..blocks import partition_model
 from ..errors import InputError
 from ..hints import Hints
+from .gradients import FisherLabels, GradientSampler
 from .summary import (
     SignalValue,
     block_masses,
-    causal_logits,
-    check_token_ids,
     dtype_names,
     make_hints,
     packed_parameters,
-    refuse_fsdp1,
+    ratio_stderr,
     sum_elements,
 )
-
-
-class FisherLabels(StrEnum):
-    """Where the labels of the log-likelihood come from."""
-
-    SAMPLED = "sampled"
-    DATA = "data"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,49 +82,47 @@ def collect_fisher(
     float32 copy of the model. Raises InputError for bad tokens, for weights that have no gradient
     (quantized, sharded, offloaded), and FloatingPointError if logits or gradients aren't finite.
     """
-    try:
-        labels = FisherLabels(labels)
-    except ValueError as error:
-        raise InputError(f"Fisher labels {labels!r}: allowed are sampled, data") from error
-    model = unwrap_model(model)
-    blocks = partition_model(model)
-    parameters = unique_parameters(model)
-    _check_measurable(model, parameters)
-    device = next(iter(parameters.values())).device
+    sampler = GradientSampler(model, labels=labels, seed=seed)
+    labels = sampler.labels
+    blocks = partition_model(sampler.model)
     packed = packed_parameters(blocks)
-    generators: dict[torch.device, torch.Generator] = {}
     diagonal = (
-        {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        {name: torch.zeros_like(p, dtype=torch.float32) for name, p in sampler.parameters.items()}
         if keep_diagonal
         else None
     )
     draws: list[tuple[int, dict[str, float]]] = []
     sequences = 0
-    with _measuring(model, parameters):
+    with sampler:
         for batch in batches:
-            _check_batch(batch, labels, model)
-            for ids in torch.split(batch, len(batch) if labels is FisherLabels.SAMPLED else 1):
-                loss, tokens = _summed_loss(model, ids.to(device), labels, generators, seed)
+            for draw in sampler.draws(batch):
                 sums: dict[str, Tensor] = {}
-                for name, squares in _squared_gradients(loss, parameters):
+                for name, gradient in draw.gradients.items():
+                    dtype = torch.promote_types(gradient.dtype, torch.float32)
+                    squares = gradient.to(dtype).square()
                     sums[name] = sum_elements(squares, per_expert=name in packed)
                     if not bool(sums[name].isfinite().all()):
                         raise FloatingPointError(
-                            f"the gradient of {name!r} isn't finite: {_overflow_hint(model)}"
+                            f"the gradient of {name!r} isn't finite once squared in {dtype}"
                         )
                     if diagonal is not None:
                         diagonal[name] += squares
-                draws.append((tokens, block_masses(blocks, sums)))
-                sequences += len(ids)
+                draws.append((draw.tokens, block_masses(blocks, sums)))
+                sequences += draw.sequences
                 if progress is not None:
-                    progress(len(ids))
+                    progress(draw.sequences)
     if not draws:
         raise InputError("no text to measure Fisher information on: give at least one batch")
     total = sum(tokens for tokens, _ in draws)
     trace = {block.name: sum(mass[block.name] for _, mass in draws) / total for block in blocks}
+    counts = [tokens for tokens, _ in draws]
+    stderr = {
+        block.name: ratio_stderr([mass[block.name] for _, mass in draws], counts)
+        for block in blocks
+    }
     return FisherResult(
         trace=trace,
-        trace_stderr=_standard_errors(draws, trace, total),
+        trace_stderr=stderr if len(draws) > 1 else None,
         diagonal=None
         if diagonal is None
         else {name: (value / total).cpu() for name, value in diagonal.items()},
@@ -228,109 +213,3 @@ def save_fisher_diagonal(result: FisherResult, path: str | Path, *, parameter_di
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _measuring(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Set evaluation mode, gradients for all parameters and no autocast; restore afterwards."""
-    training = [module for module in model.modules() if module.training]
-    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
-    device_types = {parameter.device.type for parameter in parameters.values()}
-    try:
-        model.eval()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        with torch.enable_grad(), _no_autocast(sorted(device_types)):
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _no_autocast(device_types: list[str]) -> Iterator[None]:
-    if not device_types:
-        yield
-        return
-    with torch.autocast(device_types[0], enabled=False), _no_autocast(device_types[1:]):
-        yield
-
-
-def _summed_loss(
-    model: nn.Module,
-    ids: Tensor,
-    labels: FisherLabels,
-    generators: dict[torch.device, torch.Generator],
-    seed: int,
-) -> tuple[Tensor, int]:
-    """Return the loss summed over positions, in nats, and their number."""
-    logits = causal_logits(model, ids)
-    if labels is FisherLabels.DATA:
-        logits, targets = logits[:, :-1], ids[:, 1:].to(logits.device)
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    if not bool(flat.detach().isfinite().all()):
-        raise FloatingPointError(f"the model's logits aren't finite: {_overflow_hint(model)}")
-    if labels is FisherLabels.SAMPLED:
-        if flat.device not in generators:
-            generators[flat.device] = torch.Generator(flat.device).manual_seed(seed)
-        probabilities = flat.detach().softmax(-1)
-        targets = torch.multinomial(probabilities, 1, generator=generators[flat.device])
-    return F.cross_entropy(flat, targets.reshape(-1), reduction="sum"), flat.shape[0]
-
-
-def _squared_gradients(
-    loss: Tensor, parameters: Mapping[str, nn.Parameter]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield squared gradients, in float32 or better, of the parameters that the loss depends on."""
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    for name, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            yield name, gradient.to(dtype).square()
-
-
-def _overflow_hint(model: nn.Module) -> str:
-    return f"the weights are corrupt, or {dtype_names(model)} overflows (try float32)"
-
-
-def _check_batch(ids: Tensor, labels: FisherLabels, model: nn.Module) -> None:
-    check_token_ids(ids, model)
-    if labels is FisherLabels.DATA and ids.shape[1] < 2:
-        raise InputError(
-            "data labels need sequences of at least 2 tokens: nothing follows the first"
-        )
-
-
-def _check_measurable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    refuse_fsdp1(model)
-    for name, parameter in parameters.items():
-        if isinstance(parameter, DTensor):
-            raise InputError(
-                f"parameter {name!r} is sharded: save the model and run scripts/collect_fisher.py "
-                "on one process"
-            )
-        if parameter.device.type == "meta":
-            raise InputError(f"parameter {name!r} is offloaded (on meta): load the model in memory")
-        if not parameter.is_floating_point():
-            raise InputError(
-                f"parameter {name!r} is quantized ({parameter.dtype}): measure the unquantized "
-                "checkpoint"
-            )
-
-
-def _standard_errors(
-    draws: list[tuple[int, dict[str, float]]], trace: Mapping[str, float], total: int
-) -> dict[str, float] | None:
-    """Return standard errors of the ratio mass / tokens (linearised; the draws are independent)."""
-    count = len(draws)
-    if count < 2:
-        return None
-    return {
-        name: math.sqrt(
-            count / (count - 1) * sum((mass[name] - mean * tokens) ** 2 for tokens, mass in draws)
-        )
-        / total
-        for name, mean in trace.items()
-    }

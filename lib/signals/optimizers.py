@@ -1,16 +1,16 @@
 """Which optimizers keep an elementwise second moment, and why the others are refused by name.
 
-Nothing is computed here; ``adam`` reads the moments.
+``adam`` sums the moments per block.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..blocks import whole_tensor
+from ..blocks import unique_parameters, whole_tensor
 from ..errors import InputError
 
 _FIX = "train with AdamW, or measure the checkpoint with scripts/collect_fisher.py"
@@ -114,6 +114,22 @@ def second_moment(
             f"floating point: {_FIX}"
         )
     return moment
+
+
+def corrected_moments(optimizer: Optimizer, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and bias-corrected second moment of each parameter that has one, one at a time.
+
+    Collective with sharded state. Raises InputError as ``second_moment``.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in unique_parameters(model).items():
+        state = optimizer.state.get(parameter, {})
+        if id(parameter) in groups and state:
+            group = groups[id(parameter)]
+            moment = second_moment(optimizer, name, parameter, state)
+            step = moment_step(optimizer, name, state, group)
+            yield name, moment.detach() / (1 - moment_beta2(optimizer, group) ** step)
 
 
 def moment_step(

@@ -5,6 +5,7 @@ gathered or stored, so that memory stays that of one parameter whatever the size
 Models are called in one way, as causal language models on token ids.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -46,6 +47,20 @@ def block_masses(blocks: Iterable[Block], sums: Mapping[str, Tensor]) -> dict[st
         )
         for block in blocks
     }
+
+
+def ratio_stderr(values: Sequence[float], tokens: Sequence[int]) -> float:
+    """Return the standard error of sum(values) / sum(tokens) over independent draws (linearised);
+    infinite of a single draw.
+    """
+    count, total = len(values), sum(tokens)
+    if count < 2:
+        return math.inf
+    mean = sum(values) / total
+    squares = sum(
+        (value - mean * number) ** 2 for value, number in zip(values, tokens, strict=True)
+    )
+    return math.sqrt(count / (count - 1) * squares) / total
 
 
 def refuse_fsdp1(model: nn.Module) -> None:

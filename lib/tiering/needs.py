@@ -11,10 +11,12 @@ from torch import nn
 
 from ..blocks import Block, partition_model, unique_parameters
 from ..errors import InputError
-from ..hints import BlockHint, Hints, Precision
+from ..hints import Hints, Precision
 from ..machine import MachineProfile
 from ..policy.plan import BlockNeed
+from ..precision.floors import most_precise
 from ..precision.kernels import SCRATCH_BYTES, Use, resident_bytes
+from .admission import ledger_of, lookup_moved
 from .payload import Payload, group_blocks, make_payload
 from .stores import CHUNK_BYTES
 
@@ -32,25 +34,23 @@ def make_payloads(
     blocks: Iterable[Block],
     *,
     precision: PrecisionChoice,
-    hints: Hints | None,
+    floors: Mapping[str, Precision],
 ) -> dict[str, Payload]:
     """Lay out every group of a model at the precision asked for, or at its floor where that is
-    higher.
+    higher (``floors``: by group; one that isn't there has none).
 
     Raises InputError for a precision or a block that doesn't exist.
     """
     blocks = tuple(blocks)
     shapes = dict(unique_parameters(model))
     wanted = _wanted_precisions(precision, blocks)
-    known: Mapping[str, BlockHint] = hints.blocks if hints is not None else {}
     payloads = {}
     for group in group_blocks(blocks):
         choices = [wanted.get(group.name)]
         choices += [wanted.get(block.name) for block in group.blocks]
-        chosen = _most_precise(choice for choice in choices if choice is not None)
-        floors = [known[block.name].floor for block in group.blocks if block.name in known]
-        if chosen is not None:
-            chosen = _most_precise([chosen, *(floor for floor in floors if floor is not None)])
+        chosen = most_precise([choice for choice in choices if choice is not None])
+        if chosen is not None and group.name in floors:
+            chosen = most_precise([chosen, floors[group.name]])
         payloads[group.name] = make_payload(group, model, shapes, chosen)
     return payloads
 
@@ -99,7 +99,9 @@ def model_needs(
     machine: MachineProfile,
 ) -> tuple[list[BlockNeed], int]:
     """Return the needs of a whole model, and the scratch memory that goes with them."""
-    payloads = make_payloads(model, partition_model(model), precision=precision, hints=hints)
+    blocks = partition_model(model)
+    floors = ledger_of(model, blocks, hints).floors
+    payloads = make_payloads(model, blocks, precision=precision, floors=floors)
     needs = block_needs(model, payloads, hints=hints, device=device, machine=machine)
     return needs, scratch_bytes(payloads.values())
 
@@ -141,16 +143,11 @@ def _need(
         unit_bytes=tuple(shard.num_bytes for shard in payload.shards),
         must_reside=must_reside,
         uses=len(group.modules),
-        lookup_bytes=_lookup_moved(payload) if embedding else 0,
+        lookup_bytes=lookup_moved(payload),
         importance=max(known, default=None),
         compute_seconds=0.0 if only_lookup else num_params / (rate or _DEFAULT_COMPUTE),
         computed_as_is=payload.lossy and payload.precision in _COMPUTED_AS_IS,
     )
-
-
-def _lookup_moved(payload: Payload) -> int:
-    """Return what the lookup of one row moves."""
-    return payload.shards[0].num_bytes if payload.parts[0].record is not None else CHUNK_BYTES
 
 
 def _must_reside(payloads: Mapping[str, Payload]) -> set[str]:
@@ -197,8 +194,3 @@ def _parse_precision(value: str) -> Precision:
         raise InputError(
             f"precision {value!r} is unknown; allowed: {', '.join(Precision)}"
         ) from None
-
-
-def _most_precise(choices: Iterable[Precision]) -> Precision | None:
-    order = list(Precision)
-    return min(choices, key=order.index, default=None)

@@ -19,8 +19,15 @@ from torch import Tensor, nn
 
 from ..blocks import Block, BlockKind
 from ..hints import Precision
-from ..precision.codecs import Codec, RecordLayout, default_codec, encode_from
+from ..precision.codecs import Codec, RecordLayout, encode_from
 from ..precision.kernels import Use
+from ..precision.storage import (
+    as_matrix,
+    matrix_shape,
+    native_precision,
+    precision_rank,
+    stored_form,
+)
 from .stores import CHUNK_BYTES
 
 SECTOR_BYTES = 4096
@@ -34,10 +41,6 @@ _PIECE_ALIGNMENT = 256
 _IN_PLACE_BYTES = 2**20
 _PART_BYTES = 8 * 2**20
 """Bytes of native weights in a shard, and read at a time while a payload is made."""
-_TRANSPOSED = {"Conv1D"}
-"""Module classes whose weight is (in, out): stored transposed, so that groups run along the
-inputs.
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +100,12 @@ class Part:
     @property
     def rows(self) -> int:
         """Rows of the weight as a matrix: output features, or vocabulary."""
-        return _matrix_shape(self.shape, self.transposed)[0]
+        return matrix_shape(self.shape, transposed=self.transposed)[0]
 
     @property
     def columns(self) -> int:
         """Columns of the weight as a matrix: input features."""
-        return _matrix_shape(self.shape, self.transposed)[1]
+        return matrix_shape(self.shape, transposed=self.transposed)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,13 +155,6 @@ class Payload:
         return sum(shard.data_bytes for shard in self.shards)
 
 
-def native_precision(dtype: torch.dtype) -> Precision:
-    """Name the precision in which weights of a dtype are lossless."""
-    return {torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}.get(
-        dtype, Precision.FP32
-    )
-
-
 def make_payload(
     group: Group, model: nn.Module, shapes: Mapping[str, Tensor], precision: Precision | None
 ) -> Payload:
@@ -172,7 +168,7 @@ def make_payload(
         offset = -(-end // _PIECE_ALIGNMENT) * _PIECE_ALIGNMENT
         owner = model.get_submodule(name.rpartition(".")[0])
         parts.append(_make_part(name, shapes[name], precision, owner, _uses(modules), offset))
-    lossless = min((native_precision(part.dtype) for part in parts), key=_rank)
+    lossless = min((native_precision(part.dtype) for part in parts), key=precision_rank)
     by_rows = _moves_by_rows(parts, modules)
     return Payload(
         group=group,
@@ -254,7 +250,7 @@ def _encode_part(part: Part, layout: RecordLayout, read: Reader) -> Tensor:
     if len(part.shape) == 2 and not part.transposed:
         return encode_from(lambda a, b: read(part.parameter, a, b), layout, part.dtype)
     weights = read(part.parameter, None, None)
-    matrix = weights.t() if part.transposed else weights.reshape(part.rows, part.columns)
+    matrix = as_matrix(weights, transposed=part.transposed)
     return encode_from(_slicer(matrix), layout, part.dtype)
 
 
@@ -303,20 +299,8 @@ def _make_part(
     uses: frozenset[Use],
     offset: int,
 ) -> Part:
-    lossy = (
-        precision is not None
-        and weight.dim() > 1
-        and weight.is_floating_point()
-        and _rank(precision) > _rank(native_precision(weight.dtype))
-    )
-    codec, record, transposed = None, None, False
-    if lossy and precision is not None and weight.numel():
-        codec = default_codec(precision)
-        transposed = type(owner).__name__ in _TRANSPOSED
-        record = codec.layout(*_matrix_shape(weight.shape, transposed))
-        if record.num_bytes >= weight.numel() * weight.element_size():
-            # Rows of a few weights (small convolutions) would grow by their scales.
-            codec, record, transposed = None, None, False
+    form = stored_form(weight, owner, precision)
+    record = form.record if form else None
     return Part(
         parameter=name,
         offset=offset,
@@ -324,17 +308,11 @@ def _make_part(
         shape=weight.shape,
         stride=weight.stride(),
         dtype=weight.dtype,
-        codec=codec,
+        codec=form.codec if form else None,
         record=record,
-        transposed=transposed,
+        transposed=form is not None and form.transposed,
         uses=uses,
     )
-
-
-def _matrix_shape(shape: torch.Size, transposed: bool) -> tuple[int, int]:
-    if transposed:
-        return shape[1], shape[0]
-    return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def _uses(modules: list[nn.Module]) -> frozenset[Use]:
@@ -368,7 +346,3 @@ def _row_steps(part: Part) -> Iterator[tuple[int | None, int | None]]:
     step = max(_PART_BYTES // max(row_bytes, 1), 1)
     for start in range(0, part.shape[0], step):
         yield start, min(start + step, part.shape[0])
-
-
-def _rank(precision: Precision) -> int:
-    return list(Precision).index(precision)

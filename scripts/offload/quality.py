@@ -4,16 +4,11 @@ python -m scripts.offload.quality REQUEST.json
 """
 
 import json
-import math
-import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 PRECISIONS = ("int8", "int4")
 NUM_TOKENS = 8192
@@ -31,6 +26,8 @@ def main() -> None:
 @torch.no_grad()
 def measure_quality(checkpoint: Path, spill_dir: Path) -> dict[str, Any]:
     """Return perplexity, and mean KL(full || ours) in nats per token, of each precision."""
+    from lib.precision.quality import QualityMeter
+    from lib.signals.summary import causal_logits
     from lib.tiering import attach
     from scripts.inputs import load_heldout, load_model
 
@@ -39,17 +36,14 @@ def measure_quality(checkpoint: Path, spill_dir: Path) -> dict[str, Any]:
     length = min(LENGTH, config.max_position_embeddings)
     text = load_heldout(str(checkpoint), vocab_size=config.vocab_size, length=length)
     rows = [row[None] for row in text.tokens[: max(1, NUM_TOKENS // length)]]
-    full = [_logits(model, row_1T) for row_1T in rows]
+    full = [causal_logits(model, row_1T) for row_1T in rows]
     result: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "text": text.source,
         "tokens": len(rows) * (length - 1),
-        "full": {
-            "perplexity": _perplexity([_loss(*pair) for pair in zip(full, rows, strict=True)])
-        },
     }
     for precision in PRECISIONS:
-        losses, divergences = [], []
+        meter = QualityMeter()
         with attach(
             model,
             hints=None,
@@ -58,35 +52,12 @@ def measure_quality(checkpoint: Path, spill_dir: Path) -> dict[str, Any]:
             mode="real",
             spill_dir=spill_dir,
         ):
-            for row_1T, full_TV in zip(rows, full, strict=True):
-                ours_TV = _logits(model, row_1T)
-                losses.append(_loss(ours_TV, row_1T))
-                divergences.append(_mean_kl(full_TV, ours_TV))
-        result[precision] = {
-            "perplexity": _perplexity(losses),
-            "kl_nats": statistics.mean(divergences),
-        }
+            for row_1T, full_1TV in zip(rows, full, strict=True):
+                meter.add(row_1T, full_1TV, causal_logits(model, row_1T))
+        quality = meter.result()
+        result["full"] = {"perplexity": quality.reference_perplexity}
+        result[precision] = {"perplexity": quality.perplexity, "kl_nats": quality.kl_nats}
     return result
-
-
-def _logits(model: Any, row_1T: Tensor) -> Tensor:
-    logits_TV: Tensor = model(row_1T, use_cache=False).logits[0].float()
-    return logits_TV
-
-
-def _loss(logits_TV: Tensor, row_1T: Tensor) -> float:
-    """Return the mean next-token loss in nats."""
-    return functional.cross_entropy(logits_TV[:-1], row_1T[0, 1:]).item()
-
-
-def _perplexity(losses: Sequence[float]) -> float:
-    """Rows are of one length, so that the mean of their means is the mean over tokens."""
-    return math.exp(statistics.mean(losses))
-
-
-def _mean_kl(full_TV: Tensor, ours_TV: Tensor) -> float:
-    log_p, log_q = (functional.log_softmax(x.double(), -1) for x in (full_TV, ours_TV))
-    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
 
 
 if __name__ == "__main__":

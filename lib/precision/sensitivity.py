@@ -1,0 +1,263 @@
+"""Predicted damage of every block at every precision: KL(full || stored) in nats per token.
+
+To second order the output distribution moves by KL = 1/2 delta' F delta, F the Fisher information
+per token (Kunstner et al. 2019, arXiv 1905.12558) and delta the codec's actual error. Estimates:
+
+- *diagonal*: 1/2 sum_i F_ii delta_i^2, with F from Adam's moment (``diagonal_curves``), or from
+  sampled or the text's labels (``gradient_curves``). It takes errors of different weights for
+  independent, as those of rounding nearly are.
+- *directional*: 1/2 E[(g . delta)^2] over gradients g of single draws, unbiased for 1/2 delta' F
+  delta inside a block whatever the codec, with relative standard error sqrt(2 / draws).
+
+Errors between blocks are taken for independent; a joint measurement (``quality``) checks that.
+The *controls* are what a signal must beat: the squared error alone, and chance.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Block, partition_model, unique_parameters
+from ..errors import InputError
+from ..hints import Precision
+from ..signals.gradients import FisherLabels, GradientSampler
+from ..signals.summary import block_masses, packed_parameters, ratio_stderr, sum_elements
+from .perturb import curve_precisions, weight_error
+
+_ERROR_CACHE_BYTES = 2**30
+"""Errors kept between draws; what doesn't fit is encoded anew for each."""
+
+Curves = Mapping[str, Mapping[Precision, float]]
+"""Block -> precision, most precise first -> a number, mostly KL in nats per token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientCurves:
+    """Both estimates from the same backward passes, with standard errors over the draws."""
+
+    diagonal: Curves
+    directional: Curves
+    diagonal_stderr: Curves
+    directional_stderr: Curves
+    labels: FisherLabels
+    tokens: int
+    draws: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Violation:
+    """A step of a curve at which fewer bits seem to cost less, and why."""
+
+    block: str
+    finer: Precision
+    coarser: Precision
+    reason: str
+
+
+def gradient_curves(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    labels: FisherLabels | str = FisherLabels.SAMPLED,
+    precisions: Sequence[Precision] | None = None,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> GradientCurves:
+    """Estimate both from backward passes on text: the true Fisher with sampled labels, the
+    empirical one with data labels.
+
+    ``batches``: token ids (B, T); with sampled labels each batch is one draw, so give single
+    sequences where the directional estimate matters. ``precisions``: those below the model's own if
+    None. Only one gradient of the model is held, and errors up to 1 GiB. ``progress`` is called
+    with the number of sequences done. Raises as ``GradientSampler`` and its draws do.
+    """
+    sampler = GradientSampler(model, labels=labels, seed=seed)
+    blocks = partition_model(model)
+    packed = packed_parameters(blocks)
+    errors = _Errors(sampler.model)
+    sums: dict[Precision, list[tuple[dict[str, float], dict[str, float]]]] = {
+        precision: [] for precision in precisions or curve_precisions(model)
+    }
+    tokens: list[int] = []
+    with sampler:
+        for batch in batches:
+            for draw in sampler.draws(batch):
+                for precision, draws in sums.items():
+                    products: dict[str, Tensor] = {}
+                    squares: dict[str, Tensor] = {}
+                    for name, gradient in draw.gradients.items():
+                        error = errors.get(name, precision)
+                        if error is not None:
+                            product = error * gradient
+                            products[name] = sum_elements(product, per_expert=name in packed)
+                            squares[name] = sum_elements(
+                                product.square_(), per_expert=name in packed
+                            )
+                    directional = block_masses(blocks, products)
+                    draws.append(
+                        (
+                            {name: 0.5 * value**2 for name, value in directional.items()},
+                            {k: 0.5 * value for k, value in block_masses(blocks, squares).items()},
+                        )
+                    )
+                tokens.append(draw.tokens)
+                if progress is not None:
+                    progress(draw.sequences)
+    if not tokens:
+        raise InputError("no text to measure Fisher information on: give at least one batch")
+
+    def make_curves(kind: int, reduce: Callable[[list[float]], float]) -> Curves:
+        return {
+            block.name: {
+                precision: reduce([draw[kind][block.name] for draw in draws])
+                for precision, draws in sums.items()
+            }
+            for block in blocks
+        }
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / sum(tokens)
+
+    def stderr(values: list[float]) -> float:
+        return ratio_stderr(values, tokens)
+
+    return GradientCurves(
+        diagonal=make_curves(1, mean),
+        directional=make_curves(0, mean),
+        diagonal_stderr=make_curves(1, stderr),
+        directional_stderr=make_curves(0, stderr),
+        labels=sampler.labels,
+        tokens=sum(tokens),
+        draws=len(tokens),
+    )
+
+
+def diagonal_curves(
+    model: nn.Module,
+    diagonals: Iterable[tuple[str, Tensor]],
+    *,
+    scale: float = 1.0,
+    precisions: Sequence[Precision] | None = None,
+) -> Curves:
+    """Return 1/2 sum_i scale * d_i * delta_i^2 of every block whose weights all have a diagonal.
+
+    ``diagonals``: parameter name -> d of its shape, in any order, read one at a time: a stored
+    Fisher diagonal, or Adam's v_hat with scale tokens_per_update / mean_clip_sq
+    (``signals.scale``). Weights that a precision keeps raw need no diagonal.
+    """
+    precisions = tuple(precisions or curve_precisions(model))
+    blocks = partition_model(model)
+    parameters = unique_parameters(model)
+    packed = packed_parameters(blocks)
+    sums: dict[Precision, dict[str, Tensor]] = {precision: {} for precision in precisions}
+    for name, diagonal in diagonals:
+        if name not in parameters or diagonal.shape != parameters[name].shape:
+            raise InputError(
+                f"the diagonal of {name!r} {tuple(diagonal.shape)} fits no weight of the model: it "
+                "is another model's"
+            )
+        for precision in precisions:
+            error = weight_error(model, name, precision)
+            if error is None:
+                error = torch.zeros_like(parameters[name], dtype=torch.float32)
+            squares = error.square_().mul_(diagonal.to(error.device))
+            sums[precision][name] = sum_elements(squares, per_expert=name in packed) * 0.5 * scale
+    known = [block for block in blocks if _has_all(block, sums[precisions[0]], parameters)]
+    masses = {precision: block_masses(known, sums[precision]) for precision in precisions}
+    return {
+        block.name: {precision: masses[precision][block.name] for precision in precisions}
+        for block in known
+    }
+
+
+def magnitude_curves(model: nn.Module, *, precisions: Sequence[Precision] | None = None) -> Curves:
+    """Control: 1/2 sum_i delta_i^2, every weight alike. Not in nats."""
+    diagonals = (
+        (name, torch.ones((), device=p.device).expand(p.shape))
+        for name, p in unique_parameters(model).items()
+    )
+    return diagonal_curves(model, diagonals, precisions=precisions)
+
+
+def random_curves(
+    model: nn.Module, *, seed: int = 0, precisions: Sequence[Precision] | None = None
+) -> Curves:
+    """Control: uniform random numbers."""
+    random = np.random.default_rng(seed)
+    return {
+        block.name: {p: float(random.random()) for p in precisions or curve_precisions(model)}
+        for block in partition_model(model)
+    }
+
+
+def monotone(curve: Mapping[Precision, float]) -> dict[Precision, float]:
+    """Return the least curve above this one on which fewer bits never cost less.
+
+    What the veto needs: a precision is never taken for safer than one that keeps more bits.
+    """
+    largest = 0.0
+    result = {}
+    for precision, value in curve.items():
+        largest = max(largest, value)
+        result[precision] = largest
+    return result
+
+
+def find_violations(
+    curves: Curves, *, errors: Curves, stderr: Curves | None = None
+) -> list[Violation]:
+    """Return the steps at which fewer bits are predicted to cost less, each with its reason.
+
+    ``errors``: the magnitude curves; ``stderr``: of the prediction, where it has one.
+    """
+    found = []
+    for block, curve in curves.items():
+        steps = list(curve)
+        for finer, coarser in zip(steps, steps[1:], strict=False):
+            drop = curve[finer] - curve[coarser]
+            if drop <= 0:
+                continue
+            noise = 0.0
+            if stderr is not None:
+                noise = 2 * float(np.hypot(stderr[block][finer], stderr[block][coarser]))
+            if drop <= noise:
+                reason = f"within the estimate's own error (2 standard errors: {noise:.3g} nats)"
+            elif errors[block][coarser] < errors[block][finer]:
+                reason = (
+                    f"the error itself is smaller: {finer} and {coarser} cut rows into groups of "
+                    "other sizes"
+                )
+            else:
+                reason = f"the weights that matter most happen to round better at {coarser}"
+            found.append(Violation(block=block, finer=finer, coarser=coarser, reason=reason))
+    return found
+
+
+@dataclass(slots=True)
+class _Errors:
+    """The error of each parameter at each precision, kept as far as memory allows."""
+
+    model: nn.Module
+    _kept: dict[tuple[str, Precision], Tensor | None] = field(default_factory=dict)
+    _num_bytes: int = 0
+
+    def get(self, name: str, precision: Precision) -> Tensor | None:
+        if (name, precision) in self._kept:
+            return self._kept[name, precision]
+        error = weight_error(self.model, name, precision)
+        num_bytes = 0 if error is None else error.nbytes
+        if self._num_bytes + num_bytes <= _ERROR_CACHE_BYTES:
+            self._kept[name, precision] = error
+            self._num_bytes += num_bytes
+        return error
+
+
+def _has_all(
+    block: Block, sums: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> bool:
+    return all(
+        piece.parameter in sums or parameters[piece.parameter].dim() < 2 for piece in block.pieces
+    )

@@ -1,0 +1,101 @@
+"""How a parameter is stored at a precision: as a codec's record, or raw, and in which layout.
+
+Only this decides it, for the runtime that stores weights and for the predictions of what that
+costs. Records are made of matrices (rows, cols) with a group's weights along a row, hence along the
+inputs: transformers' Conv1D keeps (in, out) and is stored transposed; packed experts (E, out, in)
+are stored one below the other. Vectors (norms, biases) stay raw, and so does a weight that a record
+would make larger.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import Block, unique_parameters, unwrap_model
+from ..hints import Precision
+from .codecs import Codec, RecordLayout, default_codec
+
+_TRANSPOSED = {"Conv1D"}
+"""Module classes whose weight is (in, out)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredForm:
+    """A parameter stored as a record. ``transposed``: the record holds its transpose."""
+
+    codec: Codec
+    record: RecordLayout
+    transposed: bool
+
+
+def native_precision(dtype: torch.dtype) -> Precision:
+    """Name the precision in which weights of a dtype are lossless."""
+    return {torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}.get(
+        dtype, Precision.FP32
+    )
+
+
+def precision_rank(precision: Precision) -> int:
+    """Return the place of a precision in the order from most to least precise, from 0."""
+    return list(Precision).index(precision)
+
+
+def stored_form(weight: Tensor, owner: nn.Module, precision: Precision | None) -> StoredForm | None:
+    """Say how ``owner``'s parameter (meta will do) is stored at a precision; None: raw, lossless.
+
+    ``precision`` None is lossless for every weight.
+    """
+    lossy = (
+        precision is not None
+        and weight.dim() > 1
+        and weight.is_floating_point()
+        and precision_rank(precision) > precision_rank(native_precision(weight.dtype))
+    )
+    if not lossy or precision is None or not weight.numel():
+        return None
+    codec = default_codec(precision)
+    transposed = type(owner).__name__ in _TRANSPOSED
+    record = codec.layout(*matrix_shape(weight.shape, transposed=transposed))
+    if record.num_bytes >= weight.numel() * weight.element_size():
+        # Rows of a few weights (small convolutions) would grow by their scales.
+        return None
+    return StoredForm(codec=codec, record=record, transposed=transposed)
+
+
+def weight_form(model: nn.Module, name: str, precision: Precision) -> StoredForm | None:
+    """Say how the parameter of that name is stored at a precision; None: raw, without an error."""
+    model = unwrap_model(model)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return stored_form(model.get_parameter(name), owner, precision)
+
+
+def matrix_shape(shape: torch.Size, *, transposed: bool) -> tuple[int, int]:
+    """Return rows (output features, vocabulary) and columns (inputs) of a weight as a matrix."""
+    if transposed:
+        return shape[1], shape[0]
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def as_matrix(weight: Tensor, *, transposed: bool) -> Tensor:
+    """View a weight as the matrix that its record holds (a copy where no view exists)."""
+    rows, cols = matrix_shape(weight.shape, transposed=transposed)
+    return weight.t() if transposed else weight.reshape(rows, cols)
+
+
+def stored_bytes(model: nn.Module, block: Block, precision: Precision) -> int:
+    """Return the bytes that a block's weights take at a precision, scales and headers included.
+
+    An expert takes its share of the record that packs it with the others.
+    """
+    parameters = unique_parameters(model)
+    total = 0
+    for piece in block.pieces:
+        form = weight_form(model, piece.parameter, precision)
+        if form is None:
+            total += piece.num_bytes
+        else:
+            share = piece.num_params / parameters[piece.parameter].numel()
+            total += round(form.record.num_bytes * share)
+    return total
