@@ -1,9 +1,6 @@
 """How many bits each block gets in another tool's format.
 
-Minimise Σ_b KL(b, p_b) so that Σ_b size(b, p_b) is within a budget and no p_b is below the block's
-floor. For a price λ (nats per bit) every block takes its cheapest KL + λ · size; the smallest λ
-that fits the budget is found by bisection, which walks the lower convex hull (Everett 1963). What
-is then left of the budget goes to the single steps that save most per bit.
+``precision.allocate`` chooses: least KL within a number of bits, nothing below a block's floor.
 
 Without measured curves KL is taken as importance · weights · 4^-bits: Fisher information per weight
 times the mean squared rounding error, which falls fourfold with a bit. Of two blocks the more
@@ -15,10 +12,12 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 from ..hints import BlockHint, Precision
+from ..precision.allocate import Option, allocate
 from .outline import list_some
 
 _ORDER = list(Precision)
-_BISECTIONS = 100
+_PROHIBITIVE = 1e12
+"""KL that nothing is worth: of what may not be made coarser."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +66,11 @@ def choose_widths(
             f"--bits {bits} is too few: with the floors, and the types that this format has for "
             f"the model's shapes, the least is {least / num_params:.4f}"
         )
-    chosen = _allocate(candidates, allowed, curves, budget)
+    options = {
+        c.name: [Option(p, c.sizes[p], curves[c.name][p]) for p in allowed[c.name]]
+        for c in candidates
+    }
+    chosen = allocate(options, cost_budget=max(budget, least)).precisions
     return _report(candidates, chosen, basis, lost)
 
 
@@ -110,67 +113,11 @@ def _curves(
     for candidate in candidates:
         importance, options = candidate.hint.importance, allowed[candidate.name]
         if importance is None:
-            curves[candidate.name] = {p: 0.0 if p is options[0] else 1e300 for p in options}
+            curves[candidate.name] = {p: 0.0 if p is options[0] else _PROHIBITIVE for p in options}
             continue
         mass = importance * candidate.num_params
         curves[candidate.name] = {p: mass * 4.0 ** -_nominal_bits(p) for p in options}
     return curves, "importance", tuple(lost)
-
-
-def _allocate(
-    candidates: Sequence[Candidate],
-    allowed: Mapping[str, Sequence[Precision]],
-    curves: Mapping[str, Mapping[Precision, float]],
-    budget: float,
-) -> dict[str, Precision]:
-    def choose(price: float) -> dict[str, Precision]:
-        return {
-            c.name: min(
-                allowed[c.name], key=lambda p: (curves[c.name][p] + price * c.sizes[p], c.sizes[p])
-            )
-            for c in candidates
-        }
-
-    def size(choice: Mapping[str, Precision]) -> float:
-        return sum(c.sizes[choice[c.name]] for c in candidates)
-
-    smallest = {c.name: min(allowed[c.name], key=lambda p: c.sizes[p]) for c in candidates}
-    best = choose(0.0)
-    if size(best) > budget:
-        best, low, high = smallest, 1e-60, 1e60
-        for _ in range(_BISECTIONS):
-            price = (low * high) ** 0.5
-            choice = choose(price)
-            if size(choice) <= budget:
-                best, high = choice, price
-            else:
-                low = price
-    return _spend_rest(candidates, allowed, curves, best, budget - size(best))
-
-
-def _spend_rest(
-    candidates: Sequence[Candidate],
-    allowed: Mapping[str, Sequence[Precision]],
-    curves: Mapping[str, Mapping[Precision, float]],
-    chosen: dict[str, Precision],
-    left: float,
-) -> dict[str, Precision]:
-    """Take single steps up, best saving per bit first, while they fit into what is left."""
-    chosen = dict(chosen)
-    while True:
-        best: tuple[float, str, Precision, float] | None = None
-        for candidate in candidates:
-            name, now = candidate.name, chosen[candidate.name]
-            for option in allowed[name]:
-                more = candidate.sizes[option] - candidate.sizes[now]
-                saved = curves[name][now] - curves[name][option]
-                if 0 < more <= left and saved > 0 and (best is None or saved / more > best[0]):
-                    best = (saved / more, name, option, more)
-        if best is None:
-            return chosen
-        _, name, option, more = best
-        chosen[name] = option
-        left -= more
 
 
 def _report(

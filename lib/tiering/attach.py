@@ -5,6 +5,7 @@ Without a budget every block goes to the tier that its hint names; with one, the
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,10 @@ from ..policy.plan import BlockNeed, Placement, Plan, Step, definition_schedule
 from ..policy.planner import make_plan
 from ..policy.states import placed_state
 from ..policy.timeline import PassTime
+from ..policy.veto import Measure, Veto
+from ..precision.floors import JointCheck, raise_floors
 from ..units import parse_bytes
+from .admission import ledger_of
 from .archive import Archive
 from .emulation import EmulatedLink
 from .hooks import Runtime, refuse_managed
@@ -67,6 +71,8 @@ def attach(
     mode: Mode = "real",
     budget: Budget | None = None,
     precision: PrecisionChoice = None,
+    epsilon: float | str | None = None,
+    measure: Measure | None = None,
     weights: str | Path | None = None,
     machine: MachineProfile | str | Path | None = None,
     emulation: EmulationSpec | None = None,
@@ -80,19 +86,26 @@ def attach(
     there is a ``budget``, and without a budget it says where each block goes. ``budget`` bounds
     each tier (weights, slots and working memory together); without an accelerator HBM is the
     machine's RAM. ``precision`` None keeps outputs bit for bit; "int4" and the like compress every
-    matrix, but none below its floor. ``weights`` is the safetensors checkpoint of a model on the
-    meta device (``empty_weights()``), which is then never in memory as a whole. ``machine``
-    (machine.json) tells the planner, and an emulated run, how fast the tiers are. ``spill_dir``
-    holds the SSD tier and keeps it for the next run (default: a temporary folder on a disk).
-    ``device`` is where the model computes (default: where its first parameter is). ``forward`` and
-    ``generate`` keep their signatures; the model is for inference while attached.
+    matrix, but none below its floor. ``epsilon`` (nats per token, or "ppl=1.02") bounds what
+    precision may cost altogether: it makes floors from the KL that calibrated hints predict, those
+    of the fewest bytes, and without a ``precision`` every block is held at its floor. ``measure``
+    runs the attached model on held-out text: precisions are raised until the upper bound of the
+    measured KL is within epsilon, and only with it may a block go below 3 bits. ``weights`` is the
+    safetensors checkpoint of a model on the meta device (``empty_weights()``), which is then never
+    in memory as a whole. ``machine`` (machine.json) tells the planner, and an emulated run, how
+    fast the tiers are. ``spill_dir`` holds the SSD tier and keeps it for the next run (default: a
+    temporary folder on a disk). ``device`` is where the model computes (default: where its first
+    parameter is). ``forward`` and ``generate`` keep their signatures; the model is for inference
+    while attached.
 
     Raises InputError for hints that don't fit the model, a tier that the mode can't serve, a budget
     that is too small (with the smallest that would do) and a spill folder that is memory;
-    PlacementError for a model that this or another offloader manages already. The model is then as
-    it was.
+    PlacementError for a model that this or another offloader manages already, and for a plan that
+    the veto refuses. The model is then as it was.
     """
     _check_arguments(mode, hints, budget, emulation, spill_dir)
+    if measure is not None and epsilon is None:
+        raise InputError("measure has no effect without epsilon: give both, or neither")
     refuse_managed(model)
     model = unwrap_model(model)
     blocks = partition_model(model)
@@ -104,7 +117,23 @@ def attach(
     profile = machine or (UNMEASURED if mode == "real" else _DECLARED)
     if mode == "emulated" and emulation is None:
         emulation = EmulationSpec(specs=dict(profile.tiers), charge_hbm=machine is None)
-    payloads = make_payloads(model, blocks, precision=precision, hints=loaded)
+    veto = Veto(
+        ledger_of(
+            model,
+            blocks,
+            loaded,
+            epsilon=epsilon,
+            streams=budget is None or len(budget) > 1,
+            joint_check=JointCheck.MISSING if measure is None else JointCheck.PENDING,
+        )
+    )
+    floors = veto.ledger.floors
+    payloads = make_payloads(
+        model,
+        blocks,
+        precision=floors if precision is None and epsilon is not None else precision,
+        floors=floors,
+    )
     needs = block_needs(model, payloads, hints=loaded, device=compute_device, machine=profile)
     scratch = scratch_bytes(payloads.values())
 
@@ -128,6 +157,7 @@ def attach(
         plan = _plan_by_hints(needs, payloads, labels, compute_device, mode, scratch)
         if emulated is not None:
             emulated.check(plan)
+    veto.check_plan(plan)
     stores = _Stores(Path(spill_dir) if spill_dir is not None else None, mode, compute_device)
     link: Link = emulated or RealLink(stores, compute_device)
     with torch.inference_mode(mode=False), torch.no_grad():
@@ -147,12 +177,14 @@ def attach(
             )
             with placing_bar(sum(each.num_bytes for each in payloads.values())) as progress:
                 residency.apply(plan, schedule, progress=progress)
-            return Runtime(
+            veto.adopt(plan)
+            runtime = Runtime(
                 model,
                 blocks,
                 residency,
                 plan,
                 plan_budget,
+                veto,
                 emulated=emulated,
                 device=compute_device,
                 schedule=schedule,
@@ -161,6 +193,33 @@ def attach(
         except BaseException:
             residency.close()
             raise
+    if measure is None:
+        return runtime
+    try:
+        accepted = runtime.check_quality(measure).accepted
+    except BaseException:
+        runtime.detach()
+        raise
+    if accepted:
+        return runtime
+    runtime.detach()
+    assert loaded is not None
+    again = attach(
+        model,
+        raise_floors(loaded, veto.ledger.floors),
+        mode=mode,
+        budget=budget,
+        precision=precision,
+        epsilon=epsilon,
+        measure=measure,
+        weights=weights,
+        machine=machine,
+        emulation=emulation,
+        spill_dir=spill_dir,
+        device=device,
+    )
+    again.audit.follow(veto.audit)
+    return again
 
 
 def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, int | None]:
@@ -170,10 +229,7 @@ def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, 
     beside one, without effect (a warning says so), but for emulation, where it is a tier of its
     own.
     """
-    if not isinstance(budget, Mapping):
-        raise InputError(
-            f'budget {budget!r} names no tiers: give sizes by tier, such as {{"HBM": "700MiB"}}'
-        )
+    _check_names_tiers(budget)
     parsed: dict[Tier, int | None] = {}
     for name, size in budget.items():
         if name not in list(Tier):
@@ -222,6 +278,13 @@ class _Stores(dict[Tier, Store]):
         return self[tier]
 
 
+def _check_names_tiers(budget: Any) -> None:
+    if not isinstance(budget, Mapping):
+        raise InputError(
+            f'budget {budget!r} names no tiers: give sizes by tier, such as {{"HBM": "700MiB"}}'
+        )
+
+
 def _check_arguments(
     mode: str,
     hints: Any,
@@ -239,6 +302,8 @@ def _check_arguments(
         raise InputError(
             "a spill_dir has no effect in emulated mode: leave it out, or use mode='real'"
         )
+    if budget is not None:
+        _check_names_tiers(budget)
     if hints is None and budget is None:
         raise InputError("neither hints nor a budget: give one, or there is nothing to place by")
 
@@ -278,7 +343,7 @@ def _load_hints(
         parameter_digest=digest,
         tied=tied_modules(blocks),
     )
-    return Hints(blocks=matched, model=hints.model, provenance=hints.provenance)
+    return replace(hints, blocks=matched)
 
 
 def _plan_by_hints(

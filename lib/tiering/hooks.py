@@ -21,7 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from ..blocks import Block
 from ..errors import InputError, PlacementError
 from ..hints import Tier
+from ..policy.audit import Audit, Record
 from ..policy.plan import Plan, Step
+from ..policy.veto import Measure, Veto
 from ..units import format_bytes
 from .emulation import EmulatedLink
 from .payload import Group
@@ -46,6 +48,7 @@ class Runtime:
         residency: Residency,
         plan: Plan,
         make_plan: Callable[[Mapping[str, str | int | None], Sequence[Step]], Plan],
+        veto: Veto,
         *,
         emulated: EmulatedLink | None,
         device: torch.device,
@@ -56,6 +59,8 @@ class Runtime:
         self._emulated = emulated
         self.plan = plan
         """Where each group of blocks is, and what that was predicted to cost."""
+        self.veto = veto
+        """Judges every plan before anything moves; knows floors, bounds and what is held."""
         self._model = model
         self._blocks = {block.name: block for block in blocks}
         self._residency = residency
@@ -175,6 +180,33 @@ class Runtime:
             except InputError:
                 self._emulated.spec = before
                 raise
+
+    @property
+    def audit(self) -> Audit:
+        """What was asked of the veto, and what it answered."""
+        return self.veto.audit
+
+    def check_quality(self, measure: Measure) -> Record:
+        """Measure the KL of the model as it runs, and raise floors where it is above epsilon.
+
+        ``measure`` runs forwards on held-out text. Where a block is below its floor then, the model
+        refuses to go on: detach, and attach with hints that have the floors
+        (``lib.precision.floors.raise_floors(hints, runtime.veto.ledger.floors)``). Raises
+        PlacementError where all weights are lossless already and the KL is above epsilon all the
+        same: it is of another model then, or another text encoding.
+        """
+        with self._lock:
+            if self._detached:
+                raise PlacementError("quality can't be measured after detach: attach again")
+            record = self.veto.judge_measured(measure())
+            if low := self.veto.check_held():
+                self._broken = (
+                    f"{record.reason}; detach, and attach again with floors raised (such as block "
+                    f"{low[0]!r} to {self.veto.ledger.floors[low[0]]})"
+                )
+            elif not record.accepted:
+                raise PlacementError(record.reason)
+            return record
 
     @property
     def virtual_seconds(self) -> float:
@@ -404,7 +436,10 @@ class Runtime:
             yield
 
     def _carry_out(self, plan: Plan, labels: Mapping[str, Tier] = MappingProxyType({})) -> None:
-        """Move what must move; where that fails the plan before is carried out again."""
+        """Move what must move, unless the veto refuses; where that fails the plan before is carried
+        out again.
+        """
+        self.veto.check_plan(plan)
         with torch.inference_mode(mode=False), torch.no_grad():
             try:
                 self._residency.apply(plan, self._schedule)
@@ -418,6 +453,7 @@ class Runtime:
                     )
                 raise
         self._broken = None
+        self.veto.adopt(plan)
         self.plan, self._labels = plan, labels
         for group in self._residency.groups:
             for block in group.blocks:

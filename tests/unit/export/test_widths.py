@@ -63,13 +63,20 @@ def test_floors_and_budget_hold_and_nothing_is_left_that_fits(
     num_params = sum(c.num_params for c in candidates)
     assert widths.bits <= bits * (1 + 1e-9)
     left = (bits - widths.bits) * num_params
+
+    def kl(c: Candidate, precision: Precision) -> float:
+        width = 16 if precision is Precision.BF16 else int(precision[3:])
+        return (c.hint.importance or 0.0) * c.num_params * 4.0**-width
+
+    total = sum(kl(c, widths.precisions[c.name]) for c in candidates)
     for c in candidates:
         chosen = widths.precisions[c.name]
         floor = c.hint.floor
         assert floor is None or ORDER.index(chosen) <= ORDER.index(floor)
-        if chosen in STEPS[1:] and c.hint.importance:
+        if chosen in STEPS[1:]:
             up = STEPS[STEPS.index(chosen) - 1]
-            assert c.sizes[up] - c.sizes[chosen] > left - 1e-6
+            fits = c.sizes[up] - c.sizes[chosen] < left - 1e-6
+            assert not fits or kl(c, chosen) - kl(c, up) <= 1e-3 * total
 
 
 @given(st.lists(st.floats(1e-6, 1), min_size=2, max_size=8), st.floats(3.5, 6.5))

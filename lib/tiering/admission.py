@@ -1,0 +1,85 @@
+"""From a model, its hints and epsilon to the ledger that the veto judges by.
+
+What counts is bytes moved per token. A block that is streamed moves its payload once per full use;
+one that is resident moves nothing, but a byte less of it makes room for a byte of another one, so
+in a pass that uses every block the price of a byte is the same for both. What is only looked up
+moves a few rows, so it is hardly worth compressing, unless there is nowhere to stream it from.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..blocks import Block, unique_parameters
+from ..errors import InputError
+from ..hints import Hints, Precision
+from ..precision.floors import (
+    Curve,
+    JointCheck,
+    Ledger,
+    make_ledger,
+    merge_curves,
+    open_ledger,
+    parse_epsilon,
+    read_factor,
+)
+from ..precision.kernels import Use
+from .payload import Payload, group_blocks, make_payload
+from .stores import CHUNK_BYTES
+
+
+def ledger_of(
+    model: nn.Module,
+    blocks: Iterable[Block],
+    hints: Hints | None,
+    *,
+    epsilon: float | str | None = None,
+    streams: bool = True,
+    joint_check: JointCheck = JointCheck.MISSING,
+) -> Ledger:
+    """Return the ledger of a model's groups (``payload.group_blocks``).
+
+    Without ``epsilon`` only the floors of the hints hold. ``streams``: there is a tier below fast
+    memory. Raises InputError for an epsilon that is none, or without calibrated hints.
+    """
+    if epsilon is not None and hints is None:
+        raise InputError("epsilon needs hints, which predict what precision costs: give hints")
+    shapes = dict(unique_parameters(model))
+    curves = {}
+    for group in group_blocks(blocks):
+        known = [hints.blocks[block.name] for block in group.blocks] if hints is not None else []
+        kl_nats, lowest = merge_curves(known)
+        native = make_payload(group, model, shapes, None)
+        cost: dict[Precision, float] = {}
+        if epsilon is not None:
+            payloads = {p: make_payload(group, model, shapes, p) for p in kl_nats}
+            payloads = {p: payload for p, payload in payloads.items() if payload.lossy}
+            kl_nats = {precision: kl_nats[precision] for precision in payloads}
+            for precision, payload in {native.precision: native, **payloads}.items():
+                cost[precision] = _moved_bytes(payload) if streams else payload.data_bytes
+        curves[group.name] = Curve(
+            native=native.precision, kl_nats=kl_nats, cost=cost, lowest=lowest
+        )
+    if epsilon is None:
+        return open_ledger(curves)
+    assert hints is not None
+    return make_ledger(
+        curves,
+        epsilon=parse_epsilon(epsilon),
+        factor=read_factor(hints.quality),
+        joint_check=joint_check,
+    )
+
+
+def lookup_moved(payload: Payload) -> int:
+    """Return what the lookup of one row moves while the payload is away; 0: it isn't looked up."""
+    if not (payload.by_rows and Use.EMBEDDING in payload.parts[0].uses):
+        return 0
+    return payload.shards[0].num_bytes if payload.parts[0].record is not None else CHUNK_BYTES
+
+
+def _moved_bytes(payload: Payload) -> int:
+    """Return the bytes that one token moves of a streamed payload."""
+    lookup = lookup_moved(payload)
+    full_uses = len(payload.group.modules) - bool(lookup)
+    return full_uses * payload.data_bytes + min(lookup, payload.data_bytes)
