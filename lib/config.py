@@ -30,6 +30,7 @@ FisherLabels = Literal["sampled", "data"]
 Mode = Literal["emulated", "real"]
 Clock = Literal["virtual", "wall"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+PrecisionName = Literal["native", "int8", "int6", "int5", "int4", "int3", "int2"]
 
 _DEVICES: dict[str, Device] = {
     "RUN_DEVICE_AUTO": "auto",
@@ -62,6 +63,15 @@ _DTYPES: dict[str, DtypeName] = {
     "BENCH_FLOAT32": "float32",
     "BENCH_BFLOAT16": "bfloat16",
     "BENCH_FLOAT16": "float16",
+}
+_PRECISIONS: dict[str, PrecisionName] = {
+    "BENCH_PRECISION_NATIVE": "native",
+    "BENCH_PRECISION_INT8": "int8",
+    "BENCH_PRECISION_INT6": "int6",
+    "BENCH_PRECISION_INT5": "int5",
+    "BENCH_PRECISION_INT4": "int4",
+    "BENCH_PRECISION_INT3": "int3",
+    "BENCH_PRECISION_INT2": "int2",
 }
 
 
@@ -164,6 +174,9 @@ class BenchConfig:
     iterations: int
     warmup: int
     dtype: DtypeName
+    budget: str  # TIER=SIZE,...; empty: the hints place
+    precision: PrecisionName
+    epsilon: str  # nats per token, or ppl=RATIO; empty: no bound
     both_modes: bool
 
 
@@ -236,6 +249,9 @@ def build_config(symbols: Symbols) -> Config:
             iterations=symbols.integer("BENCH_ITERATIONS"),
             warmup=symbols.integer("BENCH_WARMUP"),
             dtype=symbols.option(_DTYPES),
+            budget=symbols.text("BENCH_BUDGET"),
+            precision=symbols.option(_PRECISIONS),
+            epsilon=symbols.text("BENCH_EPSILON"),
             both_modes=symbols.flag("BENCH_BOTH_MODES"),
         ),
         report=ReportConfig(html=symbols.flag("REPORT_HTML"), dpi=symbols.integer("REPORT_DPI")),

@@ -29,8 +29,18 @@ from lib.blocks import parameter_digest, partition_model, storage_bytes, tied_mo
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, Precision, load_hints, match_hints
+from lib.precision.floors import parse_epsilon
+from lib.precision.quality import Quality
 from lib.report import benchmark_sections, transfer_ms
-from lib.tiering import Clock, EmulationSpec, Stats, attach, load_specs, specs_to_json
+from lib.tiering import (
+    Clock,
+    EmulationSpec,
+    Runtime,
+    Stats,
+    attach,
+    load_specs,
+    specs_to_json,
+)
 from scripts.cli import emit_json, run_main
 from scripts.inputs import (
     cast_weights,
@@ -99,6 +109,8 @@ def measure(
     baseline_bytes = storage_bytes(bench.model.parameters())
     baseline: Fields | None = None
     impact: Fields | None = None
+    compressed = args.precision is not None or args.epsilon is not None
+    measured: Quality | None = None
     num_before = (args.num_iterations + 1) // 2
     with tempfile.TemporaryDirectory() as folder:
         logits = Path(folder) / "logits.safetensors"
@@ -106,6 +118,8 @@ def measure(
             # These first: what a process touches once then is in memory for both timed runs.
             perplexity = bench.perplexity("baseline")
             bench.save_logits(logits)
+            if compressed:
+                bench.save_reference(Path(folder))
             before, memory = bench.run("baseline", iterations=num_before)
             baseline = {**memory, "bytes_moved_per_forward": 0, "perplexity": perplexity}
         bench.release_memory()
@@ -115,6 +129,7 @@ def measure(
             mode=args.mode,
             budget=None if args.budget is None else read_budget(args.budget),
             precision=args.precision,
+            epsilon=args.epsilon,
             emulation=emulation,
             device=bench.device,
         ) as runtime:
@@ -128,6 +143,8 @@ def measure(
             tiered: Fields = {**memory, "perplexity": bench.perplexity("tiered")}
             if baseline is not None:
                 impact = bench.compare_logits(logits)
+                measured = bench.compare_reference(Path(folder)) if compressed else None
+            quality = _quality(runtime) if compressed else None
     if baseline is not None:
         after, _ = bench.run("baseline again", iterations=args.num_iterations - num_before)
         drift = _percent(statistics.median(after), statistics.median(before)) if after else None
@@ -137,6 +154,8 @@ def measure(
     _add_memory(tiered, stats.peak_resident_bytes, allocator=allocator)
     if baseline is not None and impact is not None:
         impact |= _compare(baseline, tiered)
+    if quality is not None:
+        quality |= _measured_quality(quality, measured, baseline, tiered)
     virtual = stats.clock == Clock.VIRTUAL
     return {
         "measured": "emulated (virtual clock)" if virtual else "wall-clock",
@@ -144,6 +163,34 @@ def measure(
         "baseline": baseline,
         "tiered": tiered,
         "impact": impact,
+        "quality": quality,
+    }
+
+
+def _quality(runtime: Runtime) -> Fields:
+    """Return what blocks are held in, and what the veto knows of that."""
+    places = [place.precision for place in runtime.plan.placements.values()]
+    return {
+        "precisions": {str(p): places.count(p) for p in Precision if p in places},
+        "veto": runtime.veto.to_json(),
+    }
+
+
+def _measured_quality(
+    quality: Fields, measured: Quality | None, baseline: Fields | None, tiered: Fields
+) -> Fields:
+    """Return what precision does cost, beside what it was predicted to."""
+    if measured is None or baseline is None:
+        return {"measured": None, "perplexity": None}
+    predicted = quality["veto"]["predicted_nats"]
+    return {
+        "measured": measured.to_json(),
+        "perplexity": {
+            "predicted": None
+            if predicted is None
+            else baseline["perplexity"] * math.exp(predicted),
+            "measured": tiered["perplexity"],
+        },
     }
 
 
@@ -163,6 +210,7 @@ def _describe(args: argparse.Namespace, model: torch.nn.Module, device: torch.de
         "mode": args.mode,
         "budget": args.budget,
         "precision": args.precision,
+        "epsilon": args.epsilon,
         "spec_file": None if args.spec is None else str(args.spec),
         "batch_size": args.batch_size,
         "num_iterations": args.num_iterations,
@@ -249,6 +297,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
     ):
         if value is not None and value < least:
             raise InputError(f"{flag} {value} is too small: give {least} or more")
+    if args.epsilon is not None:
+        parse_epsilon(args.epsilon)
 
 
 def _sequence_length(asked: int | None, model: Any) -> int:
@@ -347,6 +397,12 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=[str(precision) for precision in Precision],
         help="hold the weights so, or at their floor (default: as they are, lossless)",
+    )
+    tiers.add_argument(
+        "--epsilon",
+        metavar="BOUND",
+        help="fewest bytes within this KL from the full model: 0.02 (nats per token) or ppl=1.02; "
+        "needs calibrated hints (default: no bound)",
     )
     tiers.add_argument(
         "--spec",

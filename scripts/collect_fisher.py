@@ -22,8 +22,6 @@ from lib.units import format_bytes
 from scripts.cli import emit_json, run_main
 from scripts.text import find_text_files, make_sequences, read_chunks
 
-_DEFAULT_LENGTH = 512
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments, measure, write the hints and print the result."""
@@ -44,14 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from lib.signals import collect_fisher, fisher_hints, save_fisher_diagonal
-    from scripts.inputs import cast_weights, load_model, parse_device, quiet_transformers
+    from scripts.inputs import (
+        cast_weights,
+        load_model,
+        load_tokenizer,
+        parse_device,
+        quiet_transformers,
+        sequence_length,
+    )
 
     device = parse_device(args.device)
     quiet_transformers(progress=sys.stderr.isatty())
     # The model first: its errors say more about a wrong name than those of a tokenizer.
     model: Any = load_model(args.model)
     cast_weights(model, getattr(torch, args.dtype))
-    tokenizer = _load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     length = sequence_length(model.config, args.sequence_length)
     tokens = make_sequences(
         tokenizer,
@@ -119,35 +124,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def sequence_length(config: Any, asked: int | None) -> int:
-    """Return the sequence length to use, within the model's context; raises InputError."""
-    context = getattr(config, "max_position_embeddings", None)
-    if asked is None:
-        return min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
-    if asked < 2 or (context is not None and asked > context):
-        raise InputError(
-            f"--sequence-length {asked} must be from 2 to the model's context of {context} tokens"
-        )
-    return asked
-
-
-def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        # A folder without tokenizer files gives one of the model type that knows no words.
-        usable = bool(tokenizer("text", add_special_tokens=False)["input_ids"])
-        reason = "its vocabulary is empty"
-    except (OSError, ValueError, KeyError) as error:
-        usable, reason = False, " ".join(str(error).split())[:200]
-    if not usable:
-        raise InputError(
-            f"--model {name!r} has no usable tokenizer ({reason}): add its tokenizer files"
-        )
-    return tokenizer
-
-
 def summarize_tiers(hints: Hints) -> dict[str, dict[str, float]]:
     """Return tier -> number of blocks, bytes, and its share of the Fisher information."""
     used = {hint.tier for hint in hints.blocks.values()}
@@ -192,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sequence-length",
         type=int,
         metavar="TOKENS",
-        help=f"tokens per sequence (default: the model's context, at most {_DEFAULT_LENGTH})",
+        help="tokens per sequence (default: the model's context, at most 512)",
     )
     what.add_argument(
         "--labels",

@@ -20,6 +20,7 @@ from torch import Tensor
 from gpt2.sources import open_source
 from lib.config import DataConfig
 from lib.errors import InputError
+from scripts.text import find_text_files, make_sequences, read_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,9 @@ _STDLIB = DataConfig(
 )
 """So few documents that a model trained with a larger held-out part has not seen them either."""
 _STDLIB_TOKENS = 65_536
+_SHARED_RUN = 32
+"""Equal tokens in a row that make two texts the same; boilerplate is shorter."""
+_DEFAULT_LENGTH = 512
 _Loaded = tuple[Any, dict[str, Any]]
 """A model, and the report of what did not match while it was loaded."""
 
@@ -151,6 +155,73 @@ def load_heldout(model: str, *, vocab_size: int, length: int) -> HeldOutText:
         )
     tokens = tokens[:, : per_row * length].reshape(-1, length).contiguous()
     return HeldOutText(tokens=tokens, source=source)
+
+
+def load_library_text(model: str, *, length: int) -> HeldOutText:
+    """Return sequences of held-out documents of the standard library, by the model's tokenizer.
+
+    Those that share a run of ``_SHARED_RUN`` tokens with the model folder's own held-out tokens are
+    left out: what those were used for has not seen these.
+    """
+    tokens, source = _tokenize_stdlib(model)
+    rows = tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
+    path = Path(model) / HELDOUT_FILE
+    if path.exists():
+        seen = {run for row in _read_heldout(path)[0].tolist() for run in _runs(row)}
+        new = [seen.isdisjoint(_runs(row)) for row in rows.tolist()]
+        rows, source = rows[torch.tensor(new)], f"{source}, without the model's held-out text"
+    return HeldOutText(tokens=rows, source=source)
+
+
+def _runs(row: list[int]) -> set[tuple[int, ...]]:
+    """Return all runs of ``_SHARED_RUN`` tokens of a row."""
+    return {tuple(row[start : start + _SHARED_RUN]) for start in range(len(row) - _SHARED_RUN + 1)}
+
+
+def load_tokenizer(model: str) -> Any:
+    """Load the tokenizer of a hub id or folder; InputError for one that knows no words."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        # A folder without tokenizer files gives one of the model type that knows no words.
+        usable = bool(tokenizer("text", add_special_tokens=False)["input_ids"])
+        reason = "its vocabulary is empty"
+    except (OSError, ValueError, KeyError) as error:
+        usable, reason = False, " ".join(str(error).split())[:200]
+    if not usable:
+        raise InputError(
+            f"--model {model!r} has no usable tokenizer ({reason}): add its tokenizer files"
+        )
+    return tokenizer
+
+
+def sequence_length(config: Any, asked: int | None) -> int:
+    """Return the sequence length to use, within the model's context; raises InputError."""
+    context = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        return min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
+    if asked < 2 or (context is not None and asked > context):
+        raise InputError(
+            f"--sequence-length {asked} must be from 2 to the model's context of {context} tokens"
+        )
+    return asked
+
+
+def read_text(
+    model: str, data: str | None, *, vocab_size: int, length: int, count: int, seed: int
+) -> HeldOutText:
+    """Return at most ``count`` sequences of the user's text, or of ``load_heldout`` without one.
+
+    The user's text is drawn from all over its files by ``seed``, and must have that many.
+    """
+    if data is None:
+        text = load_heldout(model, vocab_size=vocab_size, length=length)
+        return HeldOutText(tokens=text.tokens[:count], source=text.source)
+    chunks = read_chunks(find_text_files(data), seed=seed)
+    tokenizer = load_tokenizer(model)
+    tokens = make_sequences(tokenizer, chunks, length=length, count=count, data=data)
+    return HeldOutText(tokens=tokens, source=data)
 
 
 def _check_model_name(model: str) -> None:

@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = args.stages or configured_stages(config)
     if "bench" in stages:
         check_spill_folder(config)
+        check_tiering(config)
     documents: list[Any] = []
     try:
         for stage in stages:
@@ -103,6 +104,20 @@ def check_spill_folder(config: Config) -> None:
         )
 
 
+def check_tiering(config: Config) -> None:
+    """Refuse a budget or a quality bound that the benchmark would refuse only after training."""
+    from lib.precision.floors import parse_epsilon
+    from scripts.plan import read_budget
+
+    try:
+        if config.bench.budget:
+            read_budget(config.bench.budget)
+        if config.bench.epsilon:
+            parse_epsilon(config.bench.epsilon)
+    except InputError as error:
+        raise InputError(f"BENCH_BUDGET or BENCH_EPSILON: {error}") from error
+
+
 def benchmark_modes(config: Config) -> list[Mode]:
     """Return the mode that is set, after the other one if both are wanted."""
     mode = config.tiering.mode
@@ -134,7 +149,21 @@ def benchmark(config: Config) -> list[Any]:
     for path in (checkpoint, config.hints_path):
         if not path.exists():
             raise InputError(f"nothing to benchmark, there is no {path}: run make train")
+    if config.bench.epsilon:
+        calibrate(config, checkpoint)
     return [benchmark_mode(config, mode, checkpoint) for mode in benchmark_modes(config)]
+
+
+def calibrate(config: Config, checkpoint: Path) -> None:
+    """Predict and measure what precision costs, unless the hints say it already."""
+    from lib.hints import load_hints
+
+    if load_hints(config.hints_path).quality.get("calibrated"):
+        return
+    command = ["scripts.calibrate_hints", "--model", str(checkpoint)]
+    command += ["--tier-hints", str(config.hints_path)]
+    text, _ = run_command(command)
+    print(text)
 
 
 def benchmark_mode(config: Config, mode: Mode, checkpoint: Path) -> Any:
@@ -145,6 +174,12 @@ def benchmark_mode(config: Config, mode: Mode, checkpoint: Path) -> Any:
     command += ["--num-iterations", str(config.bench.iterations)]
     command += ["--warmup", str(config.bench.warmup)]
     command += ["--device", config.run.device, "--dtype", config.bench.dtype]
+    if config.bench.budget:
+        command += ["--budget", config.bench.budget]
+    if config.bench.precision != "native":
+        command += ["--precision", config.bench.precision]
+    if config.bench.epsilon:
+        command += ["--epsilon", config.bench.epsilon]
     if mode == "emulated":
         spec = config.run.directory / "tier_spec.json"
         write_spec(config, spec)

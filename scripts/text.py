@@ -111,7 +111,7 @@ def make_sequences(
         if len(sequences) == count:
             return torch.tensor(sequences)
     if not characters:
-        raise InputError(f"--data {data!r} is empty: Fisher information is measured on real text")
+        raise InputError(f"--data {data!r} is empty: real text is needed")
     raise InputError(
         f"--data {data!r} holds {len(sequences)} sequences of {length} tokens, not {count}: give "
         f"more text, a smaller --samples or a shorter --sequence-length"

@@ -35,6 +35,8 @@ def benchmark_sections(document: Document) -> str:
         f"tiered: {mode} ({clock})": _tiered_rows(document),
         "impact: tiered against baseline": _impact_rows(document),
     }
+    if document.get("quality"):
+        sections["quality: precision against the full model"] = _quality_rows(document)
     return "\n\n".join(f"{title}\n{_align(rows)}" for title, rows in sections.items())
 
 
@@ -287,6 +289,33 @@ def _impact_rows(document: Document) -> list[_Row]:
     if charged_overhead_pct(document) is not None:
         rows.insert(0, ("charged by tiers", _show_charged(document), "of the baseline's median"))
     return [*rows, ("perplexity change", f"{impact['perplexity_delta']:+.6f}", "")]
+
+
+def _quality_rows(document: Document) -> list[_Row]:
+    quality, veto = document["quality"], document["quality"]["veto"]
+    held = [f"{precision} {count}" for precision, count in quality["precisions"].items()]
+    rows: list[_Row] = [("blocks held in", "", ", ".join(held))]
+    if veto["epsilon_nats"] is not None:
+        rows += [
+            ("epsilon", f"{veto['epsilon_nats']:.5f} nats", "KL per token that may be lost"),
+            ("KL, upper bound", f"{veto['bound_nats']:.5f} nats", "what the veto adds up"),
+        ]
+    if veto["predicted_nats"] is not None:
+        rows.append(("KL, predicted", f"{veto['predicted_nats']:.5f} nats", ""))
+    measured, baseline = quality["measured"], document["baseline"]
+    if measured is None:
+        return [*rows, ("KL, measured", "", "give --baseline")]
+    interval = measured["kl_interval"]
+    spread = "" if interval is None else f"95 % {interval[0]:.5f} to {interval[1]:.5f}, "
+    kl = f"{measured['kl_nats']:.5f} nats"
+    rows.append(("KL, measured", kl, f"{spread}{measured['tokens']} held-out tokens"))
+    perplexity = quality["perplexity"]
+    if perplexity["predicted"] is not None:
+        rows.append(("perplexity, predicted", f"{perplexity['predicted']:.4f}", ""))
+    full = f"full model {baseline['perplexity']:.4f}"
+    rows.append(("perplexity, measured", f"{perplexity['measured']:.4f}", full))
+    agreement = f"{100 * measured['top1_agreement']:.2f} %"
+    return [*rows, ("same most likely token", agreement, "of all positions")]
 
 
 def _align(rows: Sequence[_Row]) -> str:

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lib.blocks import parameter_digest, partition_model
 from lib.errors import InputError
-from lib.hints import ModelInfo, build_hints, save_hints
+from lib.hints import ModelInfo, Precision, build_hints, load_hints, save_hints
 from scripts.benchmark_tiered_inference import main
 from scripts.cli import run_main
 from scripts.inputs import cast_weights, load_model
@@ -88,6 +88,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     save_hints(hints, path)
     weight_bytes = sum(block.num_bytes for block in blocks.values())
     return Checkpoint(folder, path, weight_bytes)
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The same with curves that say 1e-4 nats at 8 bits, and 4.5 times as much with each bit less.
+
+    More than these tiny weights really cost.
+    """
+    hints = load_hints(checkpoint.hints)
+    ladder = {"int8": 8.0, "int6": 6.5, "int5": 5.5, "int4": 4.5, "int3": 3.5}
+    kl = {Precision(name): 1e-4 * 4.5 ** (8 - bits) for name, bits in ladder.items()}
+    blocks = {name: replace(hint, kl=kl) for name, hint in hints.blocks.items()}
+    quality = {"epsilon_kl": 0.02, "calibrated": True, "conformal_factor": 1.3}
+    path = tmp_path_factory.mktemp("calibrated") / "tier_hints.json"
+    save_hints(replace(hints, blocks=blocks, quality=quality), path)
+    return replace(checkpoint, hints=path)
 
 
 def run(
@@ -423,3 +439,36 @@ def test_perplexity_is_exp_of_the_mean_loss(checkpoint: Checkpoint) -> None:
     device = torch.device("cpu")
     bench = ForwardBench(model, tokens, batch_size=4, warmup=0, device=device, progress=False)
     assert bench.perplexity("baseline") == pytest.approx(expected, rel=1e-5)
+
+
+def test_under_epsilon_predicted_and_measured_quality_are_shown(
+    calibrated: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--mode", "real", "--baseline", "--epsilon", "0.02", "--budget", "HBM=1GiB,SSD=")
+    code, document, text, _ = run(calibrated.arguments(*flags), capsys)
+    assert code == 0
+    quality = document["quality"]
+    veto, measured = quality["veto"], quality["measured"]
+    assert veto["epsilon_nats"] == 0.02
+    assert 0 < veto["predicted_nats"] < veto["bound_nats"] <= 0.02
+    assert 0 < measured["kl_nats"] <= 0.02
+    assert measured["tokens"] == 6 * CONTEXT
+    ratio = quality["perplexity"]["predicted"] / document["baseline"]["perplexity"]
+    assert ratio == pytest.approx(math.exp(veto["predicted_nats"]))
+    assert quality["perplexity"]["measured"] == document["tiered"]["perplexity"]
+    assert set(quality["precisions"]) & {"int8", "int6", "int5", "int4", "int3"}
+    section = text.partition("quality: precision against the full model")[2]
+    for name in ("epsilon", "KL, upper bound", "KL, predicted", "KL, measured", "perplexity"):
+        assert name in section
+
+
+def test_epsilon_without_calibration_or_baseline(
+    checkpoint: Checkpoint, calibrated: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, _, error = run(checkpoint.arguments("--epsilon", "0.02"), capsys)
+    assert code == 2 and "scripts/calibrate_hints.py" in error
+    code, _, _, error = run(calibrated.arguments("--epsilon", "ppl=0.9"), capsys)
+    assert code == 2 and "ppl=1.02" in error
+    code, document, text, _ = run(calibrated.arguments("--epsilon", "ppl=1.02"), capsys)
+    assert code == 0 and document["quality"]["measured"] is None
+    assert "give --baseline" in text.partition("quality:")[2]

@@ -12,6 +12,7 @@ import pytest
 
 from lib.config import Config, load_config
 from lib.errors import InputError
+from lib.hints import BlockHint, Hints, ModelInfo, Tier, save_hints
 from lib.tiering import load_specs
 from scripts import doctor, pipeline
 
@@ -87,6 +88,49 @@ def test_emulated_mode_is_given_the_speeds_of_the_configuration(
     assert numbers["CPU"] == ("CXL", 2.0)
     assert numbers["SSD"] == ("SSD", 77.0)
     assert command[-1] == "spill"
+
+
+def test_budget_precision_and_epsilon_reach_the_benchmark_after_calibration(
+    tmp_path: Path, commands: list[list[str]]
+) -> None:
+    config = load(
+        tmp_path,
+        'CONFIG_BENCH_BUDGET="HBM=1MiB,SSD="',
+        "CONFIG_BENCH_PRECISION_INT4=y",
+        'CONFIG_BENCH_EPSILON="ppl=1.02"',
+    )
+    (config.run.directory / "checkpoint").mkdir(parents=True)
+    for quality, scripts in [
+        ({}, ["calibrate_hints", *["benchmark_tiered_inference"] * 2]),
+        ({"epsilon_kl": 1, "calibrated": True}, ["benchmark_tiered_inference"] * 2),
+    ]:
+        commands.clear()
+        save_hints(tiny_hints(quality), config.hints_path)
+        pipeline.benchmark(config)
+        assert [command[0].removeprefix("scripts.") for command in commands] == scripts
+    for flag, value in [
+        ("--budget", "HBM=1MiB,SSD="),
+        ("--precision", "int4"),
+        ("--epsilon", "ppl=1.02"),
+    ]:
+        assert commands[-1][commands[-1].index(flag) + 1] == value
+
+
+def tiny_hints(quality: dict[str, object]) -> Hints:
+    info = ModelInfo(id="m", revision="", class_name="M", parameter_digest=f"sha256:{'0' * 64}")
+    hint = BlockHint(tier=Tier.HBM, importance=1.0, rank=1, num_bytes=4, num_params=1)
+    provenance = {"signal": "fisher_trace", "created": "2026-01-01T00:00:00+00:00"}
+    return Hints(model=info, provenance=provenance, quality=quality, blocks={"b": hint})
+
+
+@pytest.mark.parametrize("line", ['BENCH_EPSILON="1.02x"', 'BENCH_BUDGET="HBM"'])
+def test_a_bad_bound_or_budget_is_refused_before_training(
+    tmp_path: Path, commands: list[list[str]], line: str
+) -> None:
+    load(tmp_path, f"CONFIG_{line}")
+    with pytest.raises(InputError, match="BENCH_BUDGET or BENCH_EPSILON"):
+        pipeline.main(["--config", str(tmp_path / ".config")])
+    assert not commands
 
 
 def test_a_benchmark_without_hints_or_model_says_what_is_missing(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""scripts/calibrate_hints.py and scripts/evaluate.py on a tiny trained run, end to end."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2.train import main as train
+from lib.errors import InputError
+from lib.hints import Precision, load_hints
+from lib.precision.floors import read_factor
+from scripts import calibrate_hints, evaluate
+from tests.integration.tiny_run import write_config
+
+SIGNALS = {"adam", "fisher_empirical", "fisher_true", "directional", "magnitude", "random"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Run:
+    checkpoint: Path
+    hints: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("calibrate")
+    config = write_config(folder, GPT2_WIDTH=64, GPT2_CONTEXT=16, DATA_HELDOUT_PERMILLE=400)
+    assert train(["--config", str(config)]) == 0
+    run = next(folder.rglob("tier_hints.json")).parent
+    return Run(run / "checkpoint", run / "tier_hints.json")
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """Return a copy whose hints may be changed."""
+    return Run(trained.checkpoint, Path(shutil.copy(trained.hints, tmp_path)))
+
+
+def call(main: Any, capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    assert main([str(argument) for argument in arguments]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_oracle_judges_every_signal(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    document = call(
+        calibrate_hints.main,
+        capsys,
+        *("--model", run.checkpoint, "--tier-hints", run.hints, "--oracle", "--draws", 64),
+    )
+    assert document["spearman"].keys() == SIGNALS and document["missing"] == {}
+    assert document["spearman"]["fisher_true"] > 0.9 > abs(document["spearman"]["random"])
+    assert document["within_precision"].keys() == {
+        *("bf16", "int8", "int6", "int5", "int4", "int3", "int2")
+    }
+    assert len(document["probes"]) == document["pairs"] == 7 * 6  # wte, wpe, 2 attn, 2 mlp
+    for row in document["additivity"]:
+        assert 0.3 < row["joint_over_sum"] < 3, row
+    hints = load_hints(run.hints)
+    assert read_factor(hints.quality) == document["quality"]["conformal_factor"] > 0.5
+    curve = hints.blocks["transformer.h.0.mlp"].kl
+    assert list(curve) == list(Precision)[1:2] + list(Precision)[3:]
+    assert list(curve.values()) == sorted(curve.values())
+    assert set(hints.blocks["transformer.ln_f"].kl.values()) == {0.0}
+    # What was measured lies by what the file says.
+    for row in document["probes"]:
+        said = hints.blocks[row["block"]].kl[Precision(row["precision"])]
+        assert 0.2 < row["kl"] / said < 5, row
+
+
+def test_without_moments_adam_is_missing_and_says_so(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(run.checkpoint, bare, ignore=shutil.ignore_patterns("optimizer*", "heldout*"))
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {index} of text, number {index**2}\n" for index in range(3000)))
+    output = tmp_path / "calibrated.json"
+    document = call(
+        calibrate_hints.main,
+        capsys,
+        *("--model", bare, "--tier-hints", run.hints, "--data", text, "--output", output),
+        *("--draws", 16, "--samples", 16),
+    )
+    assert "optimizer.safetensors" in document["missing"]["adam"]
+    assert document["text"]["source"] == str(text)
+    assert (document["text"]["fisher_sequences"], document["text"]["kl_sequences"]) == (8, 8)
+    assert load_hints(output).quality["calibrated"] is True
+    assert load_hints(run.hints).quality == {}
+
+
+def test_wrong_input_is_refused(run: Run, tmp_path: Path) -> None:
+    arguments = ["--model", str(run.checkpoint), "--tier-hints"]
+    flat = tmp_path / "flat.json"
+    flat.write_text('{"transformer": "HBM"}')
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="flat"):
+        calibrate_hints.main([*arguments, str(flat)])
+    with pytest.raises(InputError, match="--draws 1"):
+        calibrate_hints.main([*arguments, str(run.hints), "--draws", "1"])
+
+
+def test_evaluation_of_the_placed_model(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--model", run.checkpoint, "--tier-hints", run.hints)
+    lossless = call(evaluate.main, capsys, *arguments)
+    assert lossless["kl_nats"] == 0 and lossless["top1_agreement"] == 1
+    assert lossless["perplexity"] == lossless["reference_perplexity"]
+    arguments = ("--model", run.checkpoint, "--budget", "HBM=", "--precision")
+    coarse = call(evaluate.main, capsys, *arguments, "int2")
+    fine = call(evaluate.main, capsys, *arguments, "int6")
+    assert 0 < fine["kl_nats"] < coarse["kl_nats"]
+    assert fine["kl_interval"][0] < fine["kl_nats"] < fine["kl_interval"][1]
+
+
+def test_evaluation_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="--budget"):
+        evaluate.main(["--model", str(run.checkpoint)])
+    monkeypatch.setattr(evaluate, "HARNESS", "a_package_that_is_not_there")
+    with pytest.raises(InputError, match="pip install lm_eval"):
+        evaluate.main(
+            ["--model", str(run.checkpoint), "--tier-hints", str(run.hints), "--tasks", "piqa"]
+        )
+
+
+def test_tasks_run_on_the_placed_model(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "docs.jsonl").write_text(
+        "".join(json.dumps({"text": f"line {i} of text " * 4}) + "\n" for i in range(6))
+    )
+    (tmp_path / "local.yaml").write_text(
+        "task: local_text\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/docs.jsonl}}}}\n"
+        "output_type: loglikelihood_rolling\n"
+        "test_split: test\n"
+        'doc_to_text: ""\n'
+        'doc_to_target: "{{text}}"\n'
+        "metric_list:\n  - metric: word_perplexity\n"
+    )
+    document = call(
+        evaluate.main,
+        capsys,
+        *("--model", run.checkpoint, "--budget", "HBM=", "--precision", "int2", "--limit", 4),
+        *("--tasks", "local_text", "--task-folder", tmp_path),
+    )
+    full, ours = (document["tasks"][part]["local_text"] for part in ("full", "ours"))
+    assert full.keys() == ours.keys()
+    assert ours["word_perplexity,none"] != full["word_perplexity,none"] > 1

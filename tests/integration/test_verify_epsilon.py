@@ -1,0 +1,114 @@
+"""scripts/verify_epsilon.py on a tiny GPT-2 with measured curves, end to end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_collect_fisher import byte_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lib.blocks import parameter_digest, partition_model
+from lib.hints import BlockHint, Hints, ModelInfo, Precision, Tier, save_hints
+from lib.precision.perturb import lossy_blocks
+from lib.precision.quality import measure_perturbations
+from scripts import verify_epsilon
+from scripts.cli import run_main
+
+LADDER = [Precision.INT8, Precision.INT6, Precision.INT4, Precision.INT3, Precision.INT2]
+
+
+def save_model(folder: Path) -> Path:
+    """A model whose weights are large enough that precision costs something; and its hints."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2,
+        n_head=2,
+        n_embd=64,
+        n_positions=32,
+        vocab_size=258,
+        bos_token_id=257,
+        eos_token_id=257,
+        initializer_range=0.1,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    pairs = [(block.name, p) for p in LADDER for block in lossy_blocks(model, p)]
+    tokens = torch.randint(32, 127, (8, 32))
+    kl = measure_perturbations(model, [tokens], [{name: p} for name, p in pairs])
+    curves: dict[str, dict[Precision, float]] = {}
+    for (name, precision), quality in zip(pairs, kl, strict=True):
+        curves.setdefault(name, {})[precision] = quality.kl_nats
+    info = ModelInfo(
+        id="tiny",
+        revision="",
+        class_name="GPT2LMHeadModel",
+        parameter_digest=parameter_digest(model),
+    )
+    hints = Hints(
+        model=info,
+        provenance={"signal": "fisher_trace", "created": "2026-01-01T00:00:00+00:00"},
+        quality={"epsilon_kl": 0.1, "calibrated": True, "conformal_factor": 1.3},
+        blocks={
+            block.name: BlockHint(
+                tier=Tier.HBM,
+                importance=1.0,
+                rank=1,
+                num_bytes=block.num_bytes,
+                num_params=block.num_params,
+                kl=curves.get(block.name, {}),
+            )
+            for block in partition_model(model)
+        },
+    )
+    save_hints(hints, folder / "tier_hints.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_model(tmp_path_factory.mktemp("model"))
+    lines = [f"line {index}: {index**3 % 1009} jumps over {index**2}\n" for index in range(2000)]
+    (folder / "text.txt").write_text("".join(lines))
+    return folder
+
+
+def test_the_bound_is_kept_at_every_epsilon(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(folder), "--tier-hints", str(folder / "tier_hints.json")]
+    flags += [
+        "--data",
+        str(folder / "text.txt"),
+        "--runs",
+        "4",
+        "--smallest",
+        "0.002",
+        "--largest",
+        "0.3",
+    ]
+    assert run_main(lambda: verify_epsilon.main(flags)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    document = json.loads(lines[-1])
+    rows = document["rows"]
+    assert document["runs"] == len(rows) == 4
+    assert document["held"] == sum(row["measured"] <= row["epsilon"] for row in rows) == 4
+    assert [row["epsilon"] for row in rows] == pytest.approx(
+        [0.002, 0.01063, 0.0564, 0.3], rel=0.01
+    )
+    assert all(0 < row["predicted"] < row["bound"] <= row["epsilon"] for row in rows)
+    sizes = [row["bytes"] for row in rows]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+
+
+def test_wrong_input_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", str(folder), "--tier-hints", str(folder / "tier_hints.json")]
+    for more, problem in [
+        (["--runs", "0"], "--runs 0 is too few"),
+        (["--smallest", "0.4"], "above --largest"),
+        (["--largest", "9"], "at most 4"),
+    ]:
+        arguments = [*flags, *more]
+        assert run_main(lambda arguments=arguments: verify_epsilon.main(arguments)) == 2
+        assert problem in capsys.readouterr().err

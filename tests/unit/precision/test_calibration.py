@@ -1,0 +1,60 @@
+"""Scales, bands and the safety factor on probes whose errors are known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.errors import InputError
+from lib.precision.calibration import calibrate, spearman
+
+
+def probes(count: int, seed: int, spread: float = 0.2) -> tuple[list[float], list[float]]:
+    random = np.random.default_rng(seed)
+    predicted = 10 ** random.uniform(-6, -1, count)
+    measured = 1.3 * predicted * np.exp(random.normal(0, spread, count))
+    return predicted.tolist(), measured.tolist()
+
+
+def test_the_scale_is_found() -> None:
+    calibration = calibrate(*probes(80, 0))
+    assert calibration.scale == pytest.approx(1.3, rel=0.15)
+    assert calibration.band[0] < 1 < calibration.band[1] < calibration.conformal_factor
+    assert (calibration.fit_probes, calibration.conformal_probes) == (20, 60)
+    assert calibration.coverage == 0.95
+
+
+def test_the_factor_covers_new_pairs() -> None:
+    held = []
+    for seed in range(400):
+        calibration = calibrate(*probes(80, seed))
+        (predicted,), (measured,) = probes(1, seed + 10_000)
+        held.append(measured <= calibration.conformal_factor * calibration.scale * predicted)
+    assert np.mean(held) > 0.93  # at least 0.95, within the noise of 400 trials
+
+
+def test_few_probes_say_what_they_cover() -> None:
+    calibration = calibrate(*probes(16, 0))
+    assert calibration.conformal_probes == 12
+    assert calibration.coverage == pytest.approx(12 / 13)
+    with pytest.raises(InputError, match="too few"):
+        calibrate([1.0] * 7, [1.0] * 7)
+    with pytest.raises(InputError, match="is 0"):
+        calibrate([0.0] * 9, [1.0] * 9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=2, max_size=30))
+def test_spearman_is_scipys(values: list[tuple[int, int]]) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    first, second = (list(map(float, side)) for side in zip(*values, strict=True))
+    ours = spearman(first, second)
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        assert ours == 0
+    else:
+        assert ours == pytest.approx(stats.spearmanr(first, second).statistic, abs=1e-12)
+
+
+def test_spearman_of_orders() -> None:
+    assert spearman([1, 2, 30], [0.1, 0.2, 0.3]) == pytest.approx(1)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
