@@ -172,7 +172,7 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise InputError(f"--{flag} {value} must be at least {least}")
     if args.tier_hints is None and args.budget is None:
-        raise InputError("nothing says where weights go: give --tier-hints, or --budget HBM=")
+        raise InputError("nothing says where weights go: give --tier-hints, or --budget HBM=,SSD=")
     if args.tasks and importlib.util.find_spec(HARNESS) is None:
         raise InputError(
             "--tasks needs lm-evaluation-harness, which isn't installed: pip install lm_eval"

@@ -132,7 +132,12 @@ def verify(
             return Measured(kl_nats=quality.kl_nats, upper_nats=quality.kl_interval[1])
 
         with attach(
-            model, hints, budget={"HBM": None}, epsilon=epsilon, measure=measure, device=device
+            model,
+            hints,
+            budget={"HBM": None, "SSD": None},  # all in fast memory, the originals beside
+            epsilon=epsilon,
+            measure=measure,
+            device=device,
         ) as runtime:
             quality = verdict.compare_reference(folders[1])
             places = list(runtime.plan.placements.values())

@@ -78,6 +78,8 @@ class Plan:
     scratch_bytes: int
     budget: Mapping[Tier, int | None]
     predicted: PassTime
+    original_bytes: int = 0
+    """What the originals of compressed weights take on the SSD, within its budget."""
 
     @property
     def fast_bytes(self) -> int:
@@ -101,6 +103,7 @@ class Plan:
             "num_slots": self.num_slots,
             "slot_bytes": self.slot_bytes,
             "scratch_bytes": self.scratch_bytes,
+            "original_bytes": self.original_bytes,
             "bytes_per_tier": {str(tier): size for tier, size in self.bytes_per_tier().items()},
             "predicted": {
                 "seconds": self.predicted.seconds,

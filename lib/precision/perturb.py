@@ -44,7 +44,7 @@ def round_trip(weight: Tensor, form: StoredForm) -> Tensor:
     """Return a weight, or one expert's slice of it, as its record gives it back: same shape, dtype
     and device, new memory.
     """
-    matrix = as_matrix(weight.detach(), transposed=form.transposed)
+    matrix = as_matrix(weight.detach(), form)
     layout = form.codec.layout(*matrix.shape)
     record = encode(matrix, form.codec).to(weight.device)
     decoded = decode(record, layout, dtype=weight.dtype)

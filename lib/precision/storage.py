@@ -3,8 +3,8 @@
 Only this decides it, for the runtime that stores weights and for the predictions of what that
 costs. Records are made of matrices (rows, cols) with a group's weights along a row, hence along the
 inputs: transformers' Conv1D keeps (in, out) and is stored transposed; packed experts (E, out, in)
-are stored one below the other. Vectors (norms, biases) stay raw, and so does a weight that a record
-would make larger.
+are stored one below the other; the kernel of a convolution belongs to its inputs. Vectors (norms,
+biases) stay raw, and so does a weight that a record would make larger.
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..blocks import Block, unique_parameters, unwrap_model
 from ..hints import Precision
@@ -47,17 +48,11 @@ def stored_form(weight: Tensor, owner: nn.Module, precision: Precision | None) -
 
     ``precision`` None is lossless for every weight.
     """
-    lossy = (
-        precision is not None
-        and weight.dim() > 1
-        and weight.is_floating_point()
-        and precision_rank(precision) > precision_rank(native_precision(weight.dtype))
-    )
-    if not lossy or precision is None or not weight.numel():
+    if precision is None or not is_lossy(weight, precision):
         return None
     codec = default_codec(precision)
-    transposed = type(owner).__name__ in _TRANSPOSED
-    record = codec.layout(*matrix_shape(weight.shape, transposed=transposed))
+    transposed = is_transposed(owner)
+    record = codec.layout(*matrix_shape(weight.shape, owner))
     if record.num_bytes >= weight.numel() * weight.element_size():
         # Rows of a few weights (small convolutions) would grow by their scales.
         return None
@@ -71,17 +66,35 @@ def weight_form(model: nn.Module, name: str, precision: Precision) -> StoredForm
     return stored_form(model.get_parameter(name), owner, precision)
 
 
-def matrix_shape(shape: torch.Size, *, transposed: bool) -> tuple[int, int]:
-    """Return rows (output features, vocabulary) and columns (inputs) of a weight as a matrix."""
-    if transposed:
+def is_lossy(weight: Tensor, precision: Precision) -> bool:
+    """Say whether a precision would change the weight: a matrix or more, and fewer bits."""
+    return (
+        weight.dim() > 1
+        and weight.numel() > 0
+        and weight.is_floating_point()
+        and precision_rank(precision) > precision_rank(native_precision(weight.dtype))
+    )
+
+
+def is_transposed(owner: nn.Module) -> bool:
+    """Say whether a module keeps its weight as (in, out)."""
+    return type(owner).__name__ in _TRANSPOSED
+
+
+def matrix_shape(shape: torch.Size, owner: nn.Module) -> tuple[int, int]:
+    """Return rows (output features, vocabulary) and columns (inputs) of a weight, not a vector."""
+    if is_transposed(owner):
         return shape[1], shape[0]
-    return math.prod(shape[:-1]), shape[-1] if shape else 1
+    if isinstance(owner, _ConvNd):
+        return shape[0], math.prod(shape[1:])
+    return math.prod(shape[:-1]), shape[-1]
 
 
-def as_matrix(weight: Tensor, *, transposed: bool) -> Tensor:
-    """View a weight as the matrix that its record holds (a copy where no view exists)."""
-    rows, cols = matrix_shape(weight.shape, transposed=transposed)
-    return weight.t() if transposed else weight.reshape(rows, cols)
+def as_matrix(weight: Tensor, form: StoredForm) -> Tensor:
+    """View a weight, or one expert's slice of it, as the matrix that its record holds (a copy where
+    no view exists).
+    """
+    return weight.t() if form.transposed else weight.reshape(-1, form.record.cols)
 
 
 def stored_bytes(model: nn.Module, block: Block, precision: Precision) -> int:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..hints import Tier
 from .originals import Originals
-from .payload import Part, Payload, Shard, content_key, payload_bytes, raw_view
+from .parts import Part
+from .payload import Payload, Shard, content_key, payload_bytes, raw_view
 from .stores import CHUNK_BYTES, DeviceStore, Store, aligned_buffer
 
 Stored = tuple[Tier, str]
@@ -32,12 +33,16 @@ class Archive:
             key = before[1]
             parts: Iterator[Tensor] = (buffer for buffer, _ in self.shards(before, payload))
         else:
-            names = [part.parameter for part in payload.parts]
-            key = content_key(payload, {name: self._originals.identity(name) for name in names})
+            key = self.key(payload)
             parts = payload_bytes(payload, self._originals.read)
         store.put(key, payload.num_bytes, parts)
         self._kept.add((tier, key))
         return tier, key
+
+    def key(self, payload: Payload) -> str:
+        """Return the key of a payload that is made from the originals as they are now."""
+        names = [part.parameter for part in payload.parts]
+        return content_key(payload, {name: self._originals.identity(name) for name in names})
 
     def keep_only(self, wanted: set[Stored]) -> None:
         """Free the payloads that nothing refers to any more."""

@@ -40,6 +40,7 @@ from .needs import PrecisionChoice, block_needs, make_payloads, scratch_bytes
 from .originals import Originals
 from .payload import Payload
 from .progress import placing_bar
+from .reserve import leave_room, original_bytes, warn_of_incompressible, with_originals
 from .residency import Residency
 from .sources import CheckpointSource
 from .specs import EmulationSpec
@@ -86,7 +87,8 @@ def attach(
     there is a ``budget``, and without a budget it says where each block goes. ``budget`` bounds
     each tier (weights, slots and working memory together); without an accelerator HBM is the
     machine's RAM. ``precision`` None keeps outputs bit for bit; "int4" and the like compress every
-    matrix, but none below its floor. ``epsilon`` (nats per token, or "ppl=1.02") bounds what
+    matrix, but none below its floor; without ``weights`` the originals go to the SSD, for detach.
+    ``epsilon`` (nats per token, or "ppl=1.02") bounds what
     precision may cost altogether: it makes floors from the KL that calibrated hints predict, those
     of the fewest bytes, and without a ``precision`` every block is held at its floor. ``measure``
     runs the attached model on held-out text: precisions are raised until the upper bound of the
@@ -123,7 +125,7 @@ def attach(
             blocks,
             loaded,
             epsilon=epsilon,
-            streams=budget is None or len(budget) > 1,
+            streams=budget is None or (len(budget) > 1 and set(budget.values()) != {None}),
             joint_check=JointCheck.MISSING if measure is None else JointCheck.PENDING,
         )
     )
@@ -136,12 +138,17 @@ def attach(
     )
     needs = block_needs(model, payloads, hints=loaded, device=compute_device, machine=profile)
     scratch = scratch_bytes(payloads.values())
+    warn_of_incompressible(payloads.values())
+    kept = 0
+    if checkpoint is None and mode == "real":
+        kept = original_bytes(model, payloads.values())
 
     emulated = EmulatedLink(emulation, compute_device) if emulation is not None else None
 
     def plan_budget(limits: Budget, schedule: Sequence[Step]) -> Plan:
         parsed = parse_budget(limits, compute_device, mode)
-        plan = make_plan(needs, schedule, parsed, profile, scratch)
+        room = leave_room(parsed, kept)
+        plan = with_originals(make_plan(needs, schedule, room, profile, scratch), parsed, kept)
         if emulated is not None:
             emulated.check(plan)
         return plan
@@ -155,6 +162,7 @@ def attach(
         tiers = {name: hint.tier for name, hint in loaded.blocks.items()}
         labels = {block.name: tiers[block.name] for block in blocks}
         plan = _plan_by_hints(needs, payloads, labels, compute_device, mode, scratch)
+        plan = with_originals(plan, {}, kept)
         if emulated is not None:
             emulated.check(plan)
     veto.check_plan(plan)

@@ -26,6 +26,7 @@ from ..policy.plan import Plan, Step
 from ..policy.veto import Measure, Veto
 from ..units import format_bytes
 from .emulation import EmulatedLink
+from .offloaded import NO_GRADIENTS, requires_grad
 from .payload import Group
 from .progress import PassBar
 from .residency import Residency
@@ -80,6 +81,10 @@ class Runtime:
         self._schedule = tuple(schedule)
         self._looked_up = {step.block for step in schedule if step.lookup}
         self._trace: list[Step] = []
+        self._final_plan: Plan | None = None
+        """A plan that could not be made to hold what its forwards use."""
+        self._unplanned = False
+        """The present forward used weights whole of which the plan foresaw lookups only."""
         self._recorder = Recorder(
             device=device,
             blocks={
@@ -92,8 +97,9 @@ class Runtime:
             resident_bytes=residency.resident_bytes(),
         )
         self._recorder.reset()
-        residency.on_extra = self._recorder.change_resident
-        residency.on_move = self._moving
+        residency.access.on_extra = self._recorder.change_resident
+        residency.access.on_move = self._moving
+        residency.access.on_use = self._note_use
         self._install()
         for module in model.modules():
             _attached.add(module)
@@ -264,6 +270,10 @@ class Runtime:
             _GroupHook(self, groups).install(self._model.get_submodule(module_name), self._handles)
         for name in _containers(users):
             self._install_entry(self._model.get_submodule(name))
+        lossy = self._residency.lossy_parameters()
+        for module in self._model.modules():
+            if any(id(parameter) in lossy for parameter in module._parameters.values()):
+                self._handles.append(module.register_state_dict_pre_hook(_refuse_state_dict))  # type: ignore[no-untyped-call]
         # Last and in front: it sees each forward begin before any group is acquired.
         begin = self._model.register_forward_pre_hook(
             self._begin_forward, prepend=True, with_kwargs=True
@@ -293,11 +303,8 @@ class Runtime:
     def _begin_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             _refuse_compile()
-        if self.mode == "real" and torch.is_grad_enabled() and _requires_grad((args, kwargs)):
-            raise PlacementError(
-                "inputs require gradients, but offloaded weights serve inference only: use "
-                "torch.no_grad() or detach"
-            )
+        if torch.is_grad_enabled() and requires_grad((args, kwargs)):
+            raise PlacementError(f"inputs require gradients, {NO_GRADIENTS}")
         with self._lock:
             self._begin(implicit=None)
 
@@ -311,7 +318,7 @@ class Runtime:
         self._end_leftovers()
         self._thread = threading.current_thread()
         self._implicit = implicit
-        self._trace = []
+        self._trace, self._unplanned = [], False
         self._residency.begin_forward()
         self._recorder.forwards += 1
         streamed = sum(sum(p.unit_bytes) for p in self.plan.placements.values())
@@ -329,6 +336,8 @@ class Runtime:
         if error is None:
             self._schedule = self._expected_schedule()
             self._residency.end_forward()
+            if self._unplanned and self.plan.budget and self.plan is not self._final_plan:
+                self._plan_again()
         elif _is_out_of_memory(error):
             self._step_down(error)
 
@@ -365,6 +374,9 @@ class Runtime:
                 for other in group.blocks[1:]:
                     self._recorder.count_call(other.name)
                 self._bar.update(moved_bytes)
+
+    def _wants_gradients(self, hook: "_GroupHook") -> bool:
+        return any(self._residency.requires_grad(group.name) for group in hook.groups)
 
     def _was_interrupted(self, module: nn.Module) -> bool:
         """Say whether the call of a submodule that is taken for the present forward has ended: its
@@ -478,6 +490,27 @@ class Runtime:
         error.add_note(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
+    def _note_use(self, group: str) -> None:
+        """Trace a use of weights outside the modules that own them."""
+        users = (hook for hook, _ in self._held if not hook.lookup)
+        if not any(group == own.name for hook in users for own in hook.groups):
+            self._trace.append(Step(group))
+        placement = self.plan.placements[group]
+        self._unplanned |= placement.tier is not Tier.HBM and not placement.unit_bytes
+
+    def _plan_again(self) -> None:
+        """Give a slot to weights that were used whole, so that they stay within the budget."""
+        try:
+            self._carry_out(self._make_plan(self.budget, self._schedule))
+        except Exception as refusal:  # the forward itself has gone well
+            self._final_plan = self.plan
+            warnings.warn(
+                "an embedding is used whole, without a module: each use takes memory above the "
+                f"budget ({refusal})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _tier_of(self, group: Group, block: Block) -> Tier:
         return self._labels.get(block.name, self.plan.placements[group.name].tier)
 
@@ -505,11 +538,18 @@ class _GroupHook:
         self.lookup = isinstance(module, nn.Embedding)
         # In front of a user's own hooks: they find the weights there, and one that raises leaves
         # our pair balanced.
-        handles.append(module.register_forward_pre_hook(self._before, prepend=True))
+        handles.append(
+            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+        )
         handles.append(module.register_forward_hook(self._after, always_call=True))
 
-    def _before(self, module: nn.Module, args: Any) -> None:
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._runtime._acquire(self, module)
+        # Also inputs that come from elsewhere: a user's hook, layers that are called one by one.
+        if torch.is_grad_enabled() and (
+            requires_grad((args, kwargs)) or self._runtime._wants_gradients(self)
+        ):
+            raise PlacementError(f"inputs or weights require gradients, {NO_GRADIENTS}")
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._runtime._release(self, module)
@@ -577,16 +617,14 @@ def _refuse_apply(*args: Any, **kwargs: Any) -> None:
     )
 
 
+def _refuse_state_dict(*args: Any) -> None:
+    raise PlacementError(
+        "weights are held compressed, and a state_dict would have them for good: detach first"
+    )
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     """Say whether memory has run out, as torch says it on a device and on the CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
     )
-
-
-def _requires_grad(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.requires_grad
-    if isinstance(value, list | tuple):
-        return any(_requires_grad(item) for item in value)
-    return isinstance(value, dict) and any(_requires_grad(item) for item in value.values())

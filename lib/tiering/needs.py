@@ -76,7 +76,11 @@ def scratch_bytes(payloads: Iterable[Payload]) -> int:
     payloads = list(payloads)
     lossy = any(payload.lossy for payload in payloads)
     lookups = max((lookup_bytes(payload) for payload in payloads), default=0)
-    return lookups + (SCRATCH_BYTES if lossy else 0)
+    # A module may take several weights at a time (nn.LSTM), and no two modules compute at a time.
+    expanded = max(
+        (sum(p.expanded_bytes for p in payload.parts) for payload in payloads), default=0
+    )
+    return lookups + expanded + (SCRATCH_BYTES if lossy else 0)
 
 
 def lookup_bytes(payload: Payload) -> int:
@@ -153,14 +157,15 @@ def _need(
 def _must_reside(payloads: Mapping[str, Payload]) -> set[str]:
     """Name the groups that are held while others are used, and would keep a slot from them.
 
-    A module's own weights are held while its children run; of the groups that one module computes
-    with (a head with a tied weight, and its bias) all but the largest are held beside that one.
+    Weights that their own modules write to can't leave. A module's own weights are held while its
+    children run; of the groups that one module computes with (a head with a tied weight, and its
+    bias) all but the largest are held beside that one.
     """
     users: dict[str, list[str]] = {}
     for name, payload in payloads.items():
         for module in payload.group.modules:
             users.setdefault(module, []).append(name)
-    residents = set()
+    residents = {name for name, payload in payloads.items() if payload.written}
     for module, names in users.items():
         enclosed = any(inner != module and _inside(inner, module) for inner in users)
         largest = max(names, key=lambda name: payloads[name].num_bytes)

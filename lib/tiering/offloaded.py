@@ -36,13 +36,22 @@ _METADATA = {
         "is_cuda",
         "is_cpu",
     )
-} | {Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__hash__}
+} | {
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size, Tensor.__hash__,
+    Tensor.requires_grad_, Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+}  # fmt: skip
 """Answered by the placeholder itself."""
+_GET_DATA: Any = getattr(Tensor, "data").__get__  # noqa: B009
 _SET_DATA: Any = getattr(Tensor, "data").__set__  # noqa: B009 (mypy sees the property's type)
 _WRITING_OPERATORS = {"__setitem__"} | {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 }
+
+
+NO_GRADIENTS = (
+    "but offloaded weights serve inference only: use torch.no_grad(), or detach the runtime"
+)
 
 
 class WeightOps(Protocol):
@@ -98,12 +107,18 @@ class OffloadedParameter(nn.Parameter):
         if func in _METADATA:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func == _SET_DATA or _writes(func) and isinstance(args[0], OffloadedParameter):
+        if func == _SET_DATA or _writes(func, args, kwargs):
             raise PlacementError(
                 "this parameter's weights are offloaded: detach the runtime before changing the "
                 "model"
             )
+        if func == _GET_DATA:
+            func = Tensor.detach  # the same, but for sharing the counter that shows later writes
         with contextlib.ExitStack() as stack:
+            if torch.is_grad_enabled():
+                if requires_grad((args, kwargs)):
+                    raise PlacementError(f"inputs require gradients, {NO_GRADIENTS}")
+                stack.enter_context(torch.no_grad())
             own = _own_operation(func, args, kwargs)
             for parameter in _find_offloaded((args, kwargs)):
                 if own is None or parameter is not own[0]:
@@ -139,6 +154,15 @@ def set_weights(parameter: nn.Parameter, weights: Tensor) -> None:
         del parameter._tierhints_shape, parameter._tierhints_fetch
         del parameter._tierhints_ops, parameter._tierhints_transposed
     parameter.data = weights
+
+
+def swap_contents(parameter: nn.Parameter, other: nn.Parameter) -> None:
+    """Exchange two plain parameters' tensors, also of different devices; whoever refers to one of
+    the Python objects sees the other's tensor. Unlike torch.utils.swap_tensors for objects that
+    have weak references, too (nn.LSTM keeps some).
+    """
+    assert type(parameter) is type(other) is nn.Parameter
+    torch._C._swap_tensor_impl(parameter, other)
 
 
 def _own_operation(
@@ -183,12 +207,26 @@ def _is_plain(x: Any) -> bool:
     return not isinstance(x, OffloadedParameter)
 
 
-def _writes(func: Any) -> bool:
-    """Say whether a function changes its first argument, by PyTorch's naming (``copy_``,
-    ``__iadd__``).
+def requires_grad(value: Any) -> bool:
+    """Say whether some tensor in nested containers requires gradients; parameters whose weights are
+    away don't count.
+    """
+    if isinstance(value, Tensor):
+        return _is_plain(value) and value.requires_grad
+    if isinstance(value, list | tuple):
+        return any(requires_grad(item) for item in value)
+    return isinstance(value, dict) and any(requires_grad(item) for item in value.values())
+
+
+def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether a function changes a parameter that is away: its first argument, one tensor or
+    a list, by PyTorch's naming (``copy_``, ``__iadd__``, ``_foreach_mul_``), or ``out``.
     """
     name = getattr(func, "__name__", "")
-    return name in _WRITING_OPERATORS or name.endswith("_") and not name.endswith("__")
+    changed: list[Any] = [kwargs.get("out")]
+    if name in _WRITING_OPERATORS or name.endswith("_") and not name.endswith("__"):
+        changed += args[:1] or kwargs.values()
+    return any(True for _ in _find_offloaded(changed))
 
 
 def _find_offloaded(value: Any) -> Iterator[OffloadedParameter]:

@@ -1,11 +1,12 @@
 """The model as it was given: its parameters' weights, homes and flags, for reading and for
 restoring.
 
-A model on the meta device gets its weights from a checkpoint: parameters of ours stand in for the
-meta ones until detach.
+A model on the meta device gets its weights from a checkpoint. Its own parameters become real ones
+until detach, so that whoever else refers to them sees the weights, too; and its persistent buffers
+get the checkpoint's values.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ import xxhash
 from torch import Tensor, nn
 
 from ..blocks import unique_parameters
-from ..errors import InputError
+from ..errors import InputError, PlacementError
+from .offloaded import OffloadedParameter, set_weights, swap_contents
 from .sources import CheckpointSource
 from .stores import byte_view
+
+_OWN_TENSORS = {"_parameters", "_buffers", "_modules"}
 
 
 class Originals:
@@ -36,10 +40,17 @@ class Originals:
         self.model = model
         self._checkpoint = checkpoint
         self._experts: list[tuple[Any, Any]] = []
+        self._frozen = False
+        self._flagged: set[str] = set()
+        """The parameters that get their flag again once gradients are not recorded."""
+        self._swapped: dict[str, nn.Parameter] = {}
+        """What each meta parameter was, while it is a real one."""
         self._homes = {name: parameter.device for name, parameter in self._given.items()}
         self._buffers = [(buffer, buffer.device) for buffer in model.buffers()]
-        self._trainable = [name for name, value in self._given.items() if value.requires_grad]
-        self.parameters: Mapping[str, nn.Parameter] = dict(self._given)
+        self._loaded: list[tuple[Tensor, Tensor]] = []
+        """Buffers that have a checkpoint's values, with what they were."""
+        self._trainable = {name for name, value in self._given.items() if value.requires_grad}
+        self.parameters: Mapping[str, nn.Parameter] = self._given
         """The parameters to work on, by canonical name."""
         self.shapes = {
             name: torch.empty_strided(
@@ -54,20 +65,22 @@ class Originals:
         return self._checkpoint is not None
 
     def prepare(self, device: torch.device, *, one_expert_at_a_time: Iterable[str] = ()) -> None:
-        """Freeze the parameters, put stand-ins for meta ones, and bring the buffers to the
-        device.
-        """
+        """Make meta parameters real ones without weights, and bring the buffers to the device."""
         if self._checkpoint is not None:
-            self.parameters = {
-                name: nn.Parameter(
-                    torch.empty(0, dtype=value.dtype, device=device), requires_grad=False
+            _refuse_other_meta_tensors(self.model, self._given)
+            for name, parameter in self._given.items():
+                real = nn.Parameter(
+                    torch.empty(0, dtype=parameter.dtype, device=device),
+                    requires_grad=parameter.requires_grad,
                 )
-                for name, value in self._given.items()
-            }
-            self._swap({id(self._given[name]): value for name, value in self.parameters.items()})
-        for parameter in self.parameters.values():
-            # A backward pass would find weights that have gone again.
-            parameter.requires_grad_(False)
+                if parameter._use_count() > 1:  # type: ignore[attr-defined]
+                    raise InputError(
+                        f"parameter {name!r} is part of a computation already: build the model "
+                        "again and attach before it is used"
+                    )
+                swap_contents(parameter, real)
+                self._swapped[name] = real
+            self._load_buffers(self._checkpoint)
         for name, buffer in self.model.named_buffers():
             if buffer.device.type == "meta":
                 raise InputError(
@@ -82,6 +95,28 @@ class Originals:
             if hasattr(config, "_experts_implementation"):
                 self._experts.append((config, config._experts_implementation))
                 config._experts_implementation = "eager"
+
+    def match_grad_mode(self) -> None:
+        """Give the parameters the flags for a forward: their own, by which torch.matmul chooses how
+        to compute, or none where gradients would be recorded (a backward pass would find weights
+        that have gone again).
+
+        Raises PlacementError where somebody else has asked for gradients.
+        """
+        frozen = torch.is_grad_enabled()
+        if frozen == self._frozen:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            if frozen:
+                self._flagged = {n for n, value in self.parameters.items() if value.requires_grad}
+                for name in self._flagged - self._trainable:
+                    raise PlacementError(
+                        f"requires_grad of {name!r} was set while a runtime holds the model: "
+                        "offloaded weights serve inference only; detach first"
+                    )
+            for name in self._flagged:
+                self.parameters[name].requires_grad_(not frozen)
+        self._frozen = frozen
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> Tensor:
         """Return a parameter's weights, or rows [start, end), in host memory; read-only."""
@@ -100,6 +135,10 @@ class Originals:
         """Name a parameter's weights by their content, or by the file they are in and its times."""
         if self._checkpoint is not None:
             return self._checkpoint.identity(name)
+        return self.contents(name)
+
+    def contents(self, name: str) -> str:
+        """Name what a parameter has in memory, by the bytes."""
         weights = self.parameters[name].data
         flat = weights.as_strided((weights.numel(),), (1,), weights.storage_offset()).cpu()
         return xxhash.xxh3_128_hexdigest(byte_view(flat.view(torch.uint8)))
@@ -109,9 +148,14 @@ class Originals:
         return self._homes[name]
 
     def restore(self, lost: list[str]) -> None:
-        """Put flags, devices and stand-ins back; parameters in ``lost`` are left as they are."""
-        if self._checkpoint is not None:
-            self._swap({id(value): self._given[name] for name, value in self.parameters.items()})
+        """Put flags, devices and meta tensors back; parameters in ``lost`` are left as they are."""
+        for name, meta in self._swapped.items():
+            set_weights(self._given[name], torch.empty(0, dtype=meta.dtype))
+            swap_contents(self._given[name], meta)
+        self._swapped.clear()
+        for buffer, before in self._loaded:
+            buffer.data = before
+        self._loaded.clear()
         for name, parameter in self._given.items():
             if name not in lost:
                 if self._checkpoint is None and parameter.device != self._homes[name]:
@@ -123,14 +167,35 @@ class Originals:
             config, implementation = self._experts.pop()
             config._experts_implementation = implementation
 
-    def _swap(self, replacements: Mapping[int, nn.Parameter]) -> None:
-        for module in self.model.modules():
-            for key, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) in replacements:
-                    module._parameters[key] = replacements[id(parameter)]
+    def _load_buffers(self, checkpoint: CheckpointSource) -> None:
+        """Give persistent buffers (batch statistics, a router's bias) the checkpoint's values."""
+        for path, module in self.model.named_modules():
+            for key, buffer in module._buffers.items():
+                if buffer is None or key in module._non_persistent_buffers_set:
+                    continue
+                name = f"{path}.{key}" if path else key
+                if name not in checkpoint:
+                    raise InputError(
+                        f"buffer {name!r} belongs to the model's state and is not in checkpoint "
+                        f"{checkpoint.path}: give a whole checkpoint, or register the buffer with "
+                        "persistent=False"
+                    )
+                _check_shape("buffer", name, buffer, checkpoint)
+                if buffer.device.type == "meta":
+                    raise InputError(
+                        f"buffer {name!r} is on the meta device: build the model with "
+                        "lib.tiering.empty_weights()"
+                    )
+                self._loaded.append((buffer, buffer.data))
+                buffer.data = checkpoint.read(name).to(buffer.dtype)
 
 
 def _check_parameter(name: str, parameter: nn.Parameter, *, in_checkpoint: bool) -> None:
+    if isinstance(parameter, OffloadedParameter):
+        raise PlacementError(
+            f"parameter {name!r} was not restored when a runtime was detached: detach that runtime "
+            "again, or load the model again"
+        )
     if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
         raise InputError(
             f"parameter {name!r} is a {type(parameter.data).__name__}: only plain dense tensors "
@@ -156,12 +221,42 @@ def _check_parameter(name: str, parameter: nn.Parameter, *, in_checkpoint: bool)
 
 def _check_checkpoint(parameters: Mapping[str, nn.Parameter], checkpoint: CheckpointSource) -> None:
     for name, parameter in parameters.items():
-        shape = checkpoint.shape(name)
-        if tuple(shape) != tuple(parameter.shape):
-            raise InputError(
-                f"parameter {name!r} is {tuple(parameter.shape)} in the model and {tuple(shape)} "
-                "in the checkpoint: build the model from the checkpoint's own config.json"
-            )
+        _check_shape("parameter", name, parameter, checkpoint)
+
+
+def _check_shape(kind: str, name: str, tensor: Tensor, checkpoint: CheckpointSource) -> None:
+    shape = checkpoint.shape(name)
+    if tuple(shape) != tuple(tensor.shape):
+        raise InputError(
+            f"{kind} {name!r} is {tuple(tensor.shape)} in the model and {tuple(shape)} in the "
+            "checkpoint: build the model from the checkpoint's own config.json"
+        )
+
+
+def _refuse_other_meta_tensors(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse tensors that modules made from weights in their constructors: CPU kernels would
+    compute with them, and with memory that nobody wrote.
+    """
+    known = {id(parameter) for parameter in parameters.values()}
+    known |= {id(buffer) for buffer in model.buffers()}
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            for tensor in () if key in _OWN_TENSORS else _tensors(value):
+                made = tensor.device.type == "meta" or isinstance(tensor, nn.Parameter)
+                if made and id(tensor) not in known:
+                    raise InputError(
+                        f"module {path!r} keeps a tensor in {key!r} that was made from weights and "
+                        "is in no checkpoint: make it in forward(), or give the model with its "
+                        "weights"
+                    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _check_own_memory(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -19,15 +19,10 @@ from torch import Tensor, nn
 
 from ..blocks import Block, BlockKind
 from ..hints import Precision
-from ..precision.codecs import Codec, RecordLayout, encode_from
+from ..precision.codecs import RecordLayout, encode_from
 from ..precision.kernels import Use
-from ..precision.storage import (
-    as_matrix,
-    matrix_shape,
-    native_precision,
-    precision_rank,
-    stored_form,
-)
+from ..precision.storage import native_precision, precision_rank
+from .parts import Part, make_part
 from .stores import CHUNK_BYTES
 
 SECTOR_BYTES = 4096
@@ -35,7 +30,7 @@ _SHARD_ROWS = 256
 """Shards have a multiple of this many rows: with it, matrix products of shards have the bits of the
 whole product's (smaller shards may take another kernel).
 """
-_FORMAT = 1
+_FORMAT = 2
 """Of payloads and of the records in them: a change makes what earlier versions stored unknown."""
 _PIECE_ALIGNMENT = 256
 _IN_PLACE_BYTES = 2**20
@@ -83,32 +78,6 @@ def group_blocks(blocks: Iterable[Block]) -> tuple[Group, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One parameter in a payload. ``codec`` None: raw bytes in the memory order of the strides."""
-
-    parameter: str
-    offset: int
-    num_bytes: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    codec: Codec | None
-    record: RecordLayout | None
-    transposed: bool
-    uses: frozenset[Use]
-
-    @property
-    def rows(self) -> int:
-        """Rows of the weight as a matrix: output features, or vocabulary."""
-        return matrix_shape(self.shape, transposed=self.transposed)[0]
-
-    @property
-    def columns(self) -> int:
-        """Columns of the weight as a matrix: input features."""
-        return matrix_shape(self.shape, transposed=self.transposed)[1]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """Rows [start, end) of a weight, or (-1, -1) a whole payload: what one transfer moves.
 
@@ -133,6 +102,8 @@ class Payload:
     parts: tuple[Part, ...]
     shards: tuple[Shard, ...]
     by_rows: bool
+    written: bool = False
+    """Its modules write to the weights (max_norm), which can't leave fast memory."""
 
     @property
     def num_bytes(self) -> int:
@@ -150,6 +121,11 @@ class Payload:
         return any(part.codec is not None for part in self.parts)
 
     @property
+    def expanded_bytes(self) -> int:
+        """What uses take that can't compute with records: a module may take all at a time."""
+        return sum(part.expanded_bytes for part in self.parts)
+
+    @property
     def data_bytes(self) -> int:
         """Bytes without the padding."""
         return sum(shard.data_bytes for shard in self.shards)
@@ -162,12 +138,19 @@ def make_payload(
     is lossless.
     """
     modules = [model.get_submodule(name) for name in group.modules]
+    written = any(getattr(module, "max_norm", None) is not None for module in modules)
+    if written:
+        precision = None
     parts: list[Part] = []
     for name in group.parameters:
         end = parts[-1].offset + parts[-1].num_bytes if parts else 0
         offset = -(-end // _PIECE_ALIGNMENT) * _PIECE_ALIGNMENT
         owner = model.get_submodule(name.rpartition(".")[0])
-        parts.append(_make_part(name, shapes[name], precision, owner, _uses(modules), offset))
+        packed = group.kind is BlockKind.EXPERT and shapes[name].dim() == 3
+        part = make_part(
+            name, shapes[name], precision, owner, _uses(modules), offset, packed=packed
+        )
+        parts.append(part)
     lossless = min((native_precision(part.dtype) for part in parts), key=precision_rank)
     by_rows = _moves_by_rows(parts, modules)
     return Payload(
@@ -176,6 +159,7 @@ def make_payload(
         parts=tuple(parts),
         shards=tuple(_cut_rows(parts[0])) if by_rows else (_whole(parts),),
         by_rows=by_rows,
+        written=written,
     )
 
 
@@ -201,13 +185,34 @@ def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
             yield from _padding(part.offset - end)
             if part.record is not None:
                 yield _encode_part(part, part.record, read)
-            elif _is_contiguous(part):
+            elif part.is_contiguous:
                 for start, stop in _row_steps(part):
                     yield _flat_bytes(read(part.parameter, start, stop))
             else:
                 yield _flat_bytes(read(part.parameter, None, None))
             end = part.offset + part.num_bytes
     yield from _padding(payload.num_bytes - end)
+
+
+def payload_pieces(
+    payload: Payload, read: Reader
+) -> Iterator[tuple[Part, int, Tensor, RecordLayout | None]]:
+    """Yield what goes into a payload: (part, first row, record, its layout), or the whole weights
+    of a part that is not encoded, without a layout.
+    """
+    if payload.by_rows:
+        part = payload.parts[0]
+        for shard in payload.shards:
+            data = read(part.parameter, shard.start, shard.end)
+            if shard.record is not None:
+                data = encode_from(_slicer(data), shard.record, part.dtype)
+            yield part, shard.start, data, shard.record
+        return
+    for part in payload.parts:
+        if part.record is None:
+            yield part, 0, read(part.parameter, None, None), None
+        else:
+            yield part, 0, _encode_part(part, part.record, read), part.record
 
 
 def content_key(payload: Payload, identities: Mapping[str, str]) -> str:
@@ -250,7 +255,7 @@ def _encode_part(part: Part, layout: RecordLayout, read: Reader) -> Tensor:
     if len(part.shape) == 2 and not part.transposed:
         return encode_from(lambda a, b: read(part.parameter, a, b), layout, part.dtype)
     weights = read(part.parameter, None, None)
-    matrix = as_matrix(weights, transposed=part.transposed)
+    matrix = weights.t() if part.transposed else weights.reshape(-1, layout.cols)
     return encode_from(_slicer(matrix), layout, part.dtype)
 
 
@@ -291,30 +296,6 @@ def _whole(parts: list[Part]) -> Shard:
     )
 
 
-def _make_part(
-    name: str,
-    weight: Tensor,
-    precision: Precision | None,
-    owner: nn.Module,
-    uses: frozenset[Use],
-    offset: int,
-) -> Part:
-    form = stored_form(weight, owner, precision)
-    record = form.record if form else None
-    return Part(
-        parameter=name,
-        offset=offset,
-        num_bytes=record.num_bytes if record else weight.numel() * weight.element_size(),
-        shape=weight.shape,
-        stride=weight.stride(),
-        dtype=weight.dtype,
-        codec=form.codec if form else None,
-        record=record,
-        transposed=form is not None and form.transposed,
-        uses=uses,
-    )
-
-
 def _uses(modules: list[nn.Module]) -> frozenset[Use]:
     return frozenset(
         Use.EMBEDDING if isinstance(module, nn.Embedding) else Use.LINEAR for module in modules
@@ -327,14 +308,10 @@ def _moves_by_rows(parts: list[Part], modules: list[nn.Module]) -> bool:
         len(parts) == 1
         and len(parts[0].shape) == 2
         and 0 not in parts[0].shape
-        and _is_contiguous(parts[0])
+        and parts[0].is_contiguous
         and all(type(module) in (nn.Embedding, nn.Linear) for module in modules)
         and all(module.max_norm is None for module in modules if isinstance(module, nn.Embedding))
     )
-
-
-def _is_contiguous(part: Part) -> bool:
-    return torch.empty(part.shape, device="meta").stride() == part.stride
 
 
 def _row_steps(part: Part) -> Iterator[tuple[int | None, int | None]]:

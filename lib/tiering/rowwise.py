@@ -20,6 +20,12 @@ from .payload import Shard
 class ShardReader(Protocol):
     """Gets a shard's bytes, or some of its rows."""
 
+    @property
+    def requires_grad(self) -> bool:
+        """The parameter's flag, which plain weights get too: torch.matmul chooses how it computes
+        by it, with other last bits.
+        """
+
     def hold(self, index: int) -> AbstractContextManager[Tensor]:
         """Bring a shard into fast memory for as long as the context lasts."""
 
@@ -47,12 +53,13 @@ class StreamedRows:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x @ W.T + bias, shard by shard."""
         output: Tensor | None = None
+        flag = self._reader.requires_grad
         for index, shard in enumerate(self._shards):
             part = None if bias is None else bias[shard.start : shard.end]
             with self._reader.hold(index) as buffer:
                 weight = self._weight(shard, buffer)
                 if isinstance(weight, Tensor):
-                    product = F.linear(x, weight, part)
+                    product = F.linear(x, weight.requires_grad_(flag), part)
                 else:
                     product = weight.linear(x, part)
                 if output is None:
@@ -76,19 +83,24 @@ class StreamedRows:
 
     def expand(self, start: int, end: int) -> Tensor:
         """Return rows [start, end)."""
-        found = []
+        found: Tensor | None = None
         for index, shard in enumerate(self._shards):
             low, high = max(start, shard.start), min(end, shard.end)
             if low < high:
                 with self._reader.hold(index) as buffer:
                     weight = self._weight(shard, buffer)
-                    low, high = low - shard.start, high - shard.start
-                    found.append(
-                        weight[low:high].clone()
+                    if found is None:
+                        found = torch.empty(
+                            end - start, self._columns, dtype=self._dtype, device=buffer.device
+                        )
+                    within = slice(low - shard.start, high - shard.start)
+                    found[low - start : high - start] = (
+                        weight[within]
                         if isinstance(weight, Tensor)
-                        else weight.expand(low, high)
+                        else weight.expand(within.start, within.stop)
                     )
-        return torch.cat(found)
+        assert found is not None
+        return found
 
     def _weight(self, shard: Shard, buffer: Tensor) -> Tensor | EncodedWeight:
         data = buffer[: shard.data_bytes]

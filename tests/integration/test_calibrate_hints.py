@@ -116,7 +116,7 @@ def test_evaluation_of_the_placed_model(run: Run, capsys: pytest.CaptureFixture[
     lossless = call(evaluate.main, capsys, *arguments)
     assert lossless["kl_nats"] == 0 and lossless["top1_agreement"] == 1
     assert lossless["perplexity"] == lossless["reference_perplexity"]
-    arguments = ("--model", run.checkpoint, "--budget", "HBM=", "--precision")
+    arguments = ("--model", run.checkpoint, "--budget", "HBM=,SSD=", "--precision")
     coarse = call(evaluate.main, capsys, *arguments, "int2")
     fine = call(evaluate.main, capsys, *arguments, "int6")
     assert 0 < fine["kl_nats"] < coarse["kl_nats"]
@@ -153,7 +153,7 @@ def test_tasks_run_on_the_placed_model(
     document = call(
         evaluate.main,
         capsys,
-        *("--model", run.checkpoint, "--budget", "HBM=", "--precision", "int2", "--limit", 4),
+        *("--model", run.checkpoint, "--budget", "HBM=,SSD=", "--precision", "int2", "--limit", 4),
         *("--tasks", "local_text", "--task-folder", tmp_path),
     )
     full, ours = (document["tasks"][part]["local_text"] for part in ("full", "ours"))

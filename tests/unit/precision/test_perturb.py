@@ -24,7 +24,12 @@ def test_perturbed_logits_are_those_of_the_runtime(make_model, precision, tmp_pa
     with torch.no_grad(), perturb(model, dict.fromkeys(names, precision)):
         expected = causal_logits(model, ids)
     with attach(
-        model, None, budget={"HBM": None}, precision=precision, mode="real", spill_dir=tmp_path
+        model,
+        None,
+        budget={"HBM": None, "SSD": None},
+        precision=precision,
+        mode="real",
+        spill_dir=tmp_path,
     ):
         held = causal_logits(model, ids)
     # Kernels round activations to bfloat16: far less than the weights' own error.

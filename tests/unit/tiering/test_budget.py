@@ -186,7 +186,8 @@ class TestPrecision:
     def test_a_floor_is_never_crossed(self, tmp_path: Path) -> None:
         model = medium()
         names = [f"transformer.h.{i}.mlp" for i in range(3)]
-        runtime = attach(model, budget={"HBM": "1GiB"}, precision="int4", spill_dir=tmp_path)
+        budget = {"HBM": "1GiB", "SSD": None}
+        runtime = attach(model, budget=budget, precision="int4", spill_dir=tmp_path)
         free = {name: runtime.plan.placements[name].precision for name in names}
         runtime.detach()
         hints = Hints(
@@ -195,9 +196,7 @@ class TestPrecision:
                 for block in runtime._blocks
             }
         )
-        with attach(
-            model, hints, budget={"HBM": "1GiB"}, precision="int4", spill_dir=tmp_path
-        ) as runtime:
+        with attach(model, hints, budget=budget, precision="int4", spill_dir=tmp_path) as runtime:
             held = {name: runtime.plan.placements[name].precision for name in names}
         assert set(free.values()) == {Precision.INT4}
         assert held == {**free, names[1]: Precision.INT8}
@@ -206,7 +205,7 @@ class TestPrecision:
         model = medium()
         with attach(
             model,
-            budget={"HBM": "1GiB"},
+            budget={"HBM": "1GiB", "SSD": None},
             precision={"transformer.h.0.mlp": "int8"},
             spill_dir=tmp_path,
         ) as runtime:

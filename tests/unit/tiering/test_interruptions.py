@@ -19,8 +19,8 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lib.errors import InputError, PlacementError
 from lib.tiering import attach
+from lib.tiering.access import Access
 from lib.tiering.link import Arrival
-from lib.tiering.residency import Residency
 
 IDS = torch.arange(1, 9).view(1, -1)
 
@@ -225,7 +225,7 @@ def test_a_compressed_weight_is_not_expanded_by_being_placed(
     def expand(*args: object) -> None:
         raise AssertionError("a whole weight was expanded")
 
-    monkeypatch.setattr(Residency, "_whole", expand)
+    monkeypatch.setattr(Access, "_whole", expand)
     model = tiny_gpt2().eval()
     attach(model, budget={"HBM": None, "SSD": None}, precision="int8", spill_dir=tmp_path)
 

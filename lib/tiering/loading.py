@@ -1,0 +1,79 @@
+"""Loading: how a group's weights get into fast memory for good.
+
+They come from the model or its checkpoint as they are (``take_over``), from a store (``load``), or
+are compressed on the way, without a file (``encode``).
+"""
+
+from torch import Tensor
+
+from ..precision.kernels import CompressedWeight, allocate
+from .access import Access, Held
+from .archive import Stored
+from .offloaded import set_weights
+from .parts import Part
+from .payload import payload_pieces, raw_view
+
+
+def take_over(access: Access, held: Held) -> None:
+    """Let the weights that were given be what the parameters hold in fast memory."""
+    for part in held.payload.parts:
+        # In RAM a copy even on the same device: weights loaded from safetensors are slices of one
+        # mapped file, which stays in memory for as long as any of them is used.
+        copy = access.device.type == "cpu" and not access.originals.from_checkpoint
+        weights = access.originals.read(part.parameter).to(access.device, copy=copy)
+        set_weights(access.parameter(part), weights)
+
+
+def load(access: Access, held: Held, stored: Stored) -> None:
+    """Read a stored payload into weights of their own in fast memory."""
+    payload, archive = held.payload, access.archive
+    if payload.by_rows and payload.lossy:
+        part = payload.parts[0]
+        weight = _allocate(access, part)
+        for buffer, shard in archive.shards(stored, payload):
+            assert shard.record is not None
+            weight.fill(shard.start, buffer[: shard.data_bytes], shard.record)
+        access.reside(held, part, weight)
+        return
+    if access.device.type == "cpu" and payload.in_place:
+        # The buffer that was read into becomes the weights: no second copy, even for a moment.
+        for buffer, _ in archive.shards(stored, payload):
+            for part in payload.parts:
+                set_weights(access.parameter(part), raw_view(buffer, part))
+        return
+    for part, source in archive.weights(stored, payload, lambda name: access.device):
+        if part.record is None:
+            set_weights(access.parameter(part), source)
+        else:
+            weight = _allocate(access, part)
+            weight.fill(0, source, part.record)
+            access.reside(held, part, weight)
+
+
+def encode(access: Access, held: Held) -> None:
+    """Make compressed weights from the originals."""
+    made: dict[str, CompressedWeight] = {}
+    plain: list[tuple[Part, Tensor]] = []
+    for part, start, data, record in payload_pieces(held.payload, access.originals.read):
+        if record is None:
+            plain.append((part, data.to(access.device)))
+            continue
+        if part.parameter not in made:
+            made[part.parameter] = _allocate(access, part)
+        made[part.parameter].fill(start, data, record)
+    for part, data in plain:
+        set_weights(access.parameter(part), data)
+    for part in held.payload.parts:
+        if part.parameter in made:
+            access.reside(held, part, made[part.parameter])
+
+
+def _allocate(access: Access, part: Part) -> CompressedWeight:
+    assert part.record is not None and access.scratch is not None
+    return allocate(
+        part.record,
+        dtype=part.dtype,
+        device=access.device,
+        uses=part.uses,
+        scratch=access.scratch,
+    )

@@ -1,0 +1,93 @@
+"""Parts: one parameter in a payload, raw or as a codec's record, and what its uses need."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..hints import Precision
+from ..precision.codecs import Codec, RecordLayout
+from ..precision.kernels import Use
+from ..precision.storage import is_lossy, is_transposed, stored_form
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One parameter in a payload. ``codec`` None: raw bytes in the memory order of the strides."""
+
+    parameter: str
+    offset: int
+    num_bytes: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    codec: Codec | None
+    record: RecordLayout | None
+    transposed: bool
+    uses: frozenset[Use]
+    rows: int
+    """Of the weight as a matrix: output features, or vocabulary."""
+    columns: int
+    """Of the weight as a matrix: input features."""
+    incompressible: bool
+    """It was to be compressed, and its record would not be smaller."""
+    expanded_bytes: int
+    """What a use takes that can't compute with the record: 0 where uses can."""
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Its memory is in the order of its dimensions."""
+        return torch.empty(self.shape, device="meta").stride() == self.stride
+
+
+def make_part(
+    name: str,
+    weight: Tensor,
+    precision: Precision | None,
+    owner: nn.Module,
+    uses: frozenset[Use],
+    offset: int,
+    *,
+    packed: bool,
+) -> Part:
+    """Lay a parameter out. ``owner`` is its module; ``packed``: it holds experts, which are taken
+    one at a time. ``precision`` None is lossless.
+    """
+    form = stored_form(weight, owner, precision)
+    record = form.record if form else None
+    native_bytes = weight.numel() * weight.element_size()
+    rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1] if weight.shape else 1
+    if record is not None:
+        rows, columns = record.rows, record.cols
+    copies = 0
+    if record is not None and not _computes_compressed(owner, packed):
+        in_order = torch.empty(weight.shape, device="meta").stride() == weight.stride()
+        copies = 1 if in_order and form is not None and not form.transposed else 2
+    return Part(
+        parameter=name,
+        offset=offset,
+        num_bytes=record.num_bytes if record else native_bytes,
+        shape=weight.shape,
+        stride=weight.stride(),
+        dtype=weight.dtype,
+        codec=form.codec if form else None,
+        record=record,
+        transposed=form is not None and form.transposed,
+        uses=uses,
+        rows=rows,
+        columns=columns,
+        incompressible=precision is not None and is_lossy(weight, precision) and record is None,
+        expanded_bytes=copies * native_bytes,
+    )
+
+
+def _computes_compressed(owner: nn.Module, packed: bool) -> bool:
+    """Say whether a module takes its weight by operations that a record has: matrix products,
+    lookups, and single experts of packed ones.
+    """
+    if isinstance(owner, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention takes its weight, and doesn't call it
+    taken = type(owner).forward in (nn.Linear.forward, nn.Embedding.forward)
+    return taken or packed or is_transposed(owner)
