@@ -3,6 +3,7 @@
     config.json, generation_config.json, model.safetensors, tokenizer files: for from_pretrained
     optimizer.safetensors    "<parameter>/exp_avg", "/exp_avg_sq" and "/step", never sharded
     heldout.safetensors      "tokens": the sequences (n, context) that held-out loss is measured on
+    pruning.safetensors      boolean masks of a run that prunes, see gpt2/pruning.py
     trainer_state.json       TrainerState
 
 A checkpoint is written beside its place, flushed to the disk, and renamed. Whatever moment a crash
@@ -29,6 +30,7 @@ from lib.blocks import unique_parameters, whole_tensor
 from lib.errors import InputError
 
 from .distributed import is_main, like_parameter
+from .pruning import MASKS_FILE
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -59,6 +61,7 @@ def save_checkpoint(
     tokenizer: Any,
     heldout: Tensor,
     heldout_metadata: Mapping[str, str],
+    masks: Mapping[str, Tensor],
     state: TrainerState,
 ) -> None:
     """Write a checkpoint and put it in the place of the one before. Every rank must call it; the
@@ -88,6 +91,8 @@ def save_checkpoint(
             save_file(weights, partial / MODEL_FILE, metadata={"format": "pt"})
             save_file(moments, partial / OPTIMIZER_FILE)
             save_file({"tokens": heldout}, partial / HELDOUT_FILE, metadata=dict(heldout_metadata))
+            if masks:
+                save_file(dict(masks), partial / MASKS_FILE)
             (partial / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
             _flush(partial)
             _replace(folder, partial)

@@ -132,7 +132,7 @@ class RunDirectory:
         """
         earlier = training_settings(self.earlier_config())
         for name, value in training_settings(asdict(self._config)).items():
-            if name not in earlier or earlier[name] != value:
+            if earlier.get(name) != value:  # what an older run didn't know is off, None, in both
                 raise InputError(
                     f"{self.path} holds a run with {name}={earlier.get(name)!r}, now it is "
                     f"{value!r}: choose another RUN_NAME, restore the setting, or delete "

@@ -1,8 +1,8 @@
 """The trainer: AdamW with warm-up and cosine, accumulation, clipping, evaluation, checkpoints.
 
 On a CPU a continued run equals an unbroken one bit for bit: the batch and the dropout of step s are
-functions of (seed, s), and nothing else carries state but the weights, Adam's moments and
-MomentScale, which the checkpoint holds. Losses are in nats per token.
+functions of (seed, s), and nothing else carries state but the weights, Adam's moments, MomentScale
+and the masks of pruning, all of which the checkpoint holds. Losses are in nats per token.
 """
 
 import math
@@ -33,6 +33,7 @@ from .distributed import (
     wrap_model,
 )
 from .model import build_model, load_model
+from .pruning import Pruner
 from .rundir import RunDirectory
 from .stopping import StopSignals, plain_step_errors
 
@@ -84,6 +85,8 @@ class Trainer:
         self.network.train()  # from_pretrained returns a network in evaluation mode
         self.optimizer = build_optimizer(self.network, self.config)
         self.parameters = list(unique_parameters(self.network).values())
+        prune = self.config.prune
+        self.pruner = Pruner(self.network, prune, seed=self.seed) if prune else None
         self.heldout = torch.from_numpy(
             heldout_windows(
                 corpus.heldout, num_windows=self.config.eval_sequences, length=self.context
@@ -115,6 +118,8 @@ class Trainer:
             )
         else:
             load_optimizer(run.checkpoint, self.network, self.optimizer)
+            if self.pruner is not None:
+                self.pruner.load_masks(run.checkpoint)
             self.scale = MomentScale.from_state_dict(state.scale)
             log(f"continuing {run.path} after step {state.step} of {self.config.steps}")
         self.state = state
@@ -160,6 +165,7 @@ class Trainer:
                     clip_coefficient=result.clip_coefficient,
                     tokens_per_s=self.tokens_per_step / duration,
                     time_s=seconds,
+                    **({} if self.pruner is None else {"sparsity": self.pruner.sparsity}),
                 )
                 complete = step == self.config.steps
                 if complete or step % self.config.eval_every == 0:
@@ -243,6 +249,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config)
         self.optimizer.step()
+        if self.pruner is not None:
+            self.pruner.after_step(self.optimizer, step)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss_value, norm, coefficient, stop=stops > 0)
 
@@ -285,6 +293,7 @@ class Trainer:
                 "corpus_digest": self.corpus.digest,
                 "unigram_entropy_nats": repr(self.corpus.unigram_entropy),
             },
+            masks={} if self.pruner is None else self.pruner.state_dict(),
             state=self.state,
         )
 

@@ -25,6 +25,7 @@ Source = Literal[
     "fineweb-edu",
 ]
 Parallel = Literal["ddp", "fsdp2"]
+PruneScoreName = Literal["adam", "saliency", "magnitude", "random"]
 Signal = Literal["adam_state", "fim_trace", "fim_diag"]
 FisherLabels = Literal["sampled", "data"]
 Mode = Literal["emulated", "real"]
@@ -48,6 +49,12 @@ _SOURCES: dict[str, Source] = {
     "DATA_FINEWEB_EDU": "fineweb-edu",
 }
 _PARALLEL: dict[str, Parallel] = {"TRAIN_DDP": "ddp", "TRAIN_FSDP2": "fsdp2"}
+_PRUNE_SCORES: dict[str, PruneScoreName] = {
+    "TRAIN_PRUNE_ADAM": "adam",
+    "TRAIN_PRUNE_SALIENCY": "saliency",
+    "TRAIN_PRUNE_MAGNITUDE": "magnitude",
+    "TRAIN_PRUNE_RANDOM": "random",
+}
 _SIGNALS: dict[str, Signal] = {
     "TIERING_ADAM_STATE": "adam_state",
     "TIERING_FIM_TRACE": "fim_trace",
@@ -116,6 +123,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PruneConfig:
+    """Gradual pruning: what goes, how much of it, and between which steps."""
+
+    score: PruneScoreName
+    scope: Literal["matrix", "global"]
+    sparsity: float  # share of the prunable weights, in the end
+    start_step: int
+    end_step: int
+    every: int  # steps between two rises of the sparsity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """The optimizer, its schedule, and what happens every so many steps."""
 
@@ -134,6 +153,7 @@ class TrainConfig:
     checkpoint_every: int  # 0: only at the end
     compile: bool
     parallel: Parallel
+    prune: PruneConfig | None
 
 
 class TierNumbers(NamedTuple):
@@ -331,11 +351,34 @@ def _train(symbols: Symbols) -> TrainConfig:
         checkpoint_every=symbols.integer("TRAIN_CHECKPOINT_EVERY"),
         compile=symbols.flag("TRAIN_COMPILE"),
         parallel=symbols.option(_PARALLEL),
+        prune=_prune(symbols),
     )
     if config.warmup_steps > config.steps:
         raise InputError(
             f"{symbols.label('TRAIN_WARMUP_STEPS')}={config.warmup_steps} is more than "
             f"TRAIN_STEPS, which is {config.steps}: a tenth of it is usual"
+        )
+    return config
+
+
+def _prune(symbols: Symbols) -> PruneConfig | None:
+    steps = symbols.integer("TRAIN_STEPS")
+    start_step = steps * symbols.integer("TRAIN_PRUNE_START_PCT") // 100
+    config = PruneConfig(
+        score=symbols.option(_PRUNE_SCORES),
+        scope="global" if symbols.flag("TRAIN_PRUNE_GLOBAL") else "matrix",
+        sparsity=symbols.integer("TRAIN_PRUNE_SPARSITY_PCT") / 100,
+        start_step=start_step,
+        end_step=max(start_step + 1, steps * symbols.integer("TRAIN_PRUNE_END_PCT") // 100),
+        every=symbols.integer("TRAIN_PRUNE_EVERY"),
+    )
+    if not symbols.flag("TRAIN_PRUNE"):
+        return None
+    start, end = (symbols.integer(f"TRAIN_PRUNE_{name}_PCT") for name in ("START", "END"))
+    if start >= end:
+        raise InputError(
+            f"{symbols.label('TRAIN_PRUNE_START_PCT')}={start} is not below TRAIN_PRUNE_END_PCT, "
+            f"which is {end}: 20 and 70 are usual"
         )
     return config
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_run import ROOT, read_tensors, tiny_config, write_config
 
 from gpt2.train import train
@@ -100,6 +101,27 @@ def test_fsdp2_is_stopped_by_one_rank_and_continues_from_whole_tensors(folder: P
     result = torchrun("-m", "gpt2.train", "--config", str(config))
     assert result["complete"]
     assert_same_run(folder / "runs/fsdp", folder / "runs/one")
+
+
+def test_sharded_weights_are_pruned_as_whole_ones(folder: Path) -> None:
+    symbols = {"TRAIN_PRUNE": True, "TRAIN_PRUNE_GLOBAL": True, "TRAIN_PRUNE_EVERY": 1, **SYMBOLS}
+    train(*tiny_config(folder, RUN_NAME="pruned", **symbols))
+    config = write_config(folder, RUN_NAME="fsdp-pruned", TRAIN_FSDP2=True, **symbols)
+    script = folder / "stop_one_rank.py"
+    script.write_text(STOP_ONE_RANK)
+    assert not torchrun(str(script), "--config", str(config))["complete"]
+    assert torchrun("-m", "gpt2.train", "--config", str(config))["complete"]
+    checkpoints = [folder / "runs" / name / "checkpoint" for name in ("fsdp-pruned", "pruned")]
+    masks, expected = (load_file(path / "pruning.safetensors") for path in checkpoints)
+    tensors = read_tensors(checkpoints[0])
+    assert all(torch.equal(tensors[name] != 0, mask) for name, mask in masks.items())
+    kept, same = (
+        sum(int((f(masks[name], expected[name])).sum()) for name in masks)
+        for f in (lambda a, b: a, lambda a, b: a == b)
+    )
+    size = sum(mask.numel() for mask in masks.values())
+    assert size - kept == round(0.5 * size)
+    assert same > 0.99 * size  # rounding moves a few scores across the threshold
 
 
 def test_batch_that_the_processes_cannot_share_is_refused(

@@ -91,11 +91,23 @@ def test_checkpoint_is_a_hugging_face_folder(tmp_path: Path) -> None:
     assert loss.item() == pytest.approx(result["heldout_loss_nats"], rel=1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0, 20])
+PRUNE = {
+    "TRAIN_PRUNE": True,
+    "TRAIN_PRUNE_EVERY": 2,
+    "TRAIN_PRUNE_START_PCT": 25,
+    "TRAIN_PRUNE_END_PCT": 75,
+}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"GPT2_DROPOUT_PCT": 20}, PRUNE, {**PRUNE, "TRAIN_PRUNE_RANDOM": True}],
+    ids=["plain", "dropout", "pruning", "random pruning"],
+)
 def test_stopped_and_continued_run_equals_an_unbroken_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: dict[str, Any]
 ) -> None:
-    symbols = {"TRAIN_ACCUMULATION": 2, "TRAIN_BATCH_SIZE": 2, "GPT2_DROPOUT_PCT": dropout}
+    symbols = {"TRAIN_ACCUMULATION": 2, "TRAIN_BATCH_SIZE": 2, **extra}
     config, path = tiny_config(tmp_path, **symbols)
     train(config, path)
     whole = config.run.directory
@@ -121,6 +133,51 @@ def test_stopped_and_continued_run_equals_an_unbroken_one(
         for file in (tmp_path / "whole/metrics.jsonl", config.run.directory / "metrics.jsonl")
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global"])
+def test_pruned_weights_are_zero_and_their_moments_are_not(tmp_path: Path, scope: str) -> None:
+    config, path = tiny_config(
+        tmp_path, **PRUNE, TRAIN_PRUNE_SPARSITY_PCT=60, TRAIN_PRUNE_GLOBAL=scope == "global"
+    )
+    train(config, path)
+    run = config.run.directory
+    tensors = read_tensors(run / "checkpoint")
+    masks = load_file(run / "checkpoint" / "pruning.safetensors")
+    assert len(masks) == 8  # two layers of four matrices
+    kept, size = 0, 0
+    for name, mask in masks.items():
+        assert torch.equal(tensors[name] != 0, mask)
+        assert (tensors[f"{name}/exp_avg_sq"][~mask] > 0).float().mean() > 0.9
+        kept, size = kept + int(mask.sum()), size + mask.numel()
+        if scope == "matrix":
+            assert int(mask.sum()) == mask.numel() - round(0.6 * mask.numel())
+    assert size - kept == pytest.approx(0.6 * size, abs=len(masks))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["sparsity"] for line in lines if "loss" in line]
+    # Steps 2 to 6 of 8, every second one: halfway the cubic is at 7/8 of the end.
+    assert shares == pytest.approx([0, 0, 0, 0.525, 0.525, 0.6, 0.6, 0.6], abs=0.001)
+
+
+def test_damaged_masks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, path = tiny_config(tmp_path, **PRUNE)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train(config, path)
+    (config.run.directory / "checkpoint" / "pruning.safetensors").unlink()
+    with pytest.raises(InputError, match=r"pruning\.safetensors is damaged"):
+        train(config, path)
+
+
+def test_run_of_before_pruning_was_known_continues(tmp_path: Path) -> None:
+    config, path = tiny_config(tmp_path)
+    first = train(config, path)
+    document = json.loads((config.run.directory / "config.json").read_text())
+    del document["train"]["prune"]
+    (config.run.directory / "config.json").write_text(json.dumps(document))
+    assert train(config, path) == first
+    with pytest.raises(InputError, match=r"train\.prune=None"):
+        train(*tiny_config(tmp_path, **PRUNE))
 
 
 def test_command_saves_on_sigint_and_says_how_to_continue(tmp_path: Path) -> None:
