@@ -1,7 +1,14 @@
 """Models of a few thousand weights, the same each time, that several test files use."""
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -15,6 +22,23 @@ def tiny_gpt2() -> GPT2LMHeadModel:
             n_positions=32,
             bos_token_id=0,
             eos_token_id=0,
+        )
+    )
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """Rotary positions, and two query heads for each head of keys and values."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=40,
+            max_position_embeddings=32,
+            initializer_range=0.3,
         )
     )
 

@@ -124,7 +124,7 @@ def select_masks(
     if scope is PruneScope.MATRIX:
         return {name: _keep_highest(s, sparsity) for name, s in scores.items()}
     flat = _keep_highest(torch.cat([s.flatten() for s in scores.values()]), sparsity)
-    parts = flat.split([s.numel() for s in scores.values()])
+    parts = torch.split(flat, [s.numel() for s in scores.values()])
     return {n: part.view(s.shape) for (n, s), part in zip(scores.items(), parts, strict=True)}
 
 

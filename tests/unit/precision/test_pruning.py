@@ -96,8 +96,7 @@ def test_masks_have_the_sparsity_keep_the_highest_and_only_grow(
         highest = max(highest, share / 100)
         # Many ties, and zeros: what was pruned scores 0 for every score but random.
         scores = {
-            str(i): torch.randint(4, (n,), generator=generator).float()
-            for i, n in enumerate(sizes)
+            str(i): torch.randint(4, (n,), generator=generator).float() for i, n in enumerate(sizes)
         }
         earlier = masks
         masks = select_masks(scores, share / 100, scope=scope, masks=masks)
