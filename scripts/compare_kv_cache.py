@@ -82,7 +82,7 @@ def compare_model(name: str, num_sequences: int, *, seed: int) -> dict[str, Any]
 
     model: Any = load_model(name)
     text = load_heldout(name, vocab_size=model.config.vocab_size, length=context_length(model))
-    tokens = text.tokens[:num_sequences]
+    tokens = text.tokens[:: max(1, len(text.tokens) // num_sequences)][:num_sequences]
     if len(tokens) < 4:
         raise InputError(f"held-out text ({text.source}) has {len(tokens)} sequences, 4 are needed")
     calibration, evaluation = tokens[::2], tokens[1::2]
@@ -340,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sequences",
         type=int,
-        default=64,
+        default=128,
         metavar="N",
         help=f"of held-out text, at most; every other one is measured on {default}",
     )

@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         results = [train_job(job) for job in jobs]
     losses = dict(zip(jobs, results, strict=True))
-    one_shot = [prune_once(job.config, sparsities) for job in jobs if job.arm is None]
+    at_once = sorted({*sparsities, *(() if args.quick else SPARSITIES)})  # these cost seconds
+    one_shot = [prune_once(job.config, at_once) for job in jobs if job.arm is None]
     dense = [math.exp(losses[job]) for job in jobs if job.arm is None]
     gradual: dict[str, Any] = {}
     for sparsity in sparsities:
@@ -101,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for arm in ARMS
         }
         gradual[str(sparsity)] = summarize({**values, "dense": dense})
-    at_once = {
+    one_shot_table = {
         str(sparsity): summarize(
             {arm: [row[sparsity][arm] for row in one_shot] for arm in (*ARMS, "dense")}
         )
-        for sparsity in sparsities
+        for sparsity in at_once
     }
-    for title, table in (("gradual", gradual), ("one-shot", at_once)):
+    for title, table in (("gradual", gradual), ("one-shot", one_shot_table)):
         _print_table(title, table)
     emit_json(
         {
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "sparsity": {key: row["perplexity"] for key, row in gradual.items()},
             "sparsity_is": "gradual, mean held-out perplexity over the seeds",
             "gradual": gradual,
-            "one_shot": at_once,
+            "one_shot": one_shot_table,
             "arms": {name: f"{arm.score}, {arm.scope} threshold" for name, arm in ARMS.items()},
             "method": _method(load_config(jobs[-1].config), quick=args.quick),
         },
@@ -302,7 +303,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help=f"runs per arm {default}")
     parser.add_argument(
-        "--sparsities", type=float, nargs="+", default=SPARSITIES, metavar="SHARE", help=default
+        "--sparsities",
+        type=float,
+        nargs="+",
+        default=SPARSITIES,
+        metavar="SHARE",
+        help=f"of gradual pruning, a run per arm and seed each {default}",
     )
     parser.add_argument(
         "--jobs",
