@@ -27,6 +27,7 @@ from scripts.cli import emit_json, run_main
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 _DROPPED = ("TRAIN_PRUNE", "ENABLE_HIERARCHICAL_TIERING", "TIERING_", "HINTS_", "RUN_")
+_SCHEDULE = ("TRAIN_PRUNE_START_PCT", "TRAIN_PRUNE_END_PCT", "TRAIN_PRUNE_EVERY")
 _QUICK = {"TRAIN_STEPS": 60, "TRAIN_WARMUP_STEPS": 6, "TRAIN_EVAL_SEQUENCES": 32}
 
 
@@ -130,11 +131,9 @@ def write_jobs(
     preset: Path, folder: Path, num_seeds: int, sparsities: Sequence[float], *, quick: bool
 ) -> list[Job]:
     """Write the .config of every run below ``folder``: the preset's lines with those of the arm."""
-    base = {
-        name: assignment.value
-        for name, assignment in read_assignments(preset).items()
-        if not name.startswith(_DROPPED)
-    }
+    lines = {name: assignment.value for name, assignment in read_assignments(preset).items()}
+    schedule = {name: lines[name] for name in _SCHEDULE if name in lines}
+    base = {name: value for name, value in lines.items() if not name.startswith(_DROPPED)}
     base |= {name: str(value) for name, value in _QUICK.items()} if quick else {}
     steps = base.get("TRAIN_STEPS")
     base |= {"ENABLE_HIERARCHICAL_TIERING": "n", "TRAIN_CHECKPOINT_EVERY": "0"}
@@ -151,7 +150,7 @@ def write_jobs(
                 "RUN_SEED": str(seed),
             }
             if arm is not None:
-                symbols |= {"TRAIN_PRUNE": "y", **ARMS[arm].symbols}
+                symbols |= {"TRAIN_PRUNE": "y", **schedule, **ARMS[arm].symbols}
                 symbols["TRAIN_PRUNE_SPARSITY_PCT"] = str(round(sparsity * 100))
             path = folder / "configs" / f"{name}.config"
             write_text("".join(f"CONFIG_{n}={v}\n" for n, v in symbols.items()), path)
