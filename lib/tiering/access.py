@@ -79,6 +79,10 @@ class Access:
         """The buffer of lookups in embeddings that are away."""
         self.on_extra: Callable[[int], None] = lambda num_bytes: None
         """Told of fast memory taken (or, negative, given back) beyond the plan's."""
+        self.alone: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """Entered for as long as an operation outside a module's own hooks has weights: keeps other
+        threads from slots and scratch.
+        """
         self.on_move: OnMove = lambda group: contextlib.nullcontext(lambda num_bytes: None)
         """Entered around each transfer outside a module's own hooks; told the bytes that moved."""
         self.on_use: Callable[[str], None] = lambda group: None
@@ -185,6 +189,7 @@ class Access:
         name, parameter = held.payload.group.name, self.parameter(part)
         self.refuse_written(held)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.alone())
             if held.units and not held.by_rows:
                 moved = stack.enter_context(self.on_move(name))
                 self.on_use(name)
@@ -243,19 +248,20 @@ class _GroupReader:
         """Bring a shard into fast memory for as long as the context lasts."""
         access, unit = self._access, self._held.units[index]
         access.refuse_written(self._held)
-        if index == 0:
-            access.on_use(unit.group)
-        if unit.num_bytes > access.prefetcher.slot_bytes:
-            with self._read_apart(index) as buffer:
-                yield buffer
-            return
-        with access.on_move(unit.group) as moved, plain_tensors():
-            there = access.prefetcher.acquire(unit)
-            moved(unit.data_bytes)
-        try:
-            yield access._in_memory(self._held, index) if there is None else there
-        finally:
-            access.prefetcher.release(unit, shared=False)
+        with access.alone():
+            if index == 0:
+                access.on_use(unit.group)
+            if unit.num_bytes > access.prefetcher.slot_bytes:
+                with self._read_apart(index) as buffer:
+                    yield buffer
+                return
+            with access.on_move(unit.group) as moved, plain_tensors():
+                there = access.prefetcher.acquire(unit)
+                moved(unit.data_bytes)
+            try:
+                yield access._in_memory(self._held, index) if there is None else there
+            finally:
+                access.prefetcher.release(unit, shared=False)
 
     @contextlib.contextmanager
     def _read_apart(self, index: int) -> Iterator[Tensor]:

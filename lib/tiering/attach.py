@@ -34,7 +34,7 @@ from ..units import parse_bytes
 from .admission import ledger_of
 from .archive import Archive
 from .emulation import EmulatedLink
-from .hooks import Runtime, refuse_managed
+from .hooks import refuse_managed
 from .link import Link, RealLink
 from .needs import PrecisionChoice, block_needs, make_payloads, scratch_bytes
 from .originals import Originals
@@ -42,6 +42,7 @@ from .payload import Payload
 from .progress import placing_bar
 from .reserve import leave_room, original_bytes, warn_of_incompressible, with_originals
 from .residency import Residency
+from .runtime import Runtime
 from .sources import CheckpointSource
 from .specs import EmulationSpec
 from .stores import DeviceStore, FileStore, HostStore, NumaStore, Store
@@ -55,11 +56,12 @@ UNMEASURED = MachineProfile(
         Tier.HBM: DEFAULT_SPECS[Tier.HBM],
         Tier.CPU: TierSpec("CPU", 10, 12),
         Tier.CXL: TierSpec("CXL", 2, 20),
-        Tier.SSD: TierSpec("SSD", 150, 1),
+        Tier.SSD: TierSpec("SSD", 150, 2.5),
     },
 )
-"""What the planner assumes of a machine that was not probed: slow links, so that it spends enough
-slots to keep them busy.
+"""What the planner assumes of a machine that was not probed. Of two plans the one for a faster disk
+spreads its transfers, and is a few percent longer on a slower one; the other way round it may stall
+for half of the pass.
 """
 Budget = Mapping[str, str | int | None]
 """Tier -> size ("700MiB", 1.5e9 as an int, None: no limit). Tiers left out are not used."""

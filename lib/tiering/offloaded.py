@@ -79,6 +79,15 @@ class OffloadedParameter(nn.Parameter):
     _tierhints_transposed: bool
     """The parameter is W.T, as in GPT-2's Conv1D."""
 
+    def __getattr__(self, name: str) -> Any:
+        """Refuse to be one that ``set_away`` didn't make: other code has made it of this class."""
+        if name.startswith("_tierhints_"):
+            raise PlacementError(
+                "a parameter was made of one whose weights are offloaded (by another offloader?): "
+                "detach the runtime first"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "OffloadedParameter":
         """Refuse: the copy would have no weights."""
         raise PlacementError("a model whose weights are offloaded can't be copied: detach it first")

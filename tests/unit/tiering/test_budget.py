@@ -597,7 +597,7 @@ class TestInterrupts:
                 for _ in range(5):
                     found = model.transformer(IDS).last_hidden_state
                     assert torch.equal(found, expected)
-                assert len(runtime._trace) < 20
+                assert len(runtime._forwards.trace) < 20
 
 
 class TestFailedMoves:

@@ -161,6 +161,22 @@ def test_a_forked_child_may_not_move_weights(tmp_path: Path) -> None:
     runtime.detach()
 
 
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
+def test_another_offloader_afterwards_is_refused(offload: str, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_gpt2().eval()
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    with torch.no_grad():
+        want = model(IDS).logits
+    arguments = {"offload_dir": str(tmp_path / "other")} if offload == "disk_offload" else {}
+    with attach(model, budget={"HBM": total * 2 // 3, "SSD": None}, spill_dir=tmp_path):
+        with pytest.raises(PlacementError, match="offloaded"):
+            getattr(accelerate, offload)(model, execution_device="cpu", **arguments)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, want)
+
+
 def test_a_base_model_called_by_itself_is_one_forward(tmp_path: Path) -> None:
     model = tiny_gpt2().eval()
     with torch.no_grad():

@@ -1,0 +1,328 @@
+"""The runtime: a model under a plan, and what may change while it is attached.
+
+Another budget, another emulated machine, less memory after an out-of-memory, floors that a
+measurement raised: each makes a plan, and no plan is carried out that the veto refuses.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+import torch
+from torch import nn
+
+from ..blocks import Block
+from ..errors import InputError, PlacementError
+from ..hints import Tier
+from ..policy.audit import Audit, Record
+from ..policy.plan import Plan, Step
+from ..policy.veto import Measure, Veto
+from ..units import format_bytes
+from .emulation import EmulatedLink
+from .hooks import Forwards
+from .payload import Group
+from .residency import Residency
+from .specs import Clock, EmulationSpec
+from .telemetry import BlockStats, Recorder, Stats
+
+_STEP_DOWN = 0.85
+"""What is left of the fast memory in use when an out-of-memory makes the runtime take less."""
+
+
+class Runtime:
+    """A model under a plan; a context manager that detaches. Runs one forward at a time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: tuple[Block, ...],
+        residency: Residency,
+        plan: Plan,
+        make_plan: Callable[[Mapping[str, str | int | None], Sequence[Step]], Plan],
+        veto: Veto,
+        *,
+        emulated: EmulatedLink | None,
+        device: torch.device,
+        schedule: Sequence[Step],
+        labels: Mapping[str, Tier],
+    ) -> None:
+        self.mode = "real" if emulated is None else "emulated"
+        self._emulated = emulated
+        self.plan = plan
+        """Where each group of blocks is, and what that was predicted to cost."""
+        self.veto = veto
+        """Judges every plan before anything moves; knows floors, bounds and what is held."""
+        self._model = model
+        self._blocks = {block.name: block for block in blocks}
+        self._residency = residency
+        self._make_plan = make_plan
+        self._labels = labels
+        self._broken: str | None = None
+        """Why nothing can run: moving weights has failed half-way."""
+        self._detached = False
+        self._final_plan: Plan | None = None
+        """A plan that could not be made to hold what its forwards use."""
+        self._unplanned = False
+        """The present forward used weights whole of which the plan foresaw lookups only."""
+        self._recorder = Recorder(
+            device=device,
+            blocks={
+                block.name: BlockStats(
+                    tier=str(self._tier_of(group, block)), num_bytes=block.num_bytes
+                )
+                for group in residency.groups
+                for block in group.blocks
+            },
+            resident_bytes=residency.resident_bytes(),
+        )
+        self._recorder.reset()
+        residency.access.on_extra = self._recorder.change_resident
+        residency.access.on_use = self._note_use
+        self._forwards = Forwards(
+            model,
+            residency,
+            self._recorder,
+            schedule,
+            begin_forward=self._begin_forward,
+            end_forward=self._end_forward,
+        )
+
+    def __enter__(self) -> Self:
+        """Return the runtime itself; it is attached already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Detach."""
+        self.detach()
+
+    @property
+    def budget(self) -> dict[str, int | None]:
+        """The bytes that each tier may hold (None: no limit); empty where the hints alone decided.
+
+        Setting it plans anew and moves what must move, between forwards, without reloading the
+        model. Raises InputError for a budget that is too small (nothing has moved then), and
+        PlacementError during a forward.
+        """
+        return {str(tier): size for tier, size in self.plan.budget.items()}
+
+    @budget.setter
+    def budget(self, budget: Mapping[str, str | int | None]) -> None:
+        with self._forwards.lock:
+            if self._detached:
+                raise PlacementError("the budget can't be changed after detach: attach again")
+            self._forwards.refuse_other_processes()
+            self._forwards.check_idle()
+            self._carry_out(self._make_plan(budget, self._forwards.schedule))
+
+    @contextlib.contextmanager
+    def limited(self, budget: Mapping[str, str | int | None]) -> Iterator[Self]:
+        """Run under another budget for a while; the plan before comes back."""
+        before, labels = self.plan, self._labels
+        self.budget = dict(budget)
+        try:
+            yield self
+        finally:
+            with self._forwards.lock:
+                if not self._detached:
+                    self._forwards.check_idle()
+                    self._carry_out(before, labels)
+
+    @property
+    def clock(self) -> Clock:
+        """How time passes: really, or added up."""
+        return Clock.WALL if self._emulated is None else self._emulated.spec.clock
+
+    @property
+    def emulation(self) -> EmulationSpec | None:
+        """The machine that emulated mode charges for; None in real mode.
+
+        Setting it asks "what if" of the same plan on another machine, between forwards; what is on
+        its way then still takes its time, so the forward after is not typical. Raises InputError
+        for a machine that lacks a tier of the plan, in real mode, and for another clock.
+        """
+        return None if self._emulated is None else self._emulated.spec
+
+    @emulation.setter
+    def emulation(self, spec: EmulationSpec) -> None:
+        with self._forwards.lock:
+            if self._emulated is None:
+                raise InputError("real mode emulates no machine: attach with mode='emulated'")
+            if spec.clock is not self.clock:
+                raise InputError(
+                    f"the clock is {self.clock} since attach and can't become {spec.clock}: attach "
+                    "again"
+                )
+            self._forwards.check_idle()
+            before, self._emulated.spec = self._emulated.spec, spec
+            try:
+                self._emulated.check(self.plan)
+            except InputError:
+                self._emulated.spec = before
+                raise
+
+    @property
+    def audit(self) -> Audit:
+        """What was asked of the veto, and what it answered."""
+        return self.veto.audit
+
+    def check_quality(self, measure: Measure) -> Record:
+        """Measure the KL of the model as it runs, and raise floors where it is above epsilon.
+
+        ``measure`` runs forwards on held-out text. Where a block is below its floor then, the model
+        refuses to go on: detach, and attach with hints that have the floors
+        (``lib.precision.floors.raise_floors(hints, runtime.veto.ledger.floors)``). Raises
+        PlacementError where all weights are lossless already and the KL is above epsilon all the
+        same: it is of another model then, or another text encoding.
+        """
+        with self._forwards.lock:
+            if self._detached:
+                raise PlacementError("quality can't be measured after detach: attach again")
+            record = self.veto.judge_measured(measure())
+            if low := self.veto.check_held():
+                self._broken = (
+                    f"{record.reason}; detach, and attach again with floors raised (such as block "
+                    f"{low[0]!r} to {self.veto.ledger.floors[low[0]]})"
+                )
+            elif not record.accepted:
+                raise PlacementError(record.reason)
+            return record
+
+    @property
+    def virtual_seconds(self) -> float:
+        """Emulated time charged on the virtual clock since attach or the last reset; 0 where time
+        is really spent.
+        """
+        return self._residency.virtual_seconds
+
+    def stats(self) -> Stats:
+        """Return what happened since attach or the last reset; waits for a GPU."""
+        with self._forwards.lock:
+            return self._recorder.snapshot(
+                mode=self.mode,
+                clock=str(self.clock),
+                wait_error=self._residency.wait_error(),
+                bytes_per_tier=self._bytes_per_tier(),
+            )
+
+    def reset_stats(self) -> None:
+        """Start all statistics anew."""
+        with self._forwards.lock:
+            self._recorder.reset()
+            self._residency.reset()
+
+    def detach(self) -> None:
+        """Take the hooks off and bring every weight back, bit for bit; a second call does nothing.
+
+        Raises PlacementError if weights could not be brought back (stored bytes were damaged, or
+        memory is short): the parameters concerned stay unusable rather than wrong, and detach may
+        be called again.
+        """
+        if self._detached:
+            return
+        with self._forwards.lock:
+            self._forwards.refuse_other_processes()
+            self._forwards.check_idle()
+            self._forwards.remove()
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._residency.close()
+            self._detached = True
+
+    def _begin_forward(self) -> int:
+        """Let a forward begin, or say why not; returns the bytes that it will stream."""
+        if self._broken is not None:
+            raise PlacementError(self._broken)
+        self._unplanned = False
+        return sum(sum(place.unit_bytes) for place in self.plan.placements.values())
+
+    def _end_forward(self, error: BaseException | None) -> None:
+        if error is None:
+            if self._unplanned and self.plan.budget and self.plan is not self._final_plan:
+                self._plan_again()
+        elif _is_out_of_memory(error):
+            self._step_down(error)
+
+    def _carry_out(self, plan: Plan, labels: Mapping[str, Tier] = MappingProxyType({})) -> None:
+        """Move what must move, unless the veto refuses; where that fails the plan before is carried
+        out again.
+        """
+        self.veto.check_plan(plan)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            try:
+                self._residency.apply(plan, self._forwards.schedule)
+            except BaseException as error:
+                try:
+                    self._residency.apply(self.plan, self._forwards.schedule)
+                except BaseException as again:
+                    self._broken = (
+                        f"weights could not be moved ({error}), nor back ({again}): free memory "
+                        "or disk and set another budget, or detach"
+                    )
+                raise
+        self._broken = None
+        self.veto.adopt(plan)
+        self.plan, self._labels = plan, labels
+        for group in self._residency.groups:
+            for block in group.blocks:
+                self._recorder.blocks[block.name].tier = str(self._tier_of(group, block))
+        self._recorder.change_resident(
+            self._residency.resident_bytes() - self._recorder.resident_bytes
+        )
+
+    def _step_down(self, error: BaseException) -> None:
+        """Take less fast memory after an out-of-memory, so that the next forward has room."""
+        tiers = {str(tier): size for tier, size in self.plan.budget.items()} or {"SSD": None}
+        smaller = int(self.plan.fast_bytes * _STEP_DOWN)
+        try:
+            self._carry_out(self._make_plan({**tiers, "HBM": smaller}, self._forwards.schedule))
+        except Exception as refusal:  # raised from a hook, it would hide the out-of-memory
+            error.add_note(f"the runtime can't do with less fast memory: {refusal}")
+            return
+        message = (
+            f"out of memory: the runtime now takes {format_bytes(self.plan.fast_bytes)} of fast "
+            "memory and goes on; run the forward again"
+        )
+        error.add_note(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def _note_use(self, group: str) -> None:
+        self._forwards.note_use(group)
+        placement = self.plan.placements[group]
+        self._unplanned |= placement.tier is not Tier.HBM and not placement.unit_bytes
+
+    def _plan_again(self) -> None:
+        """Give a slot to weights that were used whole, so that they stay within the budget."""
+        try:
+            self._carry_out(self._make_plan(self.budget, self._forwards.schedule))
+        except Exception as refusal:  # the forward itself has gone well
+            self._final_plan = self.plan
+            warnings.warn(
+                "an embedding is used whole, without a module: each use takes memory above the "
+                f"budget ({refusal})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _tier_of(self, group: Group, block: Block) -> Tier:
+        return self._labels.get(block.name, self.plan.placements[group.name].tier)
+
+    def _bytes_per_tier(self) -> dict[str, int]:
+        if not self._labels:
+            return {str(tier): size for tier, size in self._residency.bytes_per_tier().items()}
+        totals: dict[str, int] = {}
+        for name, tier in self._labels.items():
+            totals[str(tier)] = totals.get(str(tier), 0) + self._blocks[name].num_bytes
+        return totals
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory has run out, as torch says it on a device and on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    )
