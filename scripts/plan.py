@@ -23,7 +23,7 @@ from lib.machine import DEFAULT_SPECS, MachineProfile, load_machine
 from lib.policy import BlockNeed, Plan, definition_schedule, make_plan, smallest_budget
 from lib.tiering.attach import parse_budget
 from lib.tiering.needs import model_needs
-from lib.tiering.sources import CheckpointSource
+from lib.tiering.sources import open_checkpoint
 from lib.units import GB, format_bytes
 from scripts.cli import emit_json, run_main
 from scripts.inputs import build_empty_model, quiet_transformers
@@ -121,11 +121,7 @@ def match_checkpoint(model: torch.nn.Module, folder: Path) -> None:
     """
     if not any(folder.glob("*.safetensors*")):
         return
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    prefix = getattr(model, "base_model_prefix", "")
-    source = CheckpointSource(folder, base_model_prefix=prefix, tied=names.values())
+    source = open_checkpoint(model, folder)
     for name, parameter in model.named_parameters():
         shape = source.shape(name)
         if shape != parameter.shape:

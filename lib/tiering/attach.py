@@ -43,7 +43,7 @@ from .progress import placing_bar
 from .reserve import leave_room, original_bytes, warn_of_incompressible, with_originals
 from .residency import Residency
 from .runtime import Runtime
-from .sources import CheckpointSource
+from .sources import CheckpointSource, open_checkpoint
 from .specs import EmulationSpec
 from .stores import DeviceStore, FileStore, HostStore, NumaStore, Store
 
@@ -113,7 +113,7 @@ def attach(
     refuse_managed(model)
     model = unwrap_model(model)
     blocks = partition_model(model)
-    checkpoint = _open_checkpoint(model, weights) if weights is not None else None
+    checkpoint = open_checkpoint(model, weights) if weights is not None else None
     compute_device = _resolve_device(model, device)
     loaded = _load_hints(hints, model, blocks, checkpoint)
     if isinstance(machine, str | Path):
@@ -316,14 +316,6 @@ def _check_arguments(
         _check_names_tiers(budget)
     if hints is None and budget is None:
         raise InputError("neither hints nor a budget: give one, or there is nothing to place by")
-
-
-def _open_checkpoint(model: nn.Module, path: str | Path) -> CheckpointSource:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    prefix = getattr(model, "base_model_prefix", "")
-    return CheckpointSource(path, base_model_prefix=prefix, tied=names.values())
 
 
 def _load_hints(

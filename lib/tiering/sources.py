@@ -1,65 +1,49 @@
 """Where weights come from: safetensors checkpoints, read by name and by rows, never as a whole.
 
-A safetensors file is 8 bytes of header length (little-endian), a JSON header ``{name: {"dtype",
-"shape", "data_offsets": [start, end]}}``, and the data, to which the offsets refer
-(https://github.com/huggingface/safetensors#format). Only headers are read when a checkpoint is
-opened. Nothing is mapped: mapped pages stay in memory as the kernel likes, and count.
+Names and layouts are the model's: tensors that the checkpoint has under another name, or in parts,
+are found and put together (``packed``). The files themselves are in ``tensor_files``.
 """
 
-import math
-import os
-import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import InputError, PlacementError
-from ..files import parse_json
-from .stores.base import drop_cached_pages
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-_LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
-_INDEX_SUFFIX = ".safetensors.index.json"
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".bin.index.json")
+from ..errors import InputError
+from .packed import packed_layouts
+from .tensor_files import Entry, open_files
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """Where a tensor lies in a file."""
+class _Stack:
+    """Tensors that are one in the model: the parts of each row lie below each other."""
 
-    file: "_File"
-    dtype: torch.dtype
-    shape: torch.Size
-    start: int
+    rows: tuple[tuple[Entry, ...], ...]
 
     @property
-    def num_bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
+    def dtype(self) -> torch.dtype:
+        return self.rows[0][0].dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        height = sum(part.shape[0] for part in self.rows[0])
+        return torch.Size((len(self.rows), height, *self.rows[0][0].shape[1:]))
+
+    @property
+    def identity(self) -> str:
+        return "|".join(part.identity for row in self.rows for part in row)
+
+    def read(self, first: int, out: Tensor, name: str) -> None:
+        """Fill a contiguous tensor with rows from the first one on, a part at a time."""
+        for row, target in zip(self.rows[first : first + len(out)], out, strict=True):
+            start = 0
+            for part in row:
+                part.read(0, target[start : start + part.shape[0]], name)
+                start += part.shape[0]
 
 
 class CheckpointSource:
@@ -80,7 +64,7 @@ class CheckpointSource:
         self.path = Path(path)
         self._prefix = f"{base_model_prefix}." if base_model_prefix else ""
         self._tied = {name: tuple(group) for group in tied for name in group}
-        self._entries = _open_checkpoint(self.path)
+        self._entries: dict[str, Entry | _Stack] = dict(open_files(self.path))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,7 +99,7 @@ class CheckpointSource:
         read.
         """
         entry = self._entry(name)
-        text = f"{entry.file.identity}|{self.resolve(name)}"
+        text = f"{entry.identity}|{self.resolve(name)}"
         return xxhash.xxh3_128_hexdigest(text.encode())
 
     def read(self, name: str, start_row: int | None = None, end_row: int | None = None) -> Tensor:
@@ -125,7 +109,7 @@ class CheckpointSource:
         PlacementError where the file can't be read or has changed since it was opened.
         """
         entry = self._entry(name)
-        shape, start = entry.shape, entry.start
+        shape, first = entry.shape, 0
         if start_row is not None or end_row is not None:
             num_rows = shape[0] if shape else 0
             first = 0 if start_row is None else start_row
@@ -135,15 +119,33 @@ class CheckpointSource:
                     f"tensor {name!r} has rows 0 to {num_rows}, not {first} to {last}: ask for "
                     "some of those"
                 )
-            start += first * math.prod(shape[1:]) * entry.dtype.itemsize
             shape = torch.Size((last - first, *shape[1:]))
         tensor = torch.empty(shape, dtype=entry.dtype)
         if tensor.numel():
-            flat = tensor.reshape(-1).view(torch.uint8)
-            entry.file.read_into(start, memoryview(flat.numpy()), name)  # type: ignore[arg-type]
+            entry.read(first, tensor, name)
         return tensor
 
-    def _entry(self, name: str) -> _Entry:
+    def arrange(
+        self, renamed: Mapping[str, str], stacked: Mapping[str, Sequence[Sequence[str]]]
+    ) -> None:
+        """Give tensors other names, and make one of several: per row of the first dimension the
+        names of those that lie below each other. Raises InputError where these don't fit.
+        """
+        found = dict(self._entries)
+        for name, source in renamed.items():
+            self._entries[name] = found[source]
+        for name, rows in stacked.items():
+            parts = tuple(tuple(cast(Entry, found[source]) for source in row) for row in rows)
+            shapes = {tuple(part.shape for part in row) for row in parts}
+            inner = {(part.dtype, part.shape[1:]) for row in parts for part in row}
+            if len(shapes) != 1 or len(inner) != 1:
+                raise InputError(
+                    f"checkpoint {self.path}: the slices of tensor {name!r}, such as "
+                    f"{rows[0][0]!r}, differ in shape or dtype: give a whole checkpoint"
+                )
+            self._entries[name] = _Stack(parts)
+
+    def _entry(self, name: str) -> Entry | _Stack:
         return self._entries[self.resolve(name)]
 
     def _resolve(self, name: str) -> str | None:
@@ -162,186 +164,12 @@ class CheckpointSource:
                 yield self._prefix + name
 
 
-class _File:
-    """One safetensors file, open for as long as somebody refers to it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise InputError(
-                f"checkpoint file {path} can't be opened ({error.strerror}): give a whole one"
-            ) from error
-        weakref.finalize(self, os.close, self._descriptor).atexit = False
-        self._stamp = self._stat()
-        size = self._stamp[2]
-        length = int.from_bytes(self._read_start(0, _LENGTH_BYTES), "little")
-        self._data_start = _LENGTH_BYTES + length
-        if size < _LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
-            raise self._broken(f"its header would have {length} bytes, and the file has {size}")
-        self._header = self._read_start(_LENGTH_BYTES, length)
-        self.identity = f"{self._stamp}{xxhash.xxh3_128_hexdigest(self._header)}"
-
-    def entries(self) -> dict[str, _Entry]:
-        """Return the tensors that the header declares, checked against the file's size."""
-        try:
-            header = parse_json(self._header.decode("utf-8"))
-            if not isinstance(header, dict):
-                raise InputError("it is no object")
-        except (UnicodeDecodeError, InputError) as error:
-            raise self._broken(f"its header is no JSON object: {error}") from error
-        data_bytes = self._stamp[2] - self._data_start
-        parsed = {
-            name: self._parse_entry(name, declared, data_bytes)
-            for name, declared in header.items()
-            if name != "__metadata__"
-        }
-        end = max((entry.start + entry.num_bytes for entry in parsed.values()), default=0)
-        if end != data_bytes:
-            raise self._broken(f"it has {data_bytes} bytes of data, and its header declares {end}")
-        return parsed
-
-    def read_into(self, start: int, out: memoryview, name: str) -> None:
-        """Fill ``out`` from a position in the data."""
-        offset, filled = self._data_start + start, 0
-        try:
-            while filled < len(out):
-                count = os.preadv(self._descriptor, [out[filled:]], offset + filled)
-                if count == 0:
-                    break
-                filled += count
-            drop_cached_pages(self._descriptor, offset, len(out))
-            changed = self._stat()[:-1] != self._stamp[:-1]  # a new link to it changes its ctime
-        except OSError as error:
-            raise PlacementError(
-                f"tensor {name!r} can't be read from {self.path} ({error.strerror}): give a "
-                "checkpoint on a sound disk"
-            ) from error
-        if changed or filled < len(out):
-            raise PlacementError(
-                f"tensor {name!r}: {self.path} has changed since the checkpoint was opened; load "
-                "the model again"
-            )
-
-    def _parse_entry(self, name: str, declared: Any, data_bytes: int) -> _Entry:
-        try:
-            kind, sizes = declared["dtype"], declared["shape"]
-            start, end = declared["data_offsets"]
-            numbers = [*sizes, start, end]
-            sound = isinstance(kind, str) and all(
-                type(number) is int and 0 <= number < 2**63 for number in numbers
-            )
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise self._broken(f"its header declares tensor {name!r} as {declared!r:.200}")
-        if kind not in _DTYPES:
-            raise InputError(
-                f"checkpoint file {self.path}: tensor {name!r} has dtype {kind!r}, and can have "
-                f"{', '.join(_DTYPES)}: convert it"
-            )
-        dtype = _DTYPES[kind]
-        num_bytes = math.prod(sizes) * dtype.itemsize
-        if end - start != num_bytes:
-            raise self._broken(
-                f"tensor {name!r} {kind} {sizes} takes {num_bytes} bytes, and the header gives it "
-                f"{end - start}"
-            )
-        if end > data_bytes:
-            raise self._broken(
-                f"tensor {name!r} ends at byte {end} of the data, of which {data_bytes} are there "
-                "(truncated)"
-            )
-        return _Entry(self, dtype, torch.Size(sizes), start)
-
-    def _read_start(self, offset: int, length: int) -> bytes:
-        try:
-            return os.pread(self._descriptor, length, offset)
-        except OSError as error:
-            raise InputError(
-                f"checkpoint file {self.path} can't be read ({error.strerror}): give a whole one"
-            ) from error
-
-    def _stat(self) -> tuple[int, ...]:
-        stat = os.fstat(self._descriptor)
-        return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-
-    def _broken(self, reason: str) -> InputError:
-        return InputError(
-            f"checkpoint file {self.path} is damaged or no safetensors file: {reason}; download or "
-            "save it again"
-        )
-
-
-def _open_checkpoint(path: Path) -> dict[str, _Entry]:
-    file = _find_file(path)
-    if not file.name.endswith(".json"):
-        return _File(file).entries()
-    weight_map = _load_index(file)
-    entries: dict[str, _Entry] = {}
-    for shard in sorted(set(weight_map.values())):
-        declared = _File(file.parent / shard).entries()
-        for name in (name for name, holder in weight_map.items() if holder == shard):
-            if name not in declared:
-                raise InputError(
-                    f"index {file} says that tensor {name!r} is in {shard}, where it is not: "
-                    "download or save the checkpoint again"
-                )
-            entries[name] = declared[name]
-    return entries
-
-
-def _find_file(path: Path) -> Path:
-    """Return the file, or the index, that a path means; a folder has one."""
-    if not path.is_dir():
-        if path.suffix == ".safetensors" or path.name.endswith(_INDEX_SUFFIX):
-            return path
-        raise _other_kind(path)
-    for name in ("model.safetensors", f"model{_INDEX_SUFFIX}"):
-        if (path / name).exists():
-            return path / name
-    files = sorted(path.glob(f"*{_INDEX_SUFFIX}")) or sorted(path.glob("*.safetensors"))
-    if not files:
-        raise _other_kind(path)
-    if len(files) > 1:
-        raise InputError(
-            f"folder {path} has several checkpoints ({', '.join(file.name for file in files)}): "
-            "name the file"
-        )
-    return files[0]
-
-
-def _other_kind(path: Path) -> InputError:
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    if any(file.name.endswith(_TORCH_SUFFIXES) for file in files):
-        return InputError(
-            f"checkpoint {path} is in torch's format, which can't be read by parts: convert it "
-            "once with model.save_pretrained(folder, safe_serialization=True)"
-        )
-    missing = "" if path.exists() else " (there is no such file)"
-    return InputError(
-        f"checkpoint {path} is no .safetensors file, no *{_INDEX_SUFFIX}, and no folder with "
-        f"one{missing}: give one of those"
-    )
-
-
-def _load_index(path: Path) -> Mapping[str, str]:
-    try:
-        document = parse_json(path.read_text(encoding="utf-8"))
-        weight_map = document["weight_map"]
-        sound = all(
-            isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
-        )
-    except (OSError, UnicodeDecodeError, InputError) as error:
-        raise InputError(
-            f"index {path} can't be read ({error}): give a whole checkpoint"
-        ) from error
-    except (KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise InputError(
-            f'index {path} is not {{"weight_map": {{tensor: file beside the index}}}}: give a '
-            "whole checkpoint"
-        )
-    return dict(weight_map)
+def open_checkpoint(model: nn.Module, path: str | Path) -> CheckpointSource:
+    """Open a model's checkpoint, under the names that its parameters and buffers have in it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    prefix = getattr(model, "base_model_prefix", "")
+    source = CheckpointSource(path, base_model_prefix=prefix, tied=names.values())
+    source.arrange(*packed_layouts(model, source.names))
+    return source

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.errors import InputError, PlacementError
-from lib.tiering import sources
+from lib.tiering import tensor_files
 from lib.tiering.sources import CheckpointSource
 
 TENSORS = {
@@ -90,7 +90,7 @@ def test_rows_are_read_alone(
         asked.append(sum(len(buffer) for buffer in buffers))
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(sources.os, "preadv", count)
+    monkeypatch.setattr(tensor_files.os, "preadv", count)
     rows = source.read(name, start, end)
     assert same(rows, TENSORS[name][start:end])
     assert sum(asked) == rows.numel() * rows.itemsize
@@ -168,7 +168,7 @@ def test_a_read_error_names_tensor_and_file(
         raise OSError(errno.EIO, "Input/output error")
 
     source = CheckpointSource(save(tmp_path))
-    monkeypatch.setattr(sources.os, "preadv", fail)
+    monkeypatch.setattr(tensor_files.os, "preadv", fail)
     with pytest.raises(PlacementError, match=rf"'flags' can't be read from .*{FILE} .Input/output"):
         source.read("flags")
 
