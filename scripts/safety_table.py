@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.files import check_writable
@@ -86,7 +87,14 @@ def judge(case: SafetyCase, offloader: Offloader, folder: Path) -> str:
             if case.between_runs:
                 _run_once(case, offloader, folder, seed=0)
                 _damage(case, offloader, folder)
-            detach = offloader.offload(model, folder)
+            if case.from_checkpoint:
+                if offloader.load is None:
+                    return "not applicable"
+                file = folder / "model.safetensors"
+                save_file(model.state_dict(), file)
+                model, detach = offloader.load(case.build, file, folder / "weights")
+            else:
+                detach = offloader.offload(model, folder)
             if case.damage is not None and not case.between_runs:
                 _damage(case, offloader, folder)
             differences = [

@@ -55,6 +55,18 @@ class BufferedLayer(Layer):
         return super().forward(x_BTW * self.scale + self.shift)
 
 
+class StatisticsLayer(Layer):
+    """Computes with batch statistics, persistent buffers that training has changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = nn.BatchNorm1d(_WIDTH)
+        torch.nn.init.normal_(self.statistics.running_mean)  # type: ignore[arg-type]
+
+    def forward(self, x_BTW: Tensor) -> Tensor:
+        return super().forward(self.statistics(x_BTW.transpose(1, 2)).transpose(1, 2))
+
+
 class Stack(nn.Module):
     """Layers one after another, or those of ``order``."""
 
@@ -88,7 +100,8 @@ class SafetyCase:
 
     ``reused``: another model was offloaded into the folder before. ``damage`` changes a file of
     weights while the model is offloaded; with ``between_runs`` it does so after a first run, and
-    the model is offloaded into the same folder again.
+    the model is offloaded into the same folder again. ``from_checkpoint``: the model is built
+    without weights, and they come from its safetensors file.
     """
 
     name: str
@@ -97,6 +110,7 @@ class SafetyCase:
     reused: bool = False
     damage: Callable[[Path], None] | None = None
     between_runs: bool = False
+    from_checkpoint: bool = False
 
     def make_model(self, seed: int) -> nn.Module:
         """Return the model with weights of this seed."""
@@ -136,6 +150,11 @@ CASES = (
     SafetyCase(name="functional use", build=lambda: Stack(FunctionalLayer)),
     SafetyCase(name="tied weights", build=TiedStack),
     SafetyCase(name="buffers", build=lambda: Stack(BufferedLayer)),
+    SafetyCase(
+        name="batch statistics of a checkpoint",
+        build=lambda: Stack(StatisticsLayer),
+        from_checkpoint=True,
+    ),
     SafetyCase(
         name="skipped modules",
         calls=({"order": (0, 3)}, {}, {"order": (1, 2)}, {"order": (2, 3)}, {}),

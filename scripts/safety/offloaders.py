@@ -10,9 +10,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from lib.blocks import storage_bytes
 from lib.errors import InputError, PlacementError
 from lib.hints import Tier
 
@@ -20,9 +20,15 @@ _BUDGET_SHARE = 0.7
 """Of the weights: some stay in fast memory, some move."""
 
 
+Load = Callable[[Callable[[], nn.Module], Path, Path], tuple[nn.Module, Callable[[], None]]]
+"""(How to build the model, its safetensors file, a folder) -> the model, and how to undo it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offloader:
-    """``offload`` returns how to undo it; ``refusals`` are its clear errors, where it has any."""
+    """``offload`` returns how to undo it; ``load`` builds a model without weights and offloads
+    those of a safetensors file, where it can. ``refusals`` are its clear errors, where it has any.
+    """
 
     name: str
     offload: Callable[[nn.Module, Path], Callable[[], None]]
@@ -30,22 +36,51 @@ class Offloader:
     module: str
     refusals: tuple[type[Exception], ...] = ()
     exact: bool = False
+    load: Load | None = None
 
     def is_installed(self) -> bool:
         """Say whether its package can be imported."""
         return find_spec(self.module.partition(".")[0]) is not None
 
 
-def _offload_ours(model: nn.Module, folder: Path) -> Callable[[], None]:
+def _offload_ours(
+    model: nn.Module, folder: Path, weights: Path | None = None
+) -> Callable[[], None]:
     from lib.tiering import attach
 
-    budget = round(_BUDGET_SHARE * storage_bytes(model.parameters()))
-    runtime = attach(
-        model, hints=None, budget={"HBM": budget, "SSD": None}, mode="real", spill_dir=folder
-    )
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    budget = {"HBM": round(_BUDGET_SHARE * num_bytes), "SSD": None}
+    runtime = attach(model, budget=budget, weights=weights, spill_dir=folder)
     if all(placement.tier is not Tier.SSD for placement in runtime.plan.placements.values()):
         raise RuntimeError("nothing was offloaded: the row would say nothing")
     return runtime.detach
+
+
+def _load_ours(
+    build: Callable[[], nn.Module], file: Path, folder: Path
+) -> tuple[nn.Module, Callable[[], None]]:
+    from lib.tiering import empty_weights
+
+    with empty_weights():
+        model = build().eval()
+    return model, _offload_ours(model, folder, file)
+
+
+def _load_accelerate(
+    build: Callable[[], nn.Module], file: Path, folder: Path
+) -> tuple[nn.Module, Callable[[], None]]:
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+    from accelerate.hooks import remove_hook_from_submodules
+
+    with init_empty_weights():
+        model = build().eval()
+    layers = [f"layers.{name}" for name, _ in model.get_submodule("layers").named_children()]
+    places: dict[str, int | str | torch.device] = {
+        **dict.fromkeys(layers, "cpu"),
+        layers[0]: "disk",
+    }
+    load_checkpoint_and_dispatch(model, str(file), device_map=places, offload_folder=str(folder))
+    return model, lambda: remove_hook_from_submodules(model)
 
 
 def _offload_accelerate(model: nn.Module, folder: Path) -> Callable[[], None]:
@@ -75,12 +110,14 @@ OFFLOADERS = (
         module="lib.tiering",
         refusals=(InputError, PlacementError),
         exact=True,
+        load=_load_ours,
     ),
     Offloader(
         name="accelerate",
         offload=_offload_accelerate,
         weight_files="*.dat",
         module="accelerate.big_modeling",
+        load=_load_accelerate,
     ),
     Offloader(
         name="diffusers",
