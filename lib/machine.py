@@ -5,6 +5,7 @@ isn't there; docs/machine.md describes the file.
 """
 
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,14 @@ FORMAT_VERSION = 1
 _MAX_SETUP_US = 1e9
 _MIN_BANDWIDTH_GB_S = 1e-6
 """Bounds beyond which a wait is no experiment but a hang: 1000 s, and 1 kB/s."""
+
+
+def cpu_name() -> str:
+    """Return the processor's name as Linux gives it, else what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _is_number(value: Any) -> bool:

@@ -29,6 +29,7 @@ from lib.blocks import parameter_digest, partition_model, storage_bytes, tied_mo
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, Precision, load_hints, match_hints
+from lib.machine import cpu_name
 from lib.precision.floors import parse_epsilon
 from lib.precision.quality import Quality
 from lib.report import benchmark_sections, transfer_ms
@@ -204,7 +205,7 @@ def _describe(args: argparse.Namespace, model: torch.nn.Module, device: torch.de
         "num_blocks": len(partition_model(model)),
         "weight_bytes": storage_bytes(model.parameters()),
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "num_threads": torch.get_num_threads(),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "mode": args.mode,
@@ -333,16 +334,6 @@ def _read_spec(args: argparse.Namespace) -> EmulationSpec | None:
             "warning: --spec has no effect with --mode real: nothing is emulated", file=sys.stderr
         )
     return None
-
-
-def _cpu_name() -> str:
-    """Return the processor's name as Linux gives it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _percent(value: float, reference: float) -> float:

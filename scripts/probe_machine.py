@@ -3,7 +3,6 @@ of each precision; write machine.json for planner and emulator.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from lib.errors import InputError
 from lib.files import check_writable
-from lib.machine import MachineProfile, machine_to_json, save_machine
+from lib.machine import MachineProfile, cpu_name, machine_to_json, save_machine
 from lib.tiering.compute_probe import measure_compute
 from lib.tiering.probe import UNIT_SIZES, Lane, Point, make_profile, open_lanes, time_lanes
 from lib.tiering.stores import (
@@ -84,12 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def machine_name(device: torch.device) -> str:
     """Name a machine by its processor and its GPU."""
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.M)
-    processor = model[1].strip() if model else "CPU"
     if device.type != "cuda":
-        return processor
-    return f"{processor}, {torch.cuda.get_device_name(device)}"
+        return cpu_name()
+    return f"{cpu_name()}, {torch.cuda.get_device_name(device)}"
 
 
 def print_table(

@@ -7,7 +7,7 @@
 | int4 by groups | Linear and Embedding | ``PairedWeight``: packed, and the record for its rows |
 | anything else | any | ``EncodedWeight``: the record, expanded a shard at a time |
 
-``compact=True`` keeps the record in every case: the fewest bytes, at the speed of expansion. Every
+Every
 form is tested against ``codecs.decode``.
 """
 
@@ -100,16 +100,13 @@ def prepare(
     device: torch.device | str,
     uses: frozenset[Use],
     scratch: Scratch,
-    compact: bool = False,
 ) -> CompressedWeight:
     """Make the resident form of a whole record, in new memory on ``device``.
 
     ``dtype`` is the weight's own; ``scratch`` is on ``device``. The record isn't checked here
     (``codecs.check_record``). For one that comes in shards: ``allocate`` and ``fill``.
     """
-    weight = allocate(
-        layout, dtype=dtype, device=device, uses=uses, scratch=scratch, compact=compact
-    )
+    weight = allocate(layout, dtype=dtype, device=device, uses=uses, scratch=scratch)
     weight.fill(0, record, layout)
     return weight
 
@@ -121,11 +118,10 @@ def allocate(
     device: torch.device | str,
     uses: frozenset[Use],
     scratch: Scratch,
-    compact: bool = False,
 ) -> CompressedWeight:
     """Allocate the resident form of a record, to be filled by shards of rows."""
     device = torch.device(device)
-    form = _form(layout, uses, device, compact)
+    form = _form(layout, uses, device)
     if form is Int8Weight:
         return Int8Weight(layout, dtype=dtype, device=device, scratch=scratch)
     record = None
@@ -145,12 +141,10 @@ def resident_bytes(
     codec: Codec,
     uses: frozenset[Use],
     device: torch.device | str,
-    *,
-    compact: bool = False,
 ) -> int:
     """Return the ``num_bytes`` of what ``prepare`` will make, without data."""
     layout = codec.layout(rows, cols)
-    form = _form(layout, uses, torch.device(device), compact)
+    form = _form(layout, uses, torch.device(device))
     if form is Int8Weight:
         return rows * cols + 2 * rows * PARAMETER_BYTES
     if form is EncodedWeight:
@@ -160,10 +154,10 @@ def resident_bytes(
 
 
 def _form(
-    layout: RecordLayout, uses: frozenset[Use], device: torch.device, compact: bool
+    layout: RecordLayout, uses: frozenset[Use], device: torch.device
 ) -> type[Int8Weight | Int4Weight | EncodedWeight | PairedWeight]:
     by_rows = layout.codec.group_size == 0
-    if layout.precision is Precision.INT8 and by_rows and not compact:
+    if layout.precision is Precision.INT8 and by_rows:
         return Int8Weight
     fits_int4_kernel = (
         layout.precision is Precision.INT4
@@ -171,6 +165,6 @@ def _form(
         and layout.cols % layout.group_size == 0
         and (device.type == "cpu" or inner_tiles(layout.cols) > 0)
     )
-    if fits_int4_kernel and Use.LINEAR in uses and not compact:
+    if fits_int4_kernel and Use.LINEAR in uses:
         return PairedWeight if Use.EMBEDDING in uses else Int4Weight
     return EncodedWeight

@@ -3,7 +3,8 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+
+from lib.machine import cpu_name
 
 from .figures import Fields
 
@@ -29,7 +30,7 @@ def describe_machine(device: str, threads: int, gpu: Fields | None) -> Fields:
     return {
         "device": device,
         "gpu": gpu,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -37,10 +38,3 @@ def describe_machine(device: str, threads: int, gpu: Fields | None) -> Fields:
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def _cpu_name() -> str:
-    """Return the processor's name as Linux gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

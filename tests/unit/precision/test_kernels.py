@@ -47,23 +47,17 @@ def make(
     *,
     device: str = "cpu",
     uses: frozenset[Use] = LINEAR,
-    compact: bool = False,
+    streamed: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[CompressedWeight, Tensor]:
-    """Return a prepared weight and what the reference decodes, on the device."""
+    """Return a prepared weight, or its record as it streams, and what the reference decodes."""
     torch.manual_seed(rows + cols)
     record = encode(torch.randn(rows, cols) * 0.02 + 0.005, codec)
-    layout = codec.layout(rows, cols)
-    weight = prepare(
-        record,
-        layout,
-        dtype=dtype,
-        device=device,
-        uses=uses,
-        scratch=Scratch(1 << 17, device),
-        compact=compact,
-    )
-    return weight, decode(record, layout).to(device)
+    layout, scratch = codec.layout(rows, cols), Scratch(1 << 17, device)
+    decoded = decode(record, layout).to(device)
+    if streamed:
+        return EncodedWeight(record.to(device), layout, dtype=dtype, scratch=scratch), decoded
+    return prepare(record, layout, dtype=dtype, device=device, uses=uses, scratch=scratch), decoded
 
 
 def storage_bytes(weight: object) -> int:
@@ -79,12 +73,12 @@ def storage_bytes(weight: object) -> int:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_linear_computes_what_the_reference_decodes(
-    codec: Codec, compact: bool, device: str
+    codec: Codec, streamed: bool, device: str
 ) -> None:
-    weight, decoded = make(codec, device=device, compact=compact)
+    weight, decoded = make(codec, device=device, streamed=streamed)
     bias = torch.randn(200, device=device)
     for num_rows in (0, 1, 3, 16, 40):
         x = torch.randn(2, num_rows, 128, device=device)
@@ -115,15 +109,12 @@ def test_any_shape_and_use_decodes_like_the_reference(codec: Codec, shape: tuple
 
 
 @pytest.mark.parametrize("uses", [LINEAR, EMBEDDING, BOTH], ids=lambda uses: "+".join(sorted(uses)))
-@pytest.mark.parametrize("compact", [False, True])
-def test_resident_bytes_are_what_is_held(uses: frozenset[Use], compact: bool) -> None:
+def test_resident_bytes_are_what_is_held(uses: frozenset[Use]) -> None:
     for codec in CODECS:
         for rows, cols in ((200, 128), (33, 100)):
-            weight, _ = make(codec, rows, cols, uses=uses, compact=compact)
-            planned = resident_bytes(rows, cols, codec, uses, "cpu", compact=compact)
+            weight, _ = make(codec, rows, cols, uses=uses)
+            planned = resident_bytes(rows, cols, codec, uses, "cpu")
             assert weight.num_bytes == planned == storage_bytes(weight), codec
-            if compact:
-                assert planned == codec.layout(rows, cols).num_bytes
 
 
 def test_which_form_is_held() -> None:
@@ -133,7 +124,6 @@ def test_which_form_is_held() -> None:
     assert isinstance(make(int4, uses=BOTH)[0], PairedWeight)
     assert isinstance(make(int4, cols=100)[0], EncodedWeight)  # the kernel wants whole groups
     assert isinstance(make(int8, uses=BOTH)[0], Int8Weight)
-    assert isinstance(make(int8, compact=True)[0], EncodedWeight)
     assert isinstance(make(Codec(Precision.INT6, 64))[0], EncodedWeight)
 
 
@@ -230,7 +220,7 @@ def test_without_bf16_units_many_rows_are_multiplied_in_fp32(
     precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoded, "cpu_computes_bf16", lambda: False)
-    for compact in (False, True):
-        weight, decoded = make(Codec(precision), compact=compact)
+    for streamed in (False, True):
+        weight, decoded = make(Codec(precision), streamed=streamed)
         x = torch.randn(40, 128)
         torch.testing.assert_close(weight.linear(x), x @ decoded.t(), rtol=1e-4, atol=1e-5)
