@@ -100,6 +100,22 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def keep_checkpoint(folder: Path, copy: Path) -> None:
+    """Copy a checkpoint to a place of its own; whole or absent there, whatever happens.
+
+    Raises OSError when it can't be written.
+    """
+    partial = copy.with_name(f".{copy.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(copy, ignore_errors=True)
+    try:
+        with _plain_write_errors(copy):
+            shutil.copytree(folder, partial)
+            partial.rename(copy)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def recover_checkpoint(folder: Path) -> None:
     """Finish, or undo, what a crash in the middle of ``save_checkpoint`` left."""
     old = _old(folder)

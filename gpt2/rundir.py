@@ -1,8 +1,8 @@
 """The folder of a run: its configuration, the versions that computed it, its metrics, and the rule
 for continuing it.
 
-``runs/<name>/`` holds .config, config.json, versions.json, metrics.jsonl, loss.png, checkpoint/ and
-the hints; the benchmark and the report add theirs. One process at a time trains in it.
+``runs/<name>/`` holds .config, config.json, versions.json, metrics.jsonl, loss.png, checkpoint/,
+steps/<step>/ where every checkpoint is kept, and the hints; the benchmark and the report add theirs. One process at a time trains in it.
 """
 
 import fcntl
@@ -28,6 +28,7 @@ _ANY_TIME = {
     "train.eval_every",
     "train.eval_sequences",
     "train.checkpoint_every",
+    "train.keep_checkpoints",
     "train.compile",
     "train.parallel",
     "data.cache_dir",
@@ -64,6 +65,7 @@ class RunDirectory:
     def __init__(self, config: Config) -> None:
         self.path = config.run.directory
         self.checkpoint = self.path / "checkpoint"
+        self.steps = self.path / "steps"
         self.metrics_path = self.path / "metrics.jsonl"
         self.loss_plot = self.path / "loss.png"
         self.fisher_diagonal = self.path / "fisher_diag.safetensors"
@@ -119,7 +121,10 @@ class RunDirectory:
         """
         hints, folder = self.hints.resolve(), self.path.resolve()
         taken = {folder / name for name in _OWN_FILES}
-        if hints in taken or hints.is_relative_to(folder / self.checkpoint.name):
+        inside = any(
+            hints.is_relative_to(folder / path.name) for path in (self.checkpoint, self.steps)
+        )
+        if hints in taken or inside:
             raise InputError(
                 f"TIERING_JSON_OUTPUT puts the hints at {self.hints}, which the run itself writes: "
                 "give another name, such as tier_hints.json"
@@ -191,6 +196,7 @@ class RunDirectory:
         own_hints = [self.hints] if inside else []  # elsewhere they may be another run's
         for path in (*own_hints, self.loss_plot, self.fisher_diagonal):
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.steps, ignore_errors=True)
 
 
 def training_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lib.config import Config, TrainConfig
 from lib.errors import InputError
 from lib.signals import MomentScale, reshard
 
-from .checkpoint import TrainerState, load_optimizer, save_checkpoint
+from .checkpoint import TrainerState, keep_checkpoint, load_optimizer, save_checkpoint
 from .data import Corpus, heldout_windows, sample_windows
 from .distributed import (
     World,
@@ -296,6 +296,10 @@ class Trainer:
             masks={} if self.pruner is None else self.pruner.state_dict(),
             state=self.state,
         )
+        if self.config.keep_checkpoints and is_main():
+            keep_checkpoint(
+                self.run_directory.checkpoint, self.run_directory.steps / str(self.state.step)
+            )
 
 
 def check_vocabulary(config: Config, corpus: Corpus) -> None:

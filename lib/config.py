@@ -151,6 +151,7 @@ class TrainConfig:
     eval_every: int
     eval_sequences: int
     checkpoint_every: int  # 0: only at the end
+    keep_checkpoints: bool  # a copy of each, in steps/<step>
     compile: bool
     parallel: Parallel
     prune: PruneConfig | None
@@ -349,6 +350,7 @@ def _train(symbols: Symbols) -> TrainConfig:
         eval_every=symbols.integer("TRAIN_EVAL_EVERY"),
         eval_sequences=symbols.integer("TRAIN_EVAL_SEQUENCES"),
         checkpoint_every=symbols.integer("TRAIN_CHECKPOINT_EVERY"),
+        keep_checkpoints=symbols.flag("TRAIN_KEEP_CHECKPOINTS"),
         compile=symbols.flag("TRAIN_COMPILE"),
         parallel=symbols.option(_PARALLEL),
         prune=_prune(symbols),

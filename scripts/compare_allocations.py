@@ -1,0 +1,375 @@
+"""What our allocation of precisions is worth: its KL and perplexity beside those of other
+allocations that take the same bytes.
+
+    python scripts/compare_allocations.py --model runs/quickstart/checkpoint \
+        --tier-hints runs/quickstart/tier_hints.json
+
+``ours`` allocates by the hints' calibrated curves (or, if they have none, by curves that are made
+here as ``scripts/calibrate_hints.py`` makes them), ``oracle`` by each block's KL measured alone on
+the very text that all are judged on, ``magnitude`` by squared errors; ``lib/precision/controls.py``
+says what the others do, ``lib/precision/sizes.py`` how bits are counted (docs/allocation.md).
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lib.blocks import parameter_digest, partition_model
+from lib.errors import InputError
+from lib.files import check_writable
+from lib.hints import Hints, Precision, load_hints, match_hints
+from lib.precision.allocate import allocate
+from lib.precision.calibration import PROBES, calibrate
+from lib.precision.controls import (
+    ends_first,
+    inverse_givers,
+    log_chord,
+    permute_curves,
+    raise_at_random,
+    raise_in_order,
+    random_order,
+    shuffled_givers,
+)
+from lib.precision.quality import Quality, measure_perturbations
+from lib.precision.sensitivity import Curves, magnitude_curves
+from lib.precision.sizes import Plan, StoredSizes, stored_sizes
+from scripts.cli import emit_json, run_main
+from scripts.inputs import (
+    cast_weights,
+    load_model,
+    parse_device,
+    quiet_transformers,
+    read_text,
+    sequence_length,
+)
+from scripts.predictions import (
+    calibrate_signals,
+    list_pairs,
+    measuring_batches,
+    predict,
+    upper_curves,
+)
+
+BITS = (3.0, 4.0, 5.0)
+DRAWS = 10
+"""Allocations of each arm that is random; its figures are means."""
+DRAWN = ("uniform", "random", "shuffled")
+FISHER_DRAWS = 256
+Fields = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.samples < 2:
+        raise InputError(f"--samples {args.samples} must be at least 2")
+    check_writable(args.json)
+    device = parse_device(args.device)
+    hints = load_hints(args.tier_hints)
+    quiet_transformers(progress=sys.stderr.isatty())
+    model: Any = load_model(args.model)
+    names = [block.name for block in partition_model(model)]
+    match_hints(hints, names, parameter_digest=parameter_digest(model))
+    cast_weights(model, torch.float32)
+    sizes = stored_sizes(model)
+    length = sequence_length(model.config, args.sequence_length)
+    vocab_size = model.config.get_text_config().vocab_size
+    text = read_text(
+        args.model,
+        args.data,
+        vocab_size=vocab_size,
+        length=length,
+        count=args.samples,
+        seed=args.seed,
+    )
+    if len(text.tokens) < 2:
+        raise InputError(f"{text.source} has one sequence of {length} tokens: two parts need more")
+    first, second = torch.split(text.tokens, (len(text.tokens) + 1) // 2)
+    model.to(device)
+    curves = hint_curves(hints, sizes)
+    origin = "the hints"
+    if curves is None:
+        origin = "computed here: the hints have none that were calibrated"
+        curves = compute_curves(
+            model, first, vocab_size, folder=args.model, hints=hints, seed=args.seed
+        )
+    comparison = Comparison(model, sizes, measuring_batches(second, vocab_size))
+    document: Fields = {
+        "model": args.model,
+        "tier_hints": str(args.tier_hints),
+        "text": {
+            "source": text.source,
+            "sequence_length": length,
+            "sequences": len(second),
+            "tokens": second.numel(),
+        },
+        "curves": origin,
+        "draws": DRAWS,
+        "seed": args.seed,
+        **comparison.run(curves, args.bits or BITS, seed=args.seed),
+    }
+    _print(document)
+    emit_json(document, args.json)
+    return 0
+
+
+class Comparison:
+    """All allocations of one model, measured on one text."""
+
+    def __init__(self, model: Any, sizes: StoredSizes, batches: Sequence[Tensor]) -> None:
+        self._model, self._sizes, self._batches = model, sizes, batches
+
+    def run(self, curves: Curves, budgets: Sequence[float], *, seed: int) -> Fields:
+        """Return the document's figures: of uniform widths, and of all arms at each budget.
+
+        Raises InputError for a budget outside the uniform widths.
+        """
+        sizes = self._sizes
+        widths = [sizes.uniform(precision) for precision in sizes.precisions]
+        lowest, highest = sizes.bits_of(widths[-1]), sizes.bits_of(widths[0])
+        for bits in budgets:
+            if not lowest <= bits <= highest:
+                raise InputError(
+                    f"--bits {bits:g} lies outside this model's uniform widths, {lowest:.3f} to "
+                    f"{highest:.3f} bits per weight"
+                )
+        pairs = list_pairs(self._model, seed=seed)
+        alone = self._measure([{block: precision} for block, precision in pairs], "single blocks")
+        oracle: dict[str, dict[Precision, float]] = {block: {} for block in sizes.num_params}
+        for (block, precision), quality in zip(pairs, alone, strict=True):
+            oracle[block][precision] = quality.kl_nats
+        arms = {
+            bits: plan_arms(
+                sizes,
+                {"ours": curves, "oracle": oracle, "magnitude": magnitude_curves(self._model)},
+                bits=bits,
+                seed=seed,
+            )
+            for bits in budgets
+        }
+        flat = [plan for plans in arms.values() for drawn in plans.values() for plan in drawn]
+        measured = iter(self._measure([*widths, *flat], "allocations"))
+        uniform = {precision: next(measured) for precision in sizes.precisions}
+        chord = [
+            (sizes.bytes_of(plan), quality.kl_nats)
+            for plan, quality in zip(widths, uniform.values(), strict=True)
+        ]
+        return {
+            "reference_perplexity": alone[0].reference_perplexity,
+            "num_weights": sizes.num_weights,
+            "uniform_widths": {
+                str(precision): {
+                    "bits": sizes.bits_of(sizes.uniform(precision)),
+                    "kl": quality.kl_nats,
+                    "ppl": quality.perplexity,
+                }
+                for precision, quality in uniform.items()
+            },
+            "bits": {
+                f"{float(bits)}": self._compare(
+                    bits,
+                    plans,
+                    {arm: [next(measured) for _ in drawn] for arm, drawn in plans.items()},
+                    curves=curves,
+                    chord_kl=log_chord(chord, sizes.budget(bits)),
+                )
+                for bits, plans in arms.items()
+            },
+        }
+
+    def _compare(
+        self,
+        bits: float,
+        plans: Mapping[str, Sequence[Plan]],
+        qualities: Mapping[str, Sequence[Quality]],
+        *,
+        curves: Curves,
+        chord_kl: float,
+    ) -> Fields:
+        kl = {arm: _mean([q.kl_nats for q in drawn]) for arm, drawn in qualities.items()}
+        (ours,), (quality,) = plans["ours"], qualities["ours"]
+        predicted = sum(curves[block][precision] for block, precision in ours.items())
+        return {
+            "kl": kl,
+            "kl_sd": {arm: statistics.stdev([q.kl_nats for q in qualities[arm]]) for arm in DRAWN},
+            "kl_interval": {
+                arm: list(drawn[0].kl_interval or ())
+                for arm, drawn in qualities.items()
+                if len(drawn) == 1
+            },
+            "ppl": {arm: _mean([q.perplexity for q in drawn]) for arm, drawn in qualities.items()},
+            "log_chord_kl": chord_kl,
+            "log_chord_fraction": kl["ours"] / chord_kl,
+            "ours_over_uniform": kl["ours"] / kl["uniform"],
+            "ours_over_oracle": kl["ours"] / kl["oracle"],
+            "predicted_kl": predicted,
+            "predicted_over_measured": predicted / quality.kl_nats,
+            "used_bits": {
+                arm: _mean([self._sizes.bits_of(plan) for plan in drawn])
+                for arm, drawn in plans.items()
+            },
+            "model_bits": (self._sizes.budget(bits) + self._sizes.other_bytes)
+            * 8
+            / sum(block.num_params for block in partition_model(self._model)),
+            "plan": {block: str(precision) for block, precision in ours.items()},
+        }
+
+    def _measure(self, choices: Sequence[Plan], name: str) -> list[Quality]:
+        total = len(choices) * len(self._batches)
+        with tqdm(total=total, desc=name, disable=not sys.stderr.isatty(), leave=False) as bar:
+            return measure_perturbations(self._model, self._batches, choices, progress=bar.update)
+
+
+def plan_arms(
+    sizes: StoredSizes, signals: Mapping[str, Curves], *, bits: float, seed: int
+) -> dict[str, list[Plan]]:
+    """Return the plans of each arm within a budget; ``signals`` must have "ours"."""
+    budget = sizes.budget(bits)
+    names = list(sizes.num_params)
+    own = sizes.options(signals["ours"])
+    seeds = range(seed, seed + DRAWS)
+    arms: dict[str, list[Plan]] = {
+        signal: [allocate(sizes.options(curves), cost_budget=budget).precisions]
+        for signal, curves in signals.items()
+    }
+    arms["depth"] = [raise_in_order(own, ends_first(names), cost_budget=budget)]
+    inverse = permute_curves(own, sizes.num_params, inverse_givers(own, sizes.num_params))
+    arms["inverse"] = [allocate(inverse, cost_budget=budget).precisions]
+    arms["uniform"] = [
+        raise_in_order(own, random_order(names, seed=s), cost_budget=budget) for s in seeds
+    ]
+    arms["random"] = [raise_at_random(own, cost_budget=budget, seed=s) for s in seeds]
+    arms["shuffled"] = [
+        allocate(
+            permute_curves(own, sizes.num_params, shuffled_givers(names, seed=s)),
+            cost_budget=budget,
+        ).precisions
+        for s in seeds
+    ]
+    return arms
+
+
+def hint_curves(hints: Hints, sizes: StoredSizes) -> Curves | None:
+    """Return the hints' calibrated curves; None if they have none for a block."""
+    if hints.quality.get("calibrated") is not True:
+        return None
+    curves = {name: hints.blocks[name].kl for name in sizes.num_params if name in hints.blocks}
+    known = all(set(sizes.precisions) <= curves.get(name, {}).keys() for name in sizes.num_params)
+    return curves if known else None
+
+
+def compute_curves(
+    model: Any, tokens: Tensor, vocab_size: int, *, folder: str, hints: Hints, seed: int
+) -> Curves:
+    """Return calibrated curves from Fisher information and probes on the same text (N, T)."""
+    with tqdm(
+        total=FISHER_DRAWS, desc="gradients", disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+        predictions = predict(
+            model,
+            tokens,
+            folder=folder,
+            hints=hints,
+            draws=FISHER_DRAWS,
+            seed=seed,
+            empirical=False,
+            progress=bar.update,
+        )
+    pairs = list_pairs(model, seed=seed)[:PROBES]
+    probes = measure_perturbations(
+        model, measuring_batches(tokens, vocab_size), [{block: p} for block, p in pairs]
+    )
+    kl = [quality.kl_nats for quality in probes]
+    upper = upper_curves(predictions, calibrate_signals(predictions, pairs, kl))
+    scale = calibrate([upper[block][precision] for block, precision in pairs], kl).scale
+    return {
+        block: {precision: value * scale for precision, value in curve.items()}
+        for block, curve in upper.items()
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _print(document: Fields) -> None:
+    text = document["text"]
+    print(
+        f"KL of {text['sequences']} sequences of {text['sequence_length']} tokens: {text['source']}"
+        f"; curves: {document['curves']}; perplexity of the full model "
+        f"{document['reference_perplexity']:.2f}\n"
+    )
+    for width, row in document["uniform_widths"].items():
+        print(f"all {width:>5}  {row['bits']:7.3f} bits  KL {row['kl']:.3e}  ppl {row['ppl']:.2f}")
+    for bits, row in document["bits"].items():
+        print(f"\n{bits} bits per weight ({row['model_bits']:.2f} of the whole model)")
+        for arm in sorted(row["kl"], key=row["kl"].__getitem__):
+            spread = f" sd {row['kl_sd'][arm]:.1e}" if arm in row["kl_sd"] else ""
+            print(
+                f"  {arm:>10}  KL {row['kl'][arm]:.3e}{spread:<11}  ppl {row['ppl'][arm]:8.2f}  "
+                f"{row['used_bits'][arm]:.3f} bits used"
+            )
+        print(
+            f"  ours: {row['log_chord_fraction']:.2f} of the log chord, "
+            f"{row['ours_over_uniform']:.2f} of uniform, {row['ours_over_oracle']:.2f} of the "
+            f"oracle's; predicted {row['predicted_over_measured']:.2f} of measured"
+        )
+    print()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Compare our allocation of precisions with others of the same bytes.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
+    )
+    default = "(default: %(default)s)"
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--model", required=True, help="Hub id or folder of a causal language model")
+    what.add_argument(
+        "--tier-hints", required=True, type=Path, metavar="FILE", help="its tier_hints.json"
+    )
+    what.add_argument(
+        "--bits",
+        type=float,
+        nargs="+",
+        metavar="BITS",
+        help=f"bits per weight of the budgets (default: {' '.join(map(str, BITS))})",
+    )
+    what.add_argument(
+        "--data",
+        metavar="TEXT",
+        help="text to measure on: a file, a folder or a glob (default: the model folder's held-out "
+        "text, else the standard library's)",
+    )
+    what.add_argument(
+        "--samples",
+        type=int,
+        default=128,
+        metavar="N",
+        help=f"sequences; KL is measured on the second half of them {default}",
+    )
+    what.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="tokens per sequence (default: the model's context, at most 512)",
+    )
+    what.add_argument(
+        "--seed", type=int, default=0, help=f"of text, labels and random arms {default}"
+    )
+    what.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    out = parser.add_argument_group("what is written")
+    out.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the JSON document here as well"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

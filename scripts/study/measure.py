@@ -1,0 +1,365 @@
+"""What the study measures at one checkpoint: three signals and three controls against each other
+and against the measured KL.
+
+The held-out sequences are cut in two: Fisher information is estimated on the first half, KL is
+measured on the second. Signals, all as F per token and put into 1/2 sum F delta^2:
+
+    adam               v_hat * tokens_per_update / mean_clip_sq, as the optimizer left it
+    fisher_empirical   squared gradients of sequences with the text's labels
+    fisher_true        squared gradients with labels sampled from the model
+
+Controls: ``magnitude`` (1/2 sum delta^2), ``adam_trace`` (sum of v_hat times 4^-bits: importance
+without the codec's error) and ``random``. The true Fisher is estimated in two independent halves;
+how well they agree is the ceiling of what anything can reach against it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gpt2.checkpoint import HELDOUT_FILE, load_state, read_moments
+from gpt2.model import load_model
+from lib.blocks import partition_model
+from lib.hints import Precision
+from lib.precision.allocate import allocate
+from lib.precision.calibration import spearman
+from lib.precision.controls import raise_at_random
+from lib.precision.floors import Curve, JointCheck, make_ledger
+from lib.precision.quality import measure_perturbations
+from lib.precision.sensitivity import (
+    Curves,
+    diagonal_curves,
+    magnitude_curves,
+    monotone,
+    random_curves,
+)
+from lib.precision.sizes import Plan, StoredSizes, stored_sizes
+from lib.precision.storage import weight_form
+from lib.signals import MomentScale, collect_fisher
+
+FISHER = ("adam", "fisher_empirical", "fisher_true")
+CONTROLS = ("magnitude", "adam_trace", "random")
+PRECISIONS = (
+    Precision.INT8,
+    Precision.INT6,
+    Precision.INT5,
+    Precision.INT4,
+    Precision.INT3,
+    Precision.INT2,
+)
+BITS = (3.0, 4.0, 5.0)
+EPSILONS = (0.01, 0.05)
+"""Of the floors that are compared, in nats per token."""
+LABEL_DRAWS = 2
+"""Times that labels are sampled for each sequence, in each half of the true Fisher."""
+MAX_KL_SEQUENCES = 32
+_TOP_ELEMENTS = 0.01
+_TOP_BLOCKS = 1 / 3
+_POOLED = 200_000
+Diagonal = Mapping[str, Tensor]
+Fields = dict[str, Any]
+
+
+def measure_checkpoint(folder: Path, *, beta2: float, seed: int) -> Fields:
+    """Return everything the study wants to know of a checkpoint, ready for JSON."""
+    model = load_model(folder, dropout=0.0).eval()
+    state = load_state(folder)
+    assert state is not None
+    tokens = load_file(folder / HELDOUT_FILE)["tokens"]
+    fisher_text, kl_text = torch.split(tokens, (len(tokens) + 1) // 2)
+    sizes = stored_sizes(model, PRECISIONS)
+    matrices = [
+        piece.parameter
+        for block in partition_model(model)
+        for piece in block.pieces
+        if weight_form(model, piece.parameter, PRECISIONS[-1])
+    ]
+    values = MomentScale.from_state_dict(state.scale).values(state.step)
+    assert values is not None, "the trainer saw every step"
+    tokens_per_update, mean_clip_sq = values
+    halves = [
+        true_fisher(model, part, seed=2 * seed + index)
+        for index, part in enumerate(torch.chunk(fisher_text, 2))
+    ]
+    data = collect_fisher(model, [fisher_text], labels="data", keep_diagonal=True).diagonal
+    assert data is not None
+    diagonals: dict[str, Diagonal] = {
+        "adam": {
+            name: moment * tokens_per_update / mean_clip_sq
+            for name, moment in read_moments(folder, beta2=beta2)
+        },
+        "fisher_empirical": data,
+        "fisher_true": {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]},
+    }
+    curves: dict[str, Curves] = {
+        signal: diagonal_curves(model, diagonal.items(), precisions=PRECISIONS)
+        for signal, diagonal in diagonals.items()
+    }
+    curves["magnitude"] = magnitude_curves(model, precisions=PRECISIONS)
+    curves["adam_trace"] = _trace_curves(model, diagonals["adam"])
+    curves["random"] = random_curves(model, seed=seed, precisions=PRECISIONS)
+    meter = _Meter(model, kl_text[:MAX_KL_SEQUENCES])
+    oracle = meter.oracle(sizes)
+    return {
+        "step": state.step,
+        "heldout_loss_nats": state.heldout_loss,
+        "tokens_per_update": tokens_per_update,
+        "mean_clip_sq": mean_clip_sq,
+        "num_weights": sizes.num_weights,
+        "num_blocks": len(sizes.num_params),
+        "elements": compare_elements(diagonals, halves, matrices),
+        "traces": compare_traces(model, diagonals),
+        "blocks": compare_blocks(curves, oracle, sizes),
+        "allocation": compare_allocations({**curves, "oracle": oracle}, sizes, meter, seed=seed),
+        "floors": compare_floors(
+            {**{signal: curves[signal] for signal in FISHER}, "oracle": oracle}, sizes, meter
+        ),
+    }
+
+
+def true_fisher(model: Any, tokens: Tensor, *, seed: int) -> Diagonal:
+    """Return the true Fisher diagonal on sequences (N, T), each with labels sampled anew."""
+    batches = torch.split(tokens.repeat(LABEL_DRAWS, 1), 1)
+    diagonal = collect_fisher(model, batches, keep_diagonal=True, seed=seed).diagonal
+    assert diagonal is not None
+    return diagonal
+
+
+def compare_elements(
+    diagonals: Mapping[str, Diagonal], halves: Sequence[Diagonal], matrices: Sequence[str]
+) -> Fields:
+    """Compare diagonals weight by weight, over the matrices.
+
+    ``within``: median over the parameters of Spearman's correlation inside each; ``pooled``: over a
+    random sample of all weights; ``top``: share of the largest 1 % that both have in common, where
+    chance gives 1 %.
+    """
+
+    def compare(first: Diagonal, second: Diagonal) -> Fields:
+        pairs = [
+            (first[name].flatten().numpy(), second[name].flatten().numpy()) for name in matrices
+        ]
+        one, two = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        sample = np.random.default_rng(0).choice(len(one), min(_POOLED, len(one)), replace=False)
+        return {
+            "within": float(np.median([_rank_correlation(a, b) for a, b in pairs])),
+            "pooled": _rank_correlation(one[sample], two[sample]),
+            "top": top_overlap(one, two, share=_TOP_ELEMENTS),
+        }
+
+    return {
+        "adam~fisher_true": compare(diagonals["adam"], diagonals["fisher_true"]),
+        "adam~fisher_empirical": compare(diagonals["adam"], diagonals["fisher_empirical"]),
+        "fisher_empirical~fisher_true": compare(
+            diagonals["fisher_empirical"], diagonals["fisher_true"]
+        ),
+        "fisher_true~fisher_true": compare(*halves),
+    }
+
+
+def compare_traces(model: Any, diagonals: Mapping[str, Diagonal]) -> Fields:
+    """Return Spearman's correlation of the blocks' Fisher traces with those of the true Fisher."""
+    traces = {
+        signal: [
+            sum(float(diagonal[piece.parameter].double().sum()) for piece in block.pieces)
+            for block in partition_model(model)
+        ]
+        for signal, diagonal in diagonals.items()
+    }
+    return {
+        f"{signal}~fisher_true": spearman(traces[signal], traces["fisher_true"])
+        for signal in FISHER[:-1]
+    }
+
+
+def compare_blocks(curves: Mapping[str, Curves], oracle: Curves, sizes: StoredSizes) -> Fields:
+    """Compare predicted with measured KL of every block and precision.
+
+    ``overall``: Spearman over all pairs; ``within``: its mean over the precisions, over the blocks
+    at each; ``top``: share of the third of the blocks that suffer most which both have in common,
+    mean over the precisions; ``measured_over_predicted``: median, of signals in nats;
+    ``log_sd``: of that ratio.
+    """
+    names = list(sizes.num_params)
+    pairs = [(name, precision) for precision in PRECISIONS for name in names]
+    measured = np.array([oracle[name][precision] for name, precision in pairs])
+    result: Fields = {}
+    for signal, own in curves.items():
+        predicted = np.array([own[name][precision] for name, precision in pairs])
+        by_width = list(
+            zip(
+                np.split(predicted, len(PRECISIONS)),
+                np.split(measured, len(PRECISIONS)),
+                strict=True,
+            )
+        )
+        result[signal] = {
+            "overall": spearman(predicted.tolist(), measured.tolist()),
+            "within": float(np.mean([spearman(p.tolist(), m.tolist()) for p, m in by_width])),
+            "top": float(np.mean([top_overlap(p, m, share=_TOP_BLOCKS) for p, m in by_width])),
+        }
+        if signal in FISHER:
+            ratios = measured / predicted
+            result[signal]["measured_over_predicted"] = float(np.median(ratios))
+            result[signal]["log_sd"] = float(np.log(ratios).std())
+    return result
+
+
+def compare_allocations(
+    curves: Mapping[str, Curves], sizes: StoredSizes, meter: "_Meter", *, seed: int
+) -> Fields:
+    """Measure the plans of least predicted KL by each signal, all within the same bytes; ``random``
+    is a plan without a signal that fills them.
+
+    ``over_true``: KL over that of the true Fisher's plan; ``same``: share of blocks to which both
+    give the same precision.
+    """
+    result: Fields = {}
+    for bits in BITS:
+        budget = sizes.budget(bits)
+        plans = {
+            signal: allocate(sizes.options(own), cost_budget=budget).precisions
+            for signal, own in curves.items()
+        }
+        options = sizes.options(curves["magnitude"])
+        plans["random"] = raise_at_random(options, cost_budget=budget, seed=seed)
+        kl = dict(zip(plans, meter.measure(list(plans.values())), strict=True))
+        result[str(bits)] = {
+            signal: {
+                "kl": kl[signal],
+                "over_true": kl[signal] / kl["fisher_true"],
+                "same": _same(plan, plans["fisher_true"]),
+            }
+            for signal, plan in plans.items()
+        }
+    return result
+
+
+def compare_floors(curves: Mapping[str, Curves], sizes: StoredSizes, meter: "_Meter") -> Fields:
+    """Measure the floors that each signal gives for one epsilon, its scale fitted by one number.
+
+    ``same`` and ``steps``: share of blocks with the true Fisher's floor, and mean distance to it in
+    precisions; ``bits``: bits per weight if every block is held at its floor, ``kl``: what that
+    costs.
+    """
+    oracle = curves["oracle"]
+    result: Fields = {}
+    for epsilon in EPSILONS:
+        plans = {}
+        for signal, own in curves.items():
+            ratios = [
+                oracle[name][precision] / own[name][precision]
+                for name in sizes.num_params
+                for precision in PRECISIONS
+            ]
+            scale = float(np.median(ratios))
+            ledger = make_ledger(
+                {name: _floor_curve(own[name], name, sizes, scale) for name in sizes.num_params},
+                epsilon=epsilon,
+                factor=1.0,
+                joint_check=JointCheck.PENDING,
+            )
+            plans[signal] = dict(ledger.floors)
+        kl = dict(zip(plans, meter.measure(list(plans.values())), strict=True))
+        order = [Precision.FP32, *PRECISIONS]
+        result[str(epsilon)] = {
+            signal: {
+                "kl": kl[signal],
+                "bits": sum(_bits(sizes, plan).values()),
+                "same": _same(plan, plans["fisher_true"]),
+                "steps": float(
+                    np.mean(
+                        [
+                            abs(order.index(p) - order.index(plans["fisher_true"][name]))
+                            for name, p in plan.items()
+                        ]
+                    )
+                ),
+            }
+            for signal, plan in plans.items()
+        }
+    return result
+
+
+def top_overlap(first: NDArray[Any], second: NDArray[Any], *, share: float) -> float:
+    """Return which part of the largest ``share`` of one side is among the other's."""
+    count = max(1, math.ceil(share * len(first)))
+    tops = [set(np.argpartition(-side, count - 1)[:count].tolist()) for side in (first, second)]
+    return len(tops[0] & tops[1]) / count
+
+
+class _Meter:
+    """Measures plans on one text; each different one once."""
+
+    def __init__(self, model: Any, tokens: Tensor) -> None:
+        self._model = model
+        self._batches = torch.split(tokens, 32)
+        self._known: dict[frozenset[tuple[str, Precision]], float] = {}
+
+    def measure(self, plans: Sequence[Plan]) -> list[float]:
+        """Return the KL of each plan; what stays in fp32 is left as it is."""
+        keys = [
+            frozenset((name, p) for name, p in plan.items() if p is not Precision.FP32)
+            for plan in plans
+        ]
+        missing = [key for key in dict.fromkeys(keys) if key not in self._known]
+        measured = measure_perturbations(self._model, self._batches, [dict(key) for key in missing])
+        self._known |= {key: q.kl_nats for key, q in zip(missing, measured, strict=True)}
+        return [self._known[key] for key in keys]
+
+    def oracle(self, sizes: StoredSizes) -> Curves:
+        """Return the KL of every block and precision alone."""
+        pairs = list(sizes.num_bytes)
+        kl = dict(zip(pairs, self.measure([{b: p} for b, p in pairs]), strict=True))
+        return {name: {p: kl[name, p] for p in PRECISIONS} for name in sizes.num_params}
+
+
+def _trace_curves(model: Any, diagonal: Diagonal) -> Curves:
+    bits = {Precision.INT8: 8, Precision.INT6: 6, Precision.INT5: 5}
+    bits |= {Precision.INT4: 4, Precision.INT3: 3, Precision.INT2: 2}
+    return {
+        block.name: {
+            p: sum(float(diagonal[piece.parameter].double().sum()) for piece in block.pieces)
+            * 4.0 ** -bits[p]
+            for p in PRECISIONS
+        }
+        for block in partition_model(model)
+    }
+
+
+def _floor_curve(
+    curve: Mapping[Precision, float], name: str, sizes: StoredSizes, scale: float
+) -> Curve:
+    cost: dict[Precision, float] = {p: sizes.num_bytes[name, p] for p in PRECISIONS}
+    return Curve(
+        native=Precision.FP32,
+        kl_nats=monotone({p: kl * scale for p, kl in curve.items()}),
+        cost={**cost, Precision.FP32: 4.0 * sizes.num_params[name]},
+    )
+
+
+def _bits(sizes: StoredSizes, plan: Plan) -> dict[str, float]:
+    total = sum(sizes.num_params.values())
+    return {
+        name: 8
+        * (4 * sizes.num_params[name] if p is Precision.FP32 else sizes.num_bytes[name, p])
+        / total
+        for name, p in plan.items()
+    }
+
+
+def _same(plan: Plan, other: Plan) -> float:
+    return sum(plan[name] is other[name] for name in plan) / len(plan)
+
+
+def _rank_correlation(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Return Spearman's correlation of many values."""
+    ranks = [np.argsort(np.argsort(side, kind="stable"), kind="stable") for side in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1])

@@ -1,0 +1,111 @@
+"""Is Adam's second moment as good as the Fisher information it is taken for? Trains small GPT-2s
+and compares, at several points of their training, what the signals say and what they decide.
+
+    make study-signals        (or: python scripts/study_signals.py --work-dir runs/study)
+
+Each run is trained by ``gpt2.train`` from the preset gpt2-study, and kept with its measurements:
+started again, the study continues where it was. ``scripts/study`` says what is trained, measured
+and concluded; docs/signals_study.md is the page of the full study.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gpt2.rundir import collect_versions
+from lib.files import check_writable, write_json
+from scripts.cli import emit_json, run_main
+from scripts.inputs import quiet_transformers
+from scripts.study.grid import StudyRun, kept_checkpoint, kept_steps, list_runs, train_run
+from scripts.study.measure import measure_checkpoint
+from scripts.study.summary import summarize
+
+Fields = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    check_writable(args.json)
+    check_writable(args.plot)
+    quiet_transformers(progress=False)
+    begin = time.perf_counter()
+    planned = list_runs(quick=args.quick)
+    runs = []
+    for index, run in enumerate(planned, 1):
+        print(f"[{index}/{len(planned)}]", end=" ", file=sys.stderr)
+        runs.append(study_run(run, args.work_dir))
+    document: Fields = {
+        "quick": args.quick,
+        "versions": collect_versions(),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "summary": summarize(runs),
+        "runs": runs,
+    }
+    if args.plot is not None:
+        from lib.report.study_plots import plot_study
+
+        plot_study(document, args.plot)
+    _print(document)
+    emit_json(document, args.json)
+    return 0
+
+
+def study_run(run: StudyRun, folder: Path) -> Fields:
+    """Train a run and measure its checkpoints, as far as that isn't done; returns its record."""
+    config = train_run(run, folder)
+    checkpoints = []
+    for step in kept_steps(run, config):
+        checkpoint = kept_checkpoint(config, step)
+        path = checkpoint / "study.json"
+        if path.is_file():
+            checkpoints.append(json.loads(path.read_text()))
+            continue
+        begin = time.perf_counter()
+        point = measure_checkpoint(checkpoint, beta2=config.train.beta2, seed=run.seed)
+        point["seconds"] = round(time.perf_counter() - begin, 1)
+        write_json(point, path)
+        checkpoints.append(point)
+    return {**asdict(run), "checkpoints": checkpoints}
+
+
+def _print(document: Fields) -> None:
+    for criterion, row in document["summary"]["verdict"].items():
+        interval = row["interval"] or [row["mean"], row["mean"]]
+        print(
+            f"{'met    ' if row['met'] else 'NOT met'}  {criterion}: {row['mean']:.3f} "
+            f"({interval[0]:.3f} to {interval[1]:.3f}, {row['n']} runs), {row['limit']}"
+        )
+    print()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Compare Adam's second moment with Fisher information and measured KL.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
+    )
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path("runs/study"),
+        metavar="DIR",
+        help="trainings and measurements; what is there is not repeated (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="toy models: every part runs, no figure means anything"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write the picture (PNG) of the study here"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the JSON document here as well"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
