@@ -65,6 +65,10 @@ report: $(STAMP) ## Write the report of what was trained and benchmarked
 bench-offload: $(STAMP) ## Compare our offload runtime with its peers under memory limits, in minutes
 	$(Q)$(BIN)/python scripts/bench_offload.py $(or $(BENCH_OFFLOAD_ARGS),--json runs/offload.json --plot runs/offload.png)
 
+.PHONY: study-signals
+study-signals: $(STAMP) ## Train dozens of small models: is Adam's moment as good as Fisher? (40 min)
+	$(Q)$(BIN)/python scripts/study_signals.py $(or $(STUDY_SIGNALS_ARGS),--json runs/study/study.json --plot runs/study/study.png)
+
 .PHONY: safety-table
 safety-table: $(STAMP) ## Compare offloaders on damaged files, reused folders and unusual models
 	$(Q)$(BIN)/python scripts/safety_table.py

@@ -2,7 +2,8 @@
 for continuing it.
 
 ``runs/<name>/`` holds .config, config.json, versions.json, metrics.jsonl, loss.png, checkpoint/,
-steps/<step>/ where every checkpoint is kept, and the hints; the benchmark and the report add theirs. One process at a time trains in it.
+steps/<step>/ where every checkpoint is kept, and the hints; the benchmark and the report add
+theirs. One process at a time trains in it.
 """
 
 import fcntl

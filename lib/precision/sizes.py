@@ -54,15 +54,11 @@ class StoredSizes:
 
     def options(self, curves: Curves) -> dict[str, list[Option]]:
         """Return what can be chosen for each block, with the KL that ``curves`` predict."""
-        return {
-            block: [
-                Option(precision, self.num_bytes[block, precision], kl)
-                for precision, kl in monotone(
-                    {p: curves[block][p] for p in self.precisions}
-                ).items()
-            ]
-            for block in self.num_params
-        }
+        options = {}
+        for block in self.num_params:
+            curve = monotone({precision: curves[block][precision] for precision in self.precisions})
+            options[block] = [Option(p, self.num_bytes[block, p], kl) for p, kl in curve.items()]
+        return options
 
 
 def stored_sizes(model: nn.Module, precisions: Sequence[Precision] | None = None) -> StoredSizes:

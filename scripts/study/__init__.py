@@ -1,1 +1,1 @@
-"""The study of Adam's moment as a Fisher diagonal: its runs, what is measured, what is concluded."""
+"""The study of Adam's moment as a Fisher diagonal: runs, measurements, conclusions."""

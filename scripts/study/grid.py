@@ -88,9 +88,8 @@ def list_runs(*, quick: bool) -> list[StudyRun]:
     texts = corpora()
     first = next(iter(texts))
     toy: dict[str, Value] = TOY if quick else {}
-    seeds, variants = SEEDS, VARIANTS
-    if quick:
-        seeds, variants = SEEDS[:2], {"beta2 0.95": VARIANTS["beta2 0.95"]}
+    seeds = SEEDS[:2] if quick else SEEDS
+    variants = {"beta2 0.95": VARIANTS["beta2 0.95"]} if quick else VARIANTS
     base = [
         StudyRun(corpus=corpus, seed=seed, symbols={**symbols, **toy}, every_checkpoint=True)
         for seed in seeds

@@ -361,5 +361,5 @@ def _same(plan: Plan, other: Plan) -> float:
 
 def _rank_correlation(first: NDArray[Any], second: NDArray[Any]) -> float:
     """Return Spearman's correlation of many values."""
-    ranks = [np.argsort(np.argsort(side, kind="stable"), kind="stable") for side in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    one, two = (np.argsort(np.argsort(side, kind="stable")) for side in (first, second))
+    return float(np.corrcoef(one, two)[0, 1])

@@ -1,0 +1,142 @@
+"""The picture of the signals study: how well Adam's moment stands for Fisher information.
+
+The document is that of scripts/study_signals.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .drawing import BLUE, DPI, INK, ORANGE, SKY_BLUE, picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_GREY = "#888888"
+_SIGNALS: Mapping[str, tuple[str, str, str]] = {
+    "adam": ("Adam's moment", ORANGE, "o"),
+    "fisher_empirical": ("empirical Fisher", SKY_BLUE, "s"),
+    "fisher_true": ("true Fisher", BLUE, "D"),
+    "oracle": ("measured KL", INK, "*"),
+    "magnitude": ("error alone", _GREY, "^"),
+    "adam_trace": ("Adam's moment alone", "#CC79A7", "v"),
+    "random": ("random", "#F0E442", "P"),
+}
+"""Label, colour and marker of each."""
+_PAIRS = {
+    "fisher_true~fisher_true": ("two halves of the true Fisher", BLUE, "D"),
+    "fisher_empirical~fisher_true": ("empirical with true Fisher", SKY_BLUE, "s"),
+    "adam~fisher_true": ("Adam's moment with true Fisher", ORANGE, "o"),
+}
+_CHANGES = {
+    "elements.adam~fisher_true.within": "weights: rank correlation with the true Fisher",
+    "blocks.adam.within": "blocks: rank correlation with measured KL",
+}
+
+
+def plot_study(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> None:
+    """Draw four pictures into one PNG; raises InputError for a document without finished runs.
+
+    Above: rank correlations over the training, of blocks with measured KL and of weights with the
+    true Fisher; below: KL of the plans over that of the true Fisher's plan, and what the variants
+    change. Bars are 95 % intervals over runs, for variants the range over seeds.
+    """
+    summary = document["summary"]
+    if not summary["by_step"]:
+        raise InputError("the study has no finished run: there is nothing to draw")
+    with picture(path, (11, 7.6), dpi) as figure:
+        (blocks, weights), (plans, changes) = figure.subplots(2, 2)
+        steps = summary["by_step"]
+        for signal, style in _SIGNALS.items():
+            _draw_course(blocks, steps, f"blocks.{signal}.within", style)
+        for pair, style in _PAIRS.items():
+            _draw_course(weights, steps, f"elements.{pair}.within", style)
+        blocks.set_title("Blocks: rank correlation with measured KL, at one precision", fontsize=9)
+        weights.set_title("Weights of a matrix: rank correlation", fontsize=9)
+        for axes in (blocks, weights):
+            axes.set_xlabel("training step")
+            axes.grid(alpha=0.3)
+        _draw_plans(plans, summary["final"])
+        _draw_changes(changes, summary["variants"])
+        for axes in (blocks, weights, plans):
+            axes.legend(frameon=False, fontsize=7)
+
+
+def _draw_course(
+    axes: "Axes", steps: Mapping[str, Any], figure: str, style: tuple[str, str, str]
+) -> None:
+    known = [(int(step), row[figure]) for step, row in steps.items() if figure in row]
+    if known:
+        _draw_bars(axes, [step for step, _ in known], [row for _, row in known], style, line=True)
+
+
+def _draw_plans(axes: "Axes", final: Mapping[str, Any]) -> None:
+    budgets = sorted({_bits(name) for name in final if name.startswith("allocation.")})
+    for place, (signal, style) in enumerate(_SIGNALS.items()):
+        rows = [final.get(f"allocation.{bits}.{signal}.over_true") for bits in budgets]
+        if signal != "fisher_true" and all(rows):
+            at = [index + (place - len(_SIGNALS) / 2) * 0.09 for index in range(len(budgets))]
+            _draw_bars(axes, at, rows, style, line=False)
+    axes.axhline(1, color=BLUE, lw=0.8)
+    axes.set_xticks(range(len(budgets)), [f"{bits} bits" for bits in budgets])
+    axes.set_yscale("log")
+    axes.set_title("KL of each signal's plan over the true Fisher's, equal bytes", fontsize=9)
+    axes.grid(alpha=0.3, axis="y")
+
+
+def _draw_changes(axes: "Axes", variants: Mapping[str, Any]) -> None:
+    names = [name for name, row in variants.items() if all(path in row for path in _CHANGES)]
+    for offset, (path, label), style in zip(
+        (-0.12, 0.12), _CHANGES.items(), ((BLUE, "D"), (ORANGE, "o")), strict=True
+    ):
+        rows = [variants[name][path] for name in names]
+        means = [row["mean"] for row in rows]
+        errors = [
+            [mean - row["min"] for mean, row in zip(means, rows, strict=True)],
+            [row["max"] - mean for mean, row in zip(means, rows, strict=True)],
+        ]
+        places = [index + offset for index in range(len(names))]
+        axes.errorbar(
+            means, places, xerr=errors, fmt=style[1], color=style[0], ms=4, lw=1, label=label
+        )
+    axes.axvline(0, color=INK, lw=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_title("What one change does to Adam's correlations (bar: range of seeds)", fontsize=9)
+    axes.grid(alpha=0.3, axis="x")
+    if names:
+        axes.legend(frameon=False, fontsize=7)
+
+
+def _draw_bars(
+    axes: "Axes",
+    places: Sequence[float],
+    rows: Sequence[Any],
+    style: tuple[str, str, str],
+    *,
+    line: bool,
+) -> None:
+    label, color, marker = style
+    means = [row["mean"] for row in rows]
+    ends = [row["interval"] or (row["mean"], row["mean"]) for row in rows]
+    errors = [
+        [mean - low for mean, (low, _) in zip(means, ends, strict=True)],
+        [high - mean for mean, (_, high) in zip(means, ends, strict=True)],
+    ]
+    axes.errorbar(
+        places,
+        means,
+        yerr=errors,
+        color=color,
+        marker=marker,
+        ms=4,
+        lw=1.2,
+        ls="-" if line else "",
+        elinewidth=0.8,
+        label=label,
+    )
+
+
+def _bits(name: str) -> str:
+    return name.removeprefix("allocation.").rsplit(".", 2)[0]

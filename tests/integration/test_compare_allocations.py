@@ -1,0 +1,67 @@
+"""Allocations compared end to end, on a model trained for seconds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gpt2.train import train
+from scripts import calibrate_hints, compare_allocations
+from tests.integration.tiny_run import tiny_config
+
+ARMS = {"ours", "uniform", "magnitude", "depth", "random", "shuffled", "inverse", "oracle"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    config, path = tiny_config(
+        tmp_path_factory.mktemp("run"), GPT2_WIDTH=64, TRAIN_EVAL_SEQUENCES=8
+    )
+    result = train(config, path)
+    return ["--model", result["checkpoint"], "--tier-hints", result["hints"]]
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_allocations, "FISHER_DRAWS", 16)
+    monkeypatch.setattr(compare_allocations, "PLAN_DRAWS", 16)
+    monkeypatch.setattr(compare_allocations, "DRAWS", 3)
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    assert compare_allocations.main(arguments) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(document, dict)
+    return document
+
+
+def test_every_arm_is_measured_at_the_same_bytes(
+    model: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "allocations.json"
+    document = run([*model, "--bits", "4", "5.5", "--json", str(file)], capsys)
+    assert json.loads(file.read_text()) == document
+    assert str(document["curves"]).startswith("computed here")
+    bits = document["bits"]
+    assert isinstance(bits, dict) and list(bits) == ["4.0", "5.5"]
+    for budget, row in bits.items():
+        assert set(row["kl"]) == set(row["ppl"]) == ARMS
+        assert all(kl > 0 for kl in row["kl"].values())
+        assert all(used <= float(budget) + 1e-9 for used in row["used_bits"].values())
+        assert row["log_chord_fraction"] == pytest.approx(row["kl"]["ours"] / row["log_chord_kl"])
+        assert row["predicted_over_measured"] > 0
+
+
+def test_calibrated_hints_are_taken(
+    model: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    hints = str(tmp_path / "calibrated.json")
+    assert calibrate_hints.main([*model, "--output", hints, "--draws", "8"]) == 0
+    capsys.readouterr()
+    document = run([*model[:3], hints, "--bits", "4"], capsys)
+    assert document["curves"] == "the hints"
+
+
+def test_a_budget_outside_the_uniform_widths_is_refused(model: list[str]) -> None:
+    with pytest.raises(Exception, match="lies outside this model's uniform widths"):
+        compare_allocations.main([*model, "--bits", "1"])

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from lib.blocks import partition_model
+from lib.hints import Precision
+from lib.precision.perturb import lossy_blocks
+from lib.precision.sensitivity import magnitude_curves
+from lib.precision.sizes import stored_sizes
+from tests.tiny_models import tiny_gpt2
+
+
+def test_bits_are_those_of_the_records() -> None:
+    model = tiny_gpt2()
+    sizes = stored_sizes(model, (Precision.INT8, Precision.INT4, Precision.INT2))
+    vectors = sum(
+        p.numel()
+        for block in lossy_blocks(model, Precision.INT2)
+        for piece in block.pieces
+        for p in [model.get_parameter(piece.parameter)]
+        if p.dim() == 1
+    )
+    assert sizes.raw_bytes == 4 * vectors
+    assert sizes.num_weights + vectors == sum(sizes.num_params.values())
+    plan = sizes.uniform(Precision.INT4)
+    assert sizes.budget(sizes.bits_of(plan)) == pytest.approx(sizes.bytes_of(plan))
+    assert sizes.bits_of(plan) < sizes.bits_of(sizes.uniform(Precision.INT8))
+    total = sum(block.num_bytes for block in partition_model(model))
+    lossless = 4 * sum(sizes.num_params.values())
+    assert sizes.other_bytes + lossless == total
+
+
+def test_options_never_get_worse_with_more_bits() -> None:
+    torch.manual_seed(0)
+    model = tiny_gpt2()
+    sizes = stored_sizes(model)
+    for choices in sizes.options(magnitude_curves(model)).values():
+        assert [o.kl for o in choices] == sorted(o.kl for o in choices)

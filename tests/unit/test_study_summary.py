@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from scripts.study.grid import SEEDS, VARIANTS, list_runs
+from scripts.study.measure import top_overlap
+from scripts.study.summary import flatten, judge, summarize
+
+
+def point(step: int, rho: float, loss: float) -> dict[str, object]:
+    return {
+        "step": step,
+        "blocks": {
+            "adam": {"within": rho, "measured_over_predicted": 1.0},
+            "fisher_true": {"within": 0.9},
+        },
+        "allocation": {"3.0": {"adam": {"over_true": loss}}},
+        "floors": {"0.01": {"adam": {"steps": 0.1}}},
+    }
+
+
+def run(seed: int, rho: float, variant: str = "base", loss: float = 1.0) -> dict[str, object]:
+    return {
+        "corpus": "python",
+        "size": "base",
+        "variant": variant,
+        "seed": seed,
+        "checkpoints": [point(5, rho - 0.1, loss), point(10, rho, loss)],
+    }
+
+
+def test_variants_are_compared_with_their_own_seed() -> None:
+    runs = [run(0, 0.9), run(1, 0.5), run(0, 0.8, "clip off"), run(1, 0.4, "clip off")]
+    change = summarize(runs)["variants"]["clip off"]["blocks.adam.within"]
+    assert change["mean"] == pytest.approx(-0.1)
+    assert change["max"] - change["min"] == pytest.approx(0)
+    assert change["n"] == 2
+
+
+def test_only_plain_runs_are_in_the_final_figures() -> None:
+    summary = summarize([run(0, 0.9), run(1, 0.7), run(0, 0.1, "clip off")])
+    assert summary["final"]["blocks.adam.within"]["mean"] == pytest.approx(0.8)
+    assert summary["final"]["blocks.adam.within"]["n"] == 2
+    assert summary["by_step"]["5"]["blocks.adam.within"]["mean"] == pytest.approx(0.7)
+
+
+def test_a_criterion_is_met_only_if_its_whole_interval_is() -> None:
+    good, wide = [[flatten(point(1, 0.9, loss)) for loss in losses] for losses in (
+        (1.0, 1.01, 1.02), (0.9, 1.0, 1.3),
+    )]
+    name = "KL of Adam's plan over the true Fisher's at 3.0 bits"
+    assert judge(good)[name]["met"]
+    assert not judge(wide)[name]["met"]
+    assert all(row["met"] for row in judge(good).values())
+
+
+def test_overlap_of_the_largest() -> None:
+    first = np.array([9.0, 8.0, 1.0, 2.0])
+    assert top_overlap(first, first, share=0.5) == 1
+    assert top_overlap(first, -first, share=0.5) == 0
+    assert top_overlap(first, np.array([9.0, 0.0, 8.0, 1.0]), share=0.5) == 0.5
+
+
+def test_the_grid_has_every_variant_beside_a_base_run_of_its_seed() -> None:
+    runs = list_runs(quick=False)
+    assert len({r.name for r in runs}) == len(runs)
+    base = {(r.corpus, r.seed) for r in runs if r.size == r.variant == "base"}
+    assert len(base) == 2 * len(SEEDS)
+    varied = [r for r in runs if r.variant != "base"]
+    assert len(varied) == len(VARIANTS) * len(SEEDS)
+    assert all((r.corpus, r.seed) in base for r in varied)
