@@ -4,7 +4,7 @@ both into tier_hints.json.
     python scripts/calibrate_hints.py --model runs/quickstart/checkpoint \
         --tier-hints runs/quickstart/tier_hints.json
 
-The text is split: on its first half Fisher information is estimated, on the second one the true KL
+The text is split: on every other sequence Fisher information is estimated, on the rest the true KL
 of random probes (pairs of block and precision) is measured. Each block gets its calibrated ``kl``,
 the file the scale, the error band and the safety factor (docs/precision.md). ``--oracle`` measures
 every pair, and all blocks together, and says how well each signal ranks them.
@@ -44,6 +44,7 @@ from scripts.predictions import (
     list_pairs,
     measuring_batches,
     predict,
+    split_text,
     upper_curves,
 )
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if len(text.tokens) < 2:
         raise InputError(f"{text.source} has one sequence of {length} tokens: two parts need more")
-    fisher_text, kl_text = torch.split(text.tokens, (len(text.tokens) + 1) // 2)
+    fisher_text, kl_text = split_text(text.tokens)
     model.to(device)
     begin = time.perf_counter()
     steps = args.draws + (len(fisher_text) if args.oracle else 0)

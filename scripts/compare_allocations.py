@@ -54,6 +54,7 @@ from scripts.predictions import (
     list_pairs,
     measuring_batches,
     predict,
+    split_text,
     upper_curves,
 )
 
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     match_hints(hints, names, parameter_digest=parameter_digest(model))
     cast_weights(model, torch.float32)
     sizes = stored_sizes(model)
+    budgets = args.bits or BITS
+    check_budgets(sizes, budgets)
     length = sequence_length(model.config, args.sequence_length)
     vocab_size = model.config.get_text_config().vocab_size
     text = read_text(
@@ -90,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if len(text.tokens) < 2:
         raise InputError(f"{text.source} has one sequence of {length} tokens: two parts need more")
-    first, second = torch.split(text.tokens, (len(text.tokens) + 1) // 2)
+    first, second = split_text(text.tokens)
     model.to(device)
     curves = hint_curves(hints, sizes)
     origin = "the hints"
@@ -112,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "curves": origin,
         "draws": DRAWS,
         "seed": args.seed,
-        **comparison.run(curves, args.bits or BITS, seed=args.seed),
+        **comparison.run(curves, budgets, seed=args.seed),
     }
     _print(document)
     emit_json(document, args.json)
@@ -126,19 +129,9 @@ class Comparison:
         self._model, self._sizes, self._batches = model, sizes, batches
 
     def run(self, curves: Curves, budgets: Sequence[float], *, seed: int) -> Fields:
-        """Return the document's figures: of uniform widths, and of all arms at each budget.
-
-        Raises InputError for a budget outside the uniform widths.
-        """
+        """Return the document's figures: of uniform widths, and of all arms at each budget."""
         sizes = self._sizes
         widths = [sizes.uniform(precision) for precision in sizes.precisions]
-        lowest, highest = sizes.bits_of(widths[-1]), sizes.bits_of(widths[0])
-        for bits in budgets:
-            if not lowest <= bits <= highest:
-                raise InputError(
-                    f"--bits {bits:g} lies outside this model's uniform widths, {lowest:.3f} to "
-                    f"{highest:.3f} bits per weight"
-                )
         pairs = list_pairs(self._model, seed=seed)
         alone = self._measure([{block: precision} for block, precision in pairs], "single blocks")
         oracle: dict[str, dict[Precision, float]] = {block: {} for block in sizes.num_params}
@@ -224,6 +217,17 @@ class Comparison:
         total = len(choices) * len(self._batches)
         with tqdm(total=total, desc=name, disable=not sys.stderr.isatty(), leave=False) as bar:
             return measure_perturbations(self._model, self._batches, choices, progress=bar.update)
+
+
+def check_budgets(sizes: StoredSizes, budgets: Sequence[float]) -> None:
+    """Raise InputError for a budget outside the uniform widths, which have no chord there."""
+    highest, *_, lowest = [sizes.bits_of(sizes.uniform(p)) for p in sizes.precisions]
+    for bits in budgets:
+        if not lowest <= bits <= highest:
+            raise InputError(
+                f"--bits {bits:g} lies outside this model's uniform widths, {lowest:.3f} to "
+                f"{highest:.3f} bits per weight"
+            )
 
 
 def plan_arms(
@@ -352,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=128,
         metavar="N",
-        help=f"sequences; KL is measured on the second half of them {default}",
+        help=f"sequences; KL is measured on every other one {default}",
     )
     what.add_argument(
         "--sequence-length",

@@ -41,6 +41,15 @@ class Predictions:
     true: GradientCurves
 
 
+def split_text(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the text to estimate Fisher information on and that to measure KL on, (N, T) each.
+
+    Sequences take turns: neighbours come from the same documents, and what is calibrated on one
+    part holds for another of the same distribution.
+    """
+    return tokens[::2], tokens[1::2]
+
+
 def predict(
     model: torch.nn.Module,
     tokens: Tensor,

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_run import tiny_config
 
 from gpt2.train import train
 from scripts import calibrate_hints, compare_allocations
-from tests.integration.tiny_run import tiny_config
 
 ARMS = {"ours", "uniform", "magnitude", "depth", "random", "shuffled", "inverse", "oracle"}
 
@@ -24,7 +24,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_allocations, "FISHER_DRAWS", 16)
-    monkeypatch.setattr(compare_allocations, "PLAN_DRAWS", 16)
     monkeypatch.setattr(compare_allocations, "DRAWS", 3)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tiny_run import ROOT, read_tensors, tiny_config, write_config
 
 from gpt2 import checkpoint as gpt2_checkpoint
 from gpt2 import trainer as gpt2_trainer
+from gpt2.checkpoint import load_state
 from gpt2.rundir import RunDirectory
 from gpt2.train import main, train
 from gpt2.trainer import Trainer, learning_rate
@@ -178,6 +180,20 @@ def test_run_of_before_pruning_was_known_continues(tmp_path: Path) -> None:
     assert train(config, path) == first
     with pytest.raises(InputError, match=r"train\.prune=None"):
         train(*tiny_config(tmp_path, **PRUNE))
+
+
+def test_every_checkpoint_is_kept_on_demand(tmp_path: Path) -> None:
+    config, path = tiny_config(tmp_path, TRAIN_CHECKPOINT_EVERY=3, TRAIN_KEEP_CHECKPOINTS=True)
+    train(config, path)
+    steps = config.run.directory / "steps"
+    assert sorted(folder.name for folder in steps.iterdir()) == ["3", "6", "8"]
+    last, kept = read_tensors(config.run.directory / "checkpoint"), read_tensors(steps / "8")
+    assert all(torch.equal(kept[name], last[name]) for name in last)
+    earlier = load_state(steps / "3")
+    assert earlier is not None and earlier.step == 3
+    shutil.rmtree(config.run.directory / "checkpoint")
+    train(*tiny_config(tmp_path))  # anew, and without keeping any
+    assert not steps.exists()
 
 
 def test_command_saves_on_sigint_and_says_how_to_continue(tmp_path: Path) -> None:

@@ -44,9 +44,13 @@ def test_only_plain_runs_are_in_the_final_figures() -> None:
 
 
 def test_a_criterion_is_met_only_if_its_whole_interval_is() -> None:
-    good, wide = [[flatten(point(1, 0.9, loss)) for loss in losses] for losses in (
-        (1.0, 1.01, 1.02), (0.9, 1.0, 1.3),
-    )]
+    good, wide = [
+        [flatten(point(1, 0.9, loss)) for loss in losses]
+        for losses in (
+            (1.0, 1.01, 1.02),
+            (0.9, 1.0, 1.3),
+        )
+    ]
     name = "KL of Adam's plan over the true Fisher's at 3.0 bits"
     assert judge(good)[name]["met"]
     assert not judge(wide)[name]["met"]

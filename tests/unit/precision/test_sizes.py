@@ -1,16 +1,23 @@
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.blocks import partition_model
 from lib.hints import Precision
 from lib.precision.perturb import lossy_blocks
 from lib.precision.sensitivity import magnitude_curves
 from lib.precision.sizes import stored_sizes
-from tests.tiny_models import tiny_gpt2
+
+
+def small_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=80, n_positions=64)
+    )
 
 
 def test_bits_are_those_of_the_records() -> None:
-    model = tiny_gpt2()
+    model = small_gpt2()
     sizes = stored_sizes(model, (Precision.INT8, Precision.INT4, Precision.INT2))
     vectors = sum(
         p.numel()
@@ -30,8 +37,7 @@ def test_bits_are_those_of_the_records() -> None:
 
 
 def test_options_never_get_worse_with_more_bits() -> None:
-    torch.manual_seed(0)
-    model = tiny_gpt2()
+    model = small_gpt2()
     sizes = stored_sizes(model)
     for choices in sizes.options(magnitude_curves(model)).values():
         assert [o.kl for o in choices] == sorted(o.kl for o in choices)
