@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from scripts.study.grid import StudyRun, kept_checkpoint, kept_steps, list_runs,
 from scripts.study.measure import measure_checkpoint
 from scripts.study.summary import summarize
 
+VERSIONS = ("python", "torch", "transformers", "numpy", "git_revision", "git_changes")
 Fields = dict[str, Any]
 
 
@@ -33,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable(args.json)
     check_writable(args.plot)
     quiet_transformers(progress=False)
-    begin = time.perf_counter()
     planned = list_runs(quick=args.quick)
     runs = []
     for index, run in enumerate(planned, 1):
@@ -41,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs.append(study_run(run, args.work_dir))
     document: Fields = {
         "quick": args.quick,
-        "versions": collect_versions(),
-        "seconds": round(time.perf_counter() - begin, 1),
+        "versions": {name: value for name, value in collect_versions().items() if name in VERSIONS},
         "summary": summarize(runs),
         "runs": runs,
     }
@@ -70,7 +68,13 @@ def study_run(run: StudyRun, folder: Path) -> Fields:
         point["seconds"] = round(time.perf_counter() - begin, 1)
         write_json(point, path)
         checkpoints.append(point)
-    return {**asdict(run), "checkpoints": checkpoints}
+    return {
+        "corpus": run.corpus,
+        "seed": run.seed,
+        "size": run.size,
+        "variant": run.variant,
+        "checkpoints": checkpoints,
+    }
 
 
 def _print(document: Fields) -> None:

@@ -272,7 +272,7 @@ def compare_floors(curves: Mapping[str, Curves], sizes: StoredSizes, meter: "_Me
         result[str(epsilon)] = {
             signal: {
                 "kl": kl[signal],
-                "bits": sum(_bits(sizes, plan).values()),
+                "bits": _bits_per_weight(sizes, plan),
                 "same": _same(plan, plans["fisher_true"]),
                 "steps": float(
                     np.mean(
@@ -345,14 +345,12 @@ def _floor_curve(
     )
 
 
-def _bits(sizes: StoredSizes, plan: Plan) -> dict[str, float]:
-    total = sum(sizes.num_params.values())
-    return {
-        name: 8
-        * (4 * sizes.num_params[name] if p is Precision.FP32 else sizes.num_bytes[name, p])
-        / total
+def _bits_per_weight(sizes: StoredSizes, plan: Plan) -> float:
+    num_bytes = sum(
+        4 * sizes.num_params[name] if p is Precision.FP32 else sizes.num_bytes[name, p]
         for name, p in plan.items()
-    }
+    )
+    return 8 * num_bytes / sum(sizes.num_params.values())
 
 
 def _same(plan: Plan, other: Plan) -> float:
