@@ -19,27 +19,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lib.blocks import parameter_digest, partition_model
 from lib.errors import InputError
 from lib.files import check_writable
-from lib.hints import Hints, Precision, load_hints, match_hints
-from lib.precision.allocate import allocate
-from lib.precision.calibration import PROBES, calibrate
-from lib.precision.controls import (
-    ends_first,
-    inverse_givers,
-    log_chord,
-    permute_curves,
-    raise_at_random,
-    raise_in_order,
-    random_order,
-    shuffled_givers,
-)
-from lib.precision.quality import Quality, measure_perturbations
+from lib.hints import Precision, load_hints, match_hints
+from lib.precision.controls import log_chord
+from lib.precision.quality import Quality
 from lib.precision.sensitivity import Curves, magnitude_curves
 from lib.precision.sizes import Plan, StoredSizes, stored_sizes
+from scripts.allocation_arms import (
+    DRAWN,
+    DRAWS,
+    check_budgets,
+    compute_curves,
+    hint_curves,
+    plan_arms,
+)
 from scripts.cli import emit_json, run_main
 from scripts.inputs import (
     cast_weights,
@@ -49,20 +45,14 @@ from scripts.inputs import (
     read_text,
     sequence_length,
 )
+from scripts.oracle import measure
 from scripts.predictions import (
-    calibrate_signals,
     list_pairs,
     measuring_batches,
-    predict,
     split_text,
-    upper_curves,
 )
 
 BITS = (3.0, 4.0, 5.0)
-DRAWS = 10
-"""Allocations of each arm that is random; its figures are means."""
-DRAWN = ("uniform", "random", "shuffled")
-FISHER_DRAWS = 256
 Fields = dict[str, Any]
 
 
@@ -133,7 +123,7 @@ class Comparison:
         sizes = self._sizes
         widths = [sizes.uniform(precision) for precision in sizes.precisions]
         pairs = list_pairs(self._model, seed=seed)
-        alone = self._measure([{block: precision} for block, precision in pairs], "single blocks")
+        alone = measure(self._model, self._batches, [{block: p} for block, p in pairs])
         oracle: dict[str, dict[Precision, float]] = {block: {} for block in sizes.num_params}
         for (block, precision), quality in zip(pairs, alone, strict=True):
             oracle[block][precision] = quality.kl_nats
@@ -147,7 +137,7 @@ class Comparison:
             for bits in budgets
         }
         flat = [plan for plans in arms.values() for drawn in plans.values() for plan in drawn]
-        measured = iter(self._measure([*widths, *flat], "allocations"))
+        measured = iter(measure(self._model, self._batches, [*widths, *flat]))
         uniform = {precision: next(measured) for precision in sizes.precisions}
         chord = [
             (sizes.bytes_of(plan), quality.kl_nats)
@@ -212,90 +202,6 @@ class Comparison:
             / sum(block.num_params for block in partition_model(self._model)),
             "plan": {block: str(precision) for block, precision in ours.items()},
         }
-
-    def _measure(self, choices: Sequence[Plan], name: str) -> list[Quality]:
-        total = len(choices) * len(self._batches)
-        with tqdm(total=total, desc=name, disable=not sys.stderr.isatty(), leave=False) as bar:
-            return measure_perturbations(self._model, self._batches, choices, progress=bar.update)
-
-
-def check_budgets(sizes: StoredSizes, budgets: Sequence[float]) -> None:
-    """Raise InputError for a budget outside the uniform widths, which have no chord there."""
-    highest, *_, lowest = [sizes.bits_of(sizes.uniform(p)) for p in sizes.precisions]
-    for bits in budgets:
-        if not lowest <= bits <= highest:
-            raise InputError(
-                f"--bits {bits:g} lies outside this model's uniform widths, {lowest:.3f} to "
-                f"{highest:.3f} bits per weight"
-            )
-
-
-def plan_arms(
-    sizes: StoredSizes, signals: Mapping[str, Curves], *, bits: float, seed: int
-) -> dict[str, list[Plan]]:
-    """Return the plans of each arm within a budget; ``signals`` must have "ours"."""
-    budget = sizes.budget(bits)
-    names = list(sizes.num_params)
-    own = sizes.options(signals["ours"])
-    seeds = range(seed, seed + DRAWS)
-    arms: dict[str, list[Plan]] = {
-        signal: [allocate(sizes.options(curves), cost_budget=budget).precisions]
-        for signal, curves in signals.items()
-    }
-    arms["depth"] = [raise_in_order(own, ends_first(names), cost_budget=budget)]
-    inverse = permute_curves(own, sizes.num_params, inverse_givers(own, sizes.num_params))
-    arms["inverse"] = [allocate(inverse, cost_budget=budget).precisions]
-    arms["uniform"] = [
-        raise_in_order(own, random_order(names, seed=s), cost_budget=budget) for s in seeds
-    ]
-    arms["random"] = [raise_at_random(own, cost_budget=budget, seed=s) for s in seeds]
-    arms["shuffled"] = [
-        allocate(
-            permute_curves(own, sizes.num_params, shuffled_givers(names, seed=s)),
-            cost_budget=budget,
-        ).precisions
-        for s in seeds
-    ]
-    return arms
-
-
-def hint_curves(hints: Hints, sizes: StoredSizes) -> Curves | None:
-    """Return the hints' calibrated curves; None if they have none for a block."""
-    if hints.quality.get("calibrated") is not True:
-        return None
-    curves = {name: hints.blocks[name].kl for name in sizes.num_params if name in hints.blocks}
-    known = all(set(sizes.precisions) <= curves.get(name, {}).keys() for name in sizes.num_params)
-    return curves if known else None
-
-
-def compute_curves(
-    model: Any, tokens: Tensor, vocab_size: int, *, folder: str, hints: Hints, seed: int
-) -> Curves:
-    """Return calibrated curves from Fisher information and probes on the same text (N, T)."""
-    with tqdm(
-        total=FISHER_DRAWS, desc="gradients", disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
-        predictions = predict(
-            model,
-            tokens,
-            folder=folder,
-            hints=hints,
-            draws=FISHER_DRAWS,
-            seed=seed,
-            empirical=False,
-            progress=bar.update,
-        )
-    pairs = list_pairs(model, seed=seed)[:PROBES]
-    probes = measure_perturbations(
-        model, measuring_batches(tokens, vocab_size), [{block: p} for block, p in pairs]
-    )
-    kl = [quality.kl_nats for quality in probes]
-    upper = upper_curves(predictions, calibrate_signals(predictions, pairs, kl))
-    scale = calibrate([upper[block][precision] for block, precision in pairs], kl).scale
-    return {
-        block: {precision: value * scale for precision, value in curve.items()}
-        for block, curve in upper.items()
-    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import tiny_config
 
 from gpt2.train import train
-from scripts import calibrate_hints, compare_allocations
+from scripts import allocation_arms, calibrate_hints, compare_allocations
 
 ARMS = {"ours", "uniform", "magnitude", "depth", "random", "shuffled", "inverse", "oracle"}
 
@@ -23,8 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_allocations, "FISHER_DRAWS", 16)
-    monkeypatch.setattr(compare_allocations, "DRAWS", 3)
+    monkeypatch.setattr(allocation_arms, "FISHER_DRAWS", 16)
+    monkeypatch.setattr(allocation_arms, "DRAWS", 3)
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
