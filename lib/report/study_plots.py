@@ -59,8 +59,10 @@ def plot_study(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> No
             axes.grid(alpha=0.3)
         _draw_plans(plans, summary["final"])
         _draw_changes(changes, summary["variants"])
-        for axes in (blocks, weights, plans):
-            axes.legend(frameon=False, fontsize=7)
+        blocks.set_ylim(top=1.03)
+        blocks.legend(frameon=False, fontsize=7, ncols=2, loc=(0.02, 0.3))
+        weights.legend(frameon=False, fontsize=7)
+        plans.legend(frameon=False, fontsize=7, loc="upper left")
 
 
 def _draw_course(
@@ -81,6 +83,7 @@ def _draw_plans(axes: "Axes", final: Mapping[str, Any]) -> None:
     axes.axhline(1, color=BLUE, lw=0.8)
     axes.set_xticks(range(len(budgets)), [f"{bits} bits" for bits in budgets])
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title("KL of each signal's plan over the true Fisher's, equal bytes", fontsize=9)
     axes.grid(alpha=0.3, axis="y")
 
@@ -106,7 +109,7 @@ def _draw_changes(axes: "Axes", variants: Mapping[str, Any]) -> None:
     axes.set_title("What one change does to Adam's correlations (bar: range of seeds)", fontsize=9)
     axes.grid(alpha=0.3, axis="x")
     if names:
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.07))
 
 
 def _draw_bars(
