@@ -300,6 +300,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {value} is too small: give {least} or more")
     if args.epsilon is not None:
         parse_epsilon(args.epsilon)
+        args.baseline = True  # a bound on the KL from the full model is judged beside that model
 
 
 def _sequence_length(asked: int | None, model: Any) -> int:
@@ -393,7 +394,7 @@ def _parser() -> argparse.ArgumentParser:
         "--epsilon",
         metavar="BOUND",
         help="fewest bytes within this KL from the full model: 0.02 (nats per token) or ppl=1.02; "
-        "needs calibrated hints (default: no bound)",
+        "needs calibrated hints, and implies --baseline (default: no bound)",
     )
     tiers.add_argument(
         "--spec",

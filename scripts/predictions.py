@@ -88,11 +88,16 @@ def predict(
 
 
 def list_pairs(model: torch.nn.Module, *, seed: int) -> list[Pair]:
-    """Return every block and precision that changes its weights, in random order."""
+    """Return every block and precision that changes its weights, in random order.
+
+    A precision that holds them exactly changes nothing: bf16 of weights that were trained in it.
+    """
+    errors = magnitude_curves(model)
     pairs = [
         (block.name, precision)
         for precision in curve_precisions(model)
         for block in lossy_blocks(model, precision)
+        if errors[block.name][precision] > 0
     ]
     random.Random(seed).shuffle(pairs)
     return pairs

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gpt2.train import main as train
 from lib.errors import InputError
@@ -159,3 +160,19 @@ def test_tasks_run_on_the_placed_model(
     full, ours = (document["tasks"][part]["local_text"] for part in ("full", "ours"))
     assert full.keys() == ours.keys()
     assert ours["word_perplexity,none"] != full["word_perplexity,none"] > 1
+
+
+def test_a_checkpoint_in_bf16_is_calibrated(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(run.checkpoint, tmp_path / "bf16"))
+    AutoModelForCausalLM.from_pretrained(copy, dtype=torch.bfloat16).save_pretrained(copy)
+    document = call(
+        calibrate_hints.main,
+        capsys,
+        *("--model", copy, "--tier-hints", run.hints, "--oracle", "--draws", 16),
+    )
+    assert "bf16" not in document["within_precision"]
+    assert all(row["kl"] > 0 for row in document["probes"])
+    hints = load_hints(run.hints)
+    assert hints.blocks["transformer.h.0.mlp"].kl[Precision.BF16] == 0
