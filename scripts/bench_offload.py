@@ -22,7 +22,7 @@ from lib.files import check_writable
 from lib.units import MIB, format_bytes
 from scripts.cli import emit_json, run_main
 from scripts.offload.arguments import parse_arguments
-from scripts.offload.cases import Case, find_problems, summarize_cases
+from scripts.offload.cases import Case, find_contention, find_problems, summarize_cases
 from scripts.offload.checkpoint import make_checkpoint
 from scripts.offload.figures import Fields, add_ratios, compare_to_resident, table
 from scripts.offload.host import describe_machine
@@ -112,6 +112,7 @@ class OffloadBench:
                 "rounds": self._args.rounds,
                 "reserve_mib": self._args.reserve_mib,
                 "import_anon_bytes": self._baseline_bytes,
+                "contention": find_contention(cases),
             },
             "runs": runs,
             "ratios": add_ratios(runs, gpu_limit_mib=self._args.limits[0] if on_gpu else None),

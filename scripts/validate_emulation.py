@@ -113,9 +113,9 @@ def _compare(
             contention = probe.measure_contention(
                 decoders[1].repeat, unit_bytes=real.plan.slot_bytes, seconds=_CONTENTION_SECONDS
             )
-            other.emulation = _machine(disk, contention)
+            other.emulation = _machine(disk, contention.slowdown)
             decoders[1].run(tokens // _SEGMENTS)
-            contentions.append(contention)
+            contentions.append(contention.slowdown)
             disks.append(disk)
         stats, plan = real.stats(), real.plan
     if not torch.equal(decoders[0].logits, decoders[1].logits):

@@ -55,6 +55,18 @@ _KEY = "0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contention:
+    """How computing and reading disturb each other: both want cores and memory bandwidth.
+
+    ``slowdown``: by what share a computation is slower while a disk is read; ``link_share``: what
+    is left of the disk's bandwidth while it computes, at most 1.
+    """
+
+    slowdown: float
+    link_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """Seconds that a unit of ``num_bytes`` took: median and 95th percentile of n timings."""
 
@@ -191,31 +203,40 @@ class FileProbe:
 
     def measure_contention(
         self, compute: Callable[[], object], *, unit_bytes: int, seconds: float
-    ) -> float:
-        """Return by what share a computation is slower while the disk is read: readers want cores
-        and memory bandwidth, too. Takes about so many seconds, and two calls each way at least.
+    ) -> Contention:
+        """Time a computation and reads of units, each alone and both at once, in turns.
+
+        Takes about so many seconds, and two calls each way at least.
         """
         size = -(-unit_bytes // CHUNK_BYTES) * CHUNK_BYTES
+        turn = seconds / (3 * _TURNS)
         alone: list[float] = []
         shared: list[float] = []
+        reads_alone: list[float] = []
+        reads_shared: list[float] = []
         stop = threading.Event()
 
         def read() -> None:
             while not stop.is_set():
-                self._lane.unit_seconds(size)
+                reads_shared.append(self._lane.unit_seconds(size))
 
         compute()  # the first call may allocate
         for _ in range(_TURNS):
-            _time_calls(compute, alone, seconds / (2 * _TURNS))
+            _time_calls(compute, alone, turn)
+            for _ in _until(time.perf_counter() + turn):
+                reads_alone.append(self._lane.unit_seconds(size))
             stop.clear()
             reader = threading.Thread(target=read)
             reader.start()
             try:
-                _time_calls(compute, shared, seconds / (2 * _TURNS))
+                _time_calls(compute, shared, turn)
             finally:
                 stop.set()
                 reader.join()
-        return max(statistics.median(shared) / statistics.median(alone) - 1, 0.0)
+        return Contention(
+            slowdown=max(statistics.median(shared) / statistics.median(alone) - 1, 0.0),
+            link_share=min(statistics.median(reads_alone) / statistics.median(reads_shared), 1.0),
+        )
 
     def close(self) -> None:
         """Remove the file."""

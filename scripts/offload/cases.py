@@ -45,15 +45,22 @@ def summarize_cases(cases: Sequence[Case]) -> list[Fields]:
         if interval["timed"]
     ]
     compute = statistics.median(resident_seconds) if resident_seconds else None
-    return [_summarize_case(case, compute) for case in cases]
+    contention = find_contention(cases)
+    return [_summarize_case(case, compute, contention) for case in cases]
 
 
-def _summarize_case(case: Case, compute_seconds: float | None) -> Fields:
+def find_contention(cases: Sequence[Case]) -> Fields | None:
+    """Return how computing and the link slow each other, measured with the resident model."""
+    measured = [result["contention"] for case in cases[:1] for result in case.results]
+    return measured[-1] if measured else None
+
+
+def _summarize_case(case: Case, compute_seconds: float | None, contention: Fields | None) -> Fields:
     survived = case.reason is None and bool(case.results)
     if not case.system.full_precision:
         compute_seconds = None  # compressed weights are computed with at a speed of their own
     figures = (
-        summarize_run(case.results, compute_seconds=compute_seconds)
+        summarize_run(case.results, compute_seconds=compute_seconds, contention=contention)
         if survived
         else summarize_failure()
     )

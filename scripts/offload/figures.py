@@ -3,6 +3,12 @@
 link utilisation = bytes moved / sum over segments of (time x bandwidth), the bandwidth of a segment
 being the mean of the probes before and after it; the physical limit of a token = max(compute time,
 bytes / bandwidth).
+
+Computing and reading slow each other, so even perfect overlap leaves some of the link unused. With
+a model that computes for C seconds per token, s (slowdown) longer beside reads, which have a share
+r of their bandwidth left meanwhile (``Contention``), and L seconds of reading alone:
+
+    attainable utilisation = L / max(L + (1 - r) (1 + s) C,  (1 + s) C)
 """
 
 import hashlib
@@ -25,10 +31,16 @@ RATIOS = {
 """Ours over the best peer under the same limit (MiB)."""
 
 
-def summarize_run(results: Sequence[Fields], *, compute_seconds: float | None) -> Fields:
+def summarize_run(
+    results: Sequence[Fields],
+    *,
+    compute_seconds: float | None,
+    contention: Fields | None = None,
+) -> Fields:
     """Return the figures of one system under one limit, over the rounds that it was run.
 
-    ``compute_seconds`` is what a token takes with every weight in place, where that is known.
+    ``compute_seconds`` is what a token takes with every weight in place, where that is known;
+    ``contention``: the fields of ``lib.tiering.probe.Contention``.
     """
     timed = [
         (interval, result)
@@ -62,6 +74,7 @@ def summarize_run(results: Sequence[Fields], *, compute_seconds: float | None) -
         ),
         "link_gb_s": bandwidth / 1e9,
         "link_utilisation": None if num_bytes is None else num_bytes / could_move,
+        "attainable_utilisation": _attainable(limits[1], compute_seconds, contention),
         "limit_tokens_per_s": 1 / max(limits)
         if num_bytes is not None and max(limits) > 0
         else None,
@@ -70,7 +83,14 @@ def summarize_run(results: Sequence[Fields], *, compute_seconds: float | None) -
 
 def summarize_failure() -> Fields:
     """Return the figures of a run that did not survive: none."""
-    names = ("ttft_s", "load_s", "bytes_per_token", "link_utilisation", "limit_tokens_per_s")
+    names = (
+        "ttft_s",
+        "load_s",
+        "bytes_per_token",
+        "link_utilisation",
+        "attainable_utilisation",
+        "limit_tokens_per_s",
+    )
     nothing: Fields = {"tokens_per_s": {"median": None, "p95": None, "n": 0}}
     return nothing | dict.fromkeys(names)
 
@@ -143,6 +163,7 @@ def table(runs: Sequence[Fields]) -> str:
         "pinned MiB" if beside == "pinned" else "anon MiB",
         "MiB/token",
         "link",
+        "attainable",
         "limit tok/s",
         "x accelerate",
         "x best peer",
@@ -181,6 +202,7 @@ def _row(run: Mapping[str, Any], beside: str) -> tuple[str, ...]:
         _number(run.get(beside), "{:.0f}"),
         _number(None if moved is None else moved / MIB, "{:.0f}"),
         _number(run["link_utilisation"], "{:.0%}"),
+        _number(run["attainable_utilisation"], "{:.0%}"),
         _number(run["limit_tokens_per_s"]),
         _number(run["ratio_to_accelerate"]),
         _number(run["ratio_to_best_peer"]),
@@ -203,6 +225,16 @@ def _best_peer(runs: Sequence[Fields], limit_mib: int | None) -> float | None:
         if run["peer"] and run["limit_mib"] == limit_mib and run["survived"]
     ]
     return max(rates, default=None)
+
+
+def _attainable(
+    link_seconds: float, compute_seconds: float | None, contention: Fields | None
+) -> float | None:
+    if not link_seconds or compute_seconds is None or contention is None:
+        return None
+    computing = compute_seconds * (1 + contention["slowdown"])
+    lost = computing * (1 - contention["link_share"])
+    return link_seconds / max(link_seconds + lost, computing)
 
 
 def _moved_bytes(interval: Fields, result: Fields) -> int:

@@ -6,6 +6,8 @@ a CUDA device, whose memory this also limits.
 
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ from lib.tiering.probe import FileProbe
 from lib.units import GB, MIB, format_bytes
 
 PROBE_SECONDS = 0.15
+CONTENTION_SECONDS = 6.0
 SETTLE_SECONDS = 0.1
 """Before a disk is measured: what is being prefetched should have arrived."""
 _DISK_UNIT_BYTES = 8 * MIB
@@ -34,6 +37,9 @@ class Meter(Protocol):
 
     def measure_link(self) -> float:
         """Return its bytes per second now; nothing else may use it meanwhile."""
+
+    def measure_contention(self, compute: Callable[[], object]) -> dict[str, float] | None:
+        """Return how a computation and the link slow each other; None where that isn't known."""
 
     def memory(self) -> dict[str, int] | None:
         """Return the device's memory in use so far; None where it has none of its own."""
@@ -62,6 +68,13 @@ class DiskMeter:
         """Return the disk's bytes per second."""
         time.sleep(SETTLE_SECONDS)
         return self._probe.measure(_DISK_UNIT_BYTES, seconds=PROBE_SECONDS).bandwidth_gb_s * GB
+
+    def measure_contention(self, compute: Callable[[], object]) -> dict[str, float]:
+        """Read the disk while the model computes, and each alone."""
+        contention = self._probe.measure_contention(
+            compute, unit_bytes=_DISK_UNIT_BYTES, seconds=CONTENTION_SECONDS
+        )
+        return asdict(contention)
 
     def memory(self) -> None:
         """RAM is the whole process's, and is measured from outside."""
@@ -118,6 +131,10 @@ class CopyMeter:
         while not rates or time.perf_counter() < end:
             rates.append(self._time_copies())
         return statistics.median(rates)
+
+    def measure_contention(self, compute: Callable[[], object]) -> None:
+        """Return None: copy engines take no part of what computes."""
+        return None
 
     def memory(self) -> dict[str, int]:
         """Return peaks without the meter's own; ``pinned_bytes``: what torch has pinned."""

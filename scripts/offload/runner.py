@@ -84,6 +84,7 @@ class Runner:
             "family": self.shape.family,
             "system": system.name,
             "prepare": prepare,
+            "contention": limit_mib is None,
             "checkpoint": str(self.checkpoint),
             "folder": str(self.folder / f"{self.checkpoint.name}-{system.name}"),
             "limit_bytes": limit_bytes,

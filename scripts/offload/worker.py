@@ -94,6 +94,11 @@ def measure(system: System, task: Task, request: dict[str, Any]) -> dict[str, An
     recorder.start()
     tokens = generate(loaded, request["prompt"], num_passes, [recorder], task.device)
     measure_link()
+    contention = None
+    if request["contention"]:
+        print("phase: measuring contention", flush=True)
+        token_11 = torch.tensor([request["prompt"][:1]], device=task.device)
+        contention = meter.measure_contention(lambda: loaded.model(token_11, use_cache=False))
     device_memory = meter.memory()
     meter.close()
     recorder.logits_SV.numpy().tofile(request["logits"])
@@ -104,6 +109,7 @@ def measure(system: System, task: Task, request: dict[str, Any]) -> dict[str, An
         "counted_by": _count_by(loaded, task.device),
         "bytes_per_pass": loaded.bytes_per_pass,
         "link_bytes_per_s": bandwidths,
+        "contention": contention,
         "anonymous_bytes": {**memory, "at_end": anonymous_bytes()},
         "device_memory": device_memory,
         **loaded.facts(),

@@ -47,6 +47,7 @@ def make_run(name: str, limit: int | None, rate: float | None, *, peer: bool = F
         "peak_anon_mib": 400.0,
         "bytes_per_token": 2**20 if rate else None,
         "link_utilisation": 0.97 if rate else None,
+        "attainable_utilisation": 0.99 if rate else None,
         "limit_tokens_per_s": rate,
         "match": None,
     }
@@ -140,6 +141,12 @@ def test_figures_of_a_run() -> None:
     assert figures["limit_tokens_per_s"] == pytest.approx(2e9 / 0.9e9)
     compute_bound = summarize_run([result], compute_seconds=2.0)
     assert compute_bound["limit_tokens_per_s"] == 0.5
+    assert figures["attainable_utilisation"] is None
+    contention = {"slowdown": 0.5, "link_share": 0.8}
+    shared = summarize_run([result], compute_seconds=0.1, contention=contention)
+    assert shared["attainable_utilisation"] == pytest.approx(0.45 / (0.45 + 0.2 * 0.15))
+    computing = summarize_run([result], compute_seconds=2.0, contention=contention)
+    assert computing["attainable_utilisation"] == pytest.approx(0.45 / 3.0)
     disk = summarize_run([{**result, "counted_by": "disk reads"}], compute_seconds=None)
     assert disk["bytes_per_token"] == 2 * 9 * 10**8
     by_design = {**result, "counted_by": "weights per pass", "bytes_per_pass": 10**9}

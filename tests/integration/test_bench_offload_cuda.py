@@ -43,6 +43,7 @@ def make_run(name: str, limit: int | None, rate: float | None, *, peer: bool = F
         "pinned_mib": 9000.0,
         "bytes_per_token": 2**20 if rate else None,
         "link_utilisation": 0.97 if rate else None,
+        "attainable_utilisation": 0.99 if rate else None,
         "limit_tokens_per_s": rate,
         "match": None,
     }

@@ -88,25 +88,29 @@ def test_the_probe_reads_as_the_engine_does(
     assert sorted(reads) == sorted((start * MIB, size * MIB) for start, size in pieces)
 
 
-def test_contention_is_how_much_slower_a_computation_is_while_the_disk_is_read(
+def test_contention_is_how_much_computing_and_reading_slow_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reading = threading.Event()
+    reading, computing = threading.Event(), threading.Event()
     real = FileStore.read_into
 
     def note(self: FileStore, key: str, start: int, out: torch.Tensor) -> None:
         reading.set()
         real(self, key, start, out)
+        time.sleep(0.01 if computing.is_set() else 0.005)
 
     def compute() -> None:
         reading.clear()
+        computing.set()
         time.sleep(0.02)
         time.sleep(0.02 if reading.is_set() else 0)
+        computing.clear()
 
     monkeypatch.setattr(FileStore, "read_into", note)
     with FileProbe(tmp_path, file_bytes=2 * MIB) as file_probe:
         contention = file_probe.measure_contention(compute, unit_bytes=MIB, seconds=0.4)
-    assert 0.5 < contention < 2
+    assert 0.5 < contention.slowdown < 2
+    assert 0.3 < contention.link_share < 0.9
     assert list(tmp_path.iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("Thread-")]
 
