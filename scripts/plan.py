@@ -21,8 +21,8 @@ from lib.files import check_writable
 from lib.hints import Hints, Precision, Tier, load_hints, match_hints
 from lib.machine import DEFAULT_SPECS, MachineProfile, load_machine
 from lib.policy import BlockNeed, Plan, definition_schedule, make_plan, smallest_budget
-from lib.tiering.attach import parse_budget
 from lib.tiering.needs import model_needs
+from lib.tiering.planning import parse_budget
 from lib.tiering.sources import open_checkpoint
 from lib.units import GB, format_bytes
 from scripts.cli import emit_json, run_main

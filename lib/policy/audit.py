@@ -62,11 +62,6 @@ class Audit:
         self._records.append(record)
         return record
 
-    def follow(self, earlier: "Audit") -> None:
-        """Put the records of another log before those of this one."""
-        self._records = deque([*earlier, *self], maxlen=_LOG_LENGTH)
-        self.count += earlier.count
-
     @property
     def rejections(self) -> list[Record]:
         """What was refused."""

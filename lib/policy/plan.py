@@ -67,6 +67,11 @@ class Placement:
     stored_bytes: int
     unit_bytes: tuple[int, ...] = ()
 
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of its tier."""
+        return self.resident_bytes if self.tier is Tier.HBM else self.stored_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -87,12 +92,15 @@ class Plan:
         resident = sum(placement.resident_bytes for placement in self.placements.values())
         return resident + self.num_slots * self.slot_bytes + self.scratch_bytes
 
+    def limit(self, tier: Tier) -> int | None:
+        """Return the bytes that a tier may hold. None: no limit; 0: the budget doesn't name it."""
+        return self.budget.get(tier, 0) if self.budget else None
+
     def bytes_per_tier(self) -> dict[Tier, int]:
         """Return bytes of weights per tier that holds any, nearest first: as held there."""
         sums = dict.fromkeys(Tier, 0)
         for placement in self.placements.values():
-            resident = placement.tier is Tier.HBM
-            sums[placement.tier] += placement.resident_bytes if resident else placement.stored_bytes
+            sums[placement.tier] += placement.held_bytes
         return {tier: num_bytes for tier, num_bytes in sums.items() if num_bytes}
 
     def to_json(self) -> dict[str, Any]:

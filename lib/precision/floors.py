@@ -174,7 +174,8 @@ def tighten(ledger: Ledger, *, ratio: float) -> Ledger:
     """
     assert ratio >= 1
     curves = {
-        name: replace(curve, lowest=ledger.floors[name]) for name, curve in ledger.curves.items()
+        name: replace(curve, lowest=ledger.floors.get(name, curve.lowest))
+        for name, curve in ledger.curves.items()
     }
     return make_ledger(curves, epsilon=ledger.epsilon, factor=ledger.factor * ratio)
 

@@ -80,6 +80,39 @@ class Archive:
                 else:
                     yield part, buffer[part.offset : part.offset + part.num_bytes]
 
+    def original(
+        self, stored: Stored, payload: Payload, name: str, start: int | None, end: int | None
+    ) -> Tensor:
+        """Read a raw payload's parameter, or rows [start, end) of it, to host memory; read-only."""
+        part = next(part for part in payload.parts if part.parameter == name)
+        if start is not None and not part.is_contiguous:
+            return self.original(stored, payload, name, None, None)[start:end]
+        if payload.by_rows:
+            rows = []
+            for shard in payload.shards:
+                low, high = max(start or 0, shard.start), shard.end
+                high = high if end is None else min(end, high)
+                if low < high:
+                    data = self.read_shard(stored, shard)[: shard.data_bytes].view(part.dtype)
+                    rows.append(data.view(-1, part.columns)[low - shard.start : high - shard.start])
+            return (rows[0] if len(rows) == 1 else torch.cat(rows)).cpu()
+        row_bytes = part.num_bytes // max(part.shape[0], 1) if part.shape else part.num_bytes
+        low = part.offset + (start or 0) * row_bytes
+        high = part.offset + (part.num_bytes if end is None else end * row_bytes)
+        first = low // CHUNK_BYTES * CHUNK_BYTES  # whole chunks have a checksum
+        last = min(-(-high // CHUNK_BYTES) * CHUNK_BYTES, payload.num_bytes)
+        if (view := self.view(stored)) is not None:
+            data = view[low:high].cpu()
+        else:
+            buffer = aligned_buffer(max(last - first, 1))[: last - first]
+            if len(buffer):
+                self._stores[stored[0]].read_into(stored[1], first, buffer)
+            data = buffer[low - first : high - first]
+        flat = data.view(part.dtype)
+        if start is None:
+            return flat.as_strided(part.shape, part.stride, flat.storage_offset())
+        return flat.view(-1, *part.shape[1:])
+
     def raw_rows(
         self, stored: Stored, part: Part, shard: Shard, ids: Tensor, buffer: Tensor
     ) -> tuple[Tensor, int]:

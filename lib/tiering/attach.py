@@ -1,13 +1,9 @@
-"""attach(): from a model, its hints and a budget to a runtime.
+"""attach(): from a model, its hints and a budget to a runtime."""
 
-Without a budget every block goes to the tier that its hint names; with one, the planner decides.
-"""
-
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,31 +20,24 @@ from ..blocks import (
 from ..errors import InputError
 from ..hints import Hints, Tier, hints_from_json, load_hints, match_hints
 from ..machine import DEFAULT_SPECS, MachineProfile, TierSpec, load_machine
-from ..policy.plan import BlockNeed, Placement, Plan, Step, definition_schedule
-from ..policy.planner import make_plan
-from ..policy.states import placed_state
-from ..policy.timeline import PassTime
 from ..policy.veto import Measure, Veto
-from ..precision.floors import JointCheck, raise_floors
-from ..units import parse_bytes
+from ..precision.floors import JointCheck
 from .admission import ledger_of
 from .archive import Archive
 from .emulation import EmulatedLink
 from .hooks import refuse_managed
 from .link import Link, RealLink
-from .needs import PrecisionChoice, block_needs, make_payloads, scratch_bytes
+from .needs import PrecisionChoice
 from .originals import Originals
-from .payload import Payload
+from .planning import Budget, Mode, Planning, check_names_tiers
 from .progress import placing_bar
-from .reserve import leave_room, original_bytes, warn_of_incompressible, with_originals
+from .reserve import warn_of_incompressible
 from .residency import Residency
 from .runtime import Runtime
 from .sources import CheckpointSource, open_checkpoint
 from .specs import EmulationSpec
 from .stores import DeviceStore, FileStore, HostStore, NumaStore, Store
 
-Mode = Literal["real", "emulated"]
-_REAL_TIERS = frozenset({Tier.HBM, Tier.CPU, Tier.CXL, Tier.SSD})
 _DECLARED = MachineProfile(name="default specs", tiers=DEFAULT_SPECS)
 UNMEASURED = MachineProfile(
     name="not measured",
@@ -63,8 +52,6 @@ UNMEASURED = MachineProfile(
 spreads its transfers, and is a few percent longer on a slower one; the other way round it may stall
 for half of the pass.
 """
-Budget = Mapping[str, str | int | None]
-"""Tier -> size ("700MiB", 1.5e9 as an int, None: no limit). Tiers left out are not used."""
 
 
 def attach(
@@ -131,43 +118,30 @@ def attach(
             joint_check=JointCheck.MISSING if measure is None else JointCheck.PENDING,
         )
     )
-    floors = veto.ledger.floors
-    payloads = make_payloads(
+    emulated = EmulatedLink(emulation, compute_device) if emulation is not None else None
+    labels: dict[str, Tier] = {}
+    if budget is None:
+        assert loaded is not None
+        labels = {block.name: loaded.blocks[block.name].tier for block in blocks}
+    planning = Planning(
         model,
         blocks,
-        precision=floors if precision is None and epsilon is not None else precision,
-        floors=floors,
+        loaded,
+        precision=precision,
+        at_floors=precision is None and epsilon is not None,
+        floors=veto.ledger.floors,
+        tiers=labels,
+        device=compute_device,
+        mode=mode,
+        machine=profile,
+        keeps_originals=checkpoint is None and mode == "real",
+        emulated=emulated,
     )
-    needs = block_needs(model, payloads, hints=loaded, device=compute_device, machine=profile)
-    scratch = scratch_bytes(payloads.values())
+    payloads = planning.payloads
     warn_of_incompressible(payloads.values())
-    kept = 0
-    if checkpoint is None and mode == "real":
-        kept = original_bytes(model, payloads.values())
-
-    emulated = EmulatedLink(emulation, compute_device) if emulation is not None else None
-
-    def plan_budget(limits: Budget, schedule: Sequence[Step]) -> Plan:
-        parsed = parse_budget(limits, compute_device, mode)
-        room = leave_room(parsed, kept)
-        plan = with_originals(make_plan(needs, schedule, room, profile, scratch), parsed, kept)
-        if emulated is not None:
-            emulated.check(plan)
-        return plan
-
-    schedule = definition_schedule(needs)
-    labels: dict[str, Tier] = {}
-    if budget is not None:
-        plan = plan_budget(budget, schedule)
-    else:
-        assert loaded is not None
-        tiers = {name: hint.tier for name, hint in loaded.blocks.items()}
-        labels = {block.name: tiers[block.name] for block in blocks}
-        plan = _plan_by_hints(needs, payloads, labels, compute_device, mode, scratch)
-        plan = with_originals(plan, {}, kept)
-        if emulated is not None:
-            emulated.check(plan)
-    veto.check_plan(plan)
+    schedule = planning.schedule
+    plan = planning.make_plan(budget, schedule)
+    moves = veto.judge(plan)
     stores = _Stores(Path(spill_dir) if spill_dir is not None else None, mode, compute_device)
     link: Link = emulated or RealLink(stores, compute_device)
     with torch.inference_mode(mode=False), torch.no_grad():
@@ -186,14 +160,14 @@ def attach(
                 ],
             )
             with placing_bar(sum(each.num_bytes for each in payloads.values())) as progress:
-                residency.apply(plan, schedule, progress=progress)
+                residency.apply(plan, payloads, schedule, moves, progress=progress)
             veto.adopt(plan)
             runtime = Runtime(
                 model,
                 blocks,
                 residency,
                 plan,
-                plan_budget,
+                planning,
                 veto,
                 emulated=emulated,
                 device=compute_device,
@@ -203,68 +177,13 @@ def attach(
         except BaseException:
             residency.close()
             raise
-    if measure is None:
-        return runtime
-    try:
-        accepted = runtime.check_quality(measure).accepted
-    except BaseException:
-        runtime.detach()
-        raise
-    if accepted:
-        return runtime
-    runtime.detach()
-    assert loaded is not None
-    again = attach(
-        model,
-        raise_floors(loaded, veto.ledger.floors),
-        mode=mode,
-        budget=budget,
-        precision=precision,
-        epsilon=epsilon,
-        measure=measure,
-        weights=weights,
-        machine=machine,
-        emulation=emulation,
-        spill_dir=spill_dir,
-        device=device,
-    )
-    again.audit.follow(veto.audit)
-    return again
-
-
-def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, int | None]:
-    """Read a budget; raises InputError for unknown tiers, sizes that are none, and a missing HBM.
-
-    Without an accelerator host memory is the fast tier itself: a CPU budget is then HBM's, or,
-    beside one, without effect (a warning says so), but for emulation, where it is a tier of its
-    own.
-    """
-    _check_names_tiers(budget)
-    parsed: dict[Tier, int | None] = {}
-    for name, size in budget.items():
-        if name not in list(Tier):
-            raise InputError(f"budget for unknown tier {name!r}; allowed: {', '.join(Tier)}")
-        if mode == "real" and Tier(name) not in _REAL_TIERS:
-            raise InputError(
-                f"real mode has no {name} tier; use {', '.join(sorted(_REAL_TIERS))}, or "
-                "mode='emulated'"
-            )
-        parsed[Tier(name)] = None if size is None else parse_bytes(size)
-    if device.type == "cpu" and mode == "real" and Tier.CPU in parsed:
-        limit = parsed.pop(Tier.CPU)
-        if Tier.HBM in parsed:
-            warnings.warn(
-                "a CPU budget has no effect here: without an accelerator, HBM is the RAM",
-                stacklevel=3,
-            )
-        else:
-            parsed[Tier.HBM] = limit
-    if Tier.HBM not in parsed:
-        raise InputError(
-            f"budget {dict(budget)!r} has no HBM, the memory of the compute device: give one, such "
-            'as {"HBM": "700MiB", "SSD": None}'
-        )
-    return parsed
+    if measure is not None:
+        try:
+            runtime.check_quality(measure)
+        except BaseException:
+            runtime.detach()
+            raise
+    return runtime
 
 
 class _Stores(dict[Tier, Store]):
@@ -288,13 +207,6 @@ class _Stores(dict[Tier, Store]):
         return self[tier]
 
 
-def _check_names_tiers(budget: Any) -> None:
-    if not isinstance(budget, Mapping):
-        raise InputError(
-            f'budget {budget!r} names no tiers: give sizes by tier, such as {{"HBM": "700MiB"}}'
-        )
-
-
 def _check_arguments(
     mode: str,
     hints: Any,
@@ -313,7 +225,7 @@ def _check_arguments(
             "a spill_dir has no effect in emulated mode: leave it out, or use mode='real'"
         )
     if budget is not None:
-        _check_names_tiers(budget)
+        check_names_tiers(budget)
     if hints is None and budget is None:
         raise InputError("neither hints nor a budget: give one, or there is nothing to place by")
 
@@ -346,65 +258,6 @@ def _load_hints(
         tied=tied_modules(blocks),
     )
     return replace(hints, blocks=matched)
-
-
-def _plan_by_hints(
-    needs: Sequence[BlockNeed],
-    payloads: Mapping[str, Payload],
-    tiers: Mapping[str, Tier],
-    device: torch.device,
-    mode: Mode,
-    scratch: int,
-) -> Plan:
-    """Put every group where the hints of its blocks say: where most of its bytes should be.
-
-    What computes around other groups stays in fast memory. One slot, and two where they cost less
-    than half of what leaving saves.
-    """
-    placements = {}
-    for need in needs:
-        shares: dict[Tier, int] = {}
-        for block in payloads[need.name].group.blocks:
-            tier = _served_tier(block.name, tiers[block.name], device, mode)
-            shares[tier] = shares.get(tier, 0) + block.num_bytes
-        order = list(Tier)
-        tier = max(shares, key=lambda tier: (shares[tier], order.index(tier)))
-        reason = "the hints' tier"
-        if need.must_reside and tier is not Tier.HBM:
-            tier, reason = Tier.HBM, "other blocks compute inside it"
-        resident = tier is Tier.HBM
-        placements[need.name] = Placement(
-            tier=tier,
-            precision=need.precision,
-            state=placed_state(tier, need.precision, computed_as_is=need.computed_as_is),
-            reason=reason,
-            resident_bytes=need.resident_bytes if resident else 0,
-            stored_bytes=need.stored_bytes,
-            unit_bytes=() if resident else need.unit_bytes,
-        )
-    units = [size for placement in placements.values() for size in placement.unit_bytes]
-    saved = sum(need.resident_bytes for need in needs if placements[need.name].tier is not Tier.HBM)
-    slot_bytes = max(units, default=0)
-    return Plan(
-        placements=placements,
-        slot_bytes=slot_bytes,
-        num_slots=0 if not units else 2 if len(units) > 1 and 4 * slot_bytes < saved else 1,
-        scratch_bytes=scratch,
-        budget={},
-        predicted=PassTime(0.0, 0.0, 0.0, 0),
-    )
-
-
-def _served_tier(block: str, tier: Tier, device: torch.device, mode: Mode) -> Tier:
-    """Return where a tier's blocks are on this machine; refuses tiers that it lacks."""
-    if mode == "emulated":
-        return tier
-    if tier not in _REAL_TIERS:
-        raise InputError(
-            f"block {block!r}: real mode has no {tier} tier; use HBM, CPU, CXL or SSD, or "
-            "mode='emulated'"
-        )
-    return Tier.HBM if tier is Tier.CPU and device.type == "cpu" else tier
 
 
 def _resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:

@@ -94,10 +94,9 @@ class Forwards:
             _GroupHook(self, groups).install(self._model.get_submodule(module_name), self._handles)
         for name in _containers(users):
             self._install_entry(self._model.get_submodule(name))
-        lossy = self._residency.lossy_parameters()
         for module in self._model.modules():
-            if any(id(parameter) in lossy for parameter in module._parameters.values()):
-                self._handles.append(module.register_state_dict_pre_hook(_refuse_state_dict))  # type: ignore[no-untyped-call]
+            if module._parameters:
+                self._handles.append(module.register_state_dict_pre_hook(self._check_state_dict))  # type: ignore[no-untyped-call]
         # Last and in front: it sees each forward begin before any group is acquired.
         begin = self._model.register_forward_pre_hook(
             self._begin_forward, prepend=True, with_kwargs=True
@@ -130,6 +129,14 @@ class Forwards:
             module.register_forward_pre_hook(begin, prepend=True),
             module.register_forward_hook(end, always_call=True),
         ]
+
+    def _check_state_dict(self, module: nn.Module, *args: Any) -> None:
+        lossy = self._residency.lossy_parameters()
+        if any(id(parameter) in lossy for parameter in module._parameters.values()):
+            raise PlacementError(
+                "weights are held compressed, and a state_dict would have them for good: detach "
+                "first"
+            )
 
     def _begin_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -368,10 +375,4 @@ def _refuse_apply(*args: Any, **kwargs: Any) -> None:
     raise PlacementError(
         "the model's weights are placed by a runtime: detach it before moving, converting or "
         "loading the model"
-    )
-
-
-def _refuse_state_dict(*args: Any) -> None:
-    raise PlacementError(
-        "weights are held compressed, and a state_dict would have them for good: detach first"
     )

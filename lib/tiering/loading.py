@@ -52,11 +52,12 @@ def load(access: Access, held: Held, stored: Stored) -> None:
 
 def encode(access: Access, held: Held) -> None:
     """Make compressed weights from the originals."""
+    copy = not access.originals.from_checkpoint  # not a part of larger memory
     made: dict[str, CompressedWeight] = {}
     plain: list[tuple[Part, Tensor]] = []
     for part, start, data, record in payload_pieces(held.payload, access.originals.read):
         if record is None:
-            plain.append((part, data.to(access.device)))
+            plain.append((part, data.to(access.device, copy=copy)))
             continue
         if part.parameter not in made:
             made[part.parameter] = _allocate(access, part)

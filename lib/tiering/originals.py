@@ -6,7 +6,7 @@ until detach, so that whoever else refers to them sees the weights, too; and its
 get the checkpoint's values.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ class Originals:
         self._trainable = {name for name, value in self._given.items() if value.requires_grad}
         self.parameters: Mapping[str, nn.Parameter] = self._given
         """The parameters to work on, by canonical name."""
+        self.stored: dict[str, Callable[[int | None, int | None], Tensor]] = {}
+        """How to read those that are held compressed, whole (None) or rows [start, end)."""
         self.shapes = {
             name: torch.empty_strided(
                 value.size(), value.stride(), dtype=value.dtype, device="meta"
@@ -128,6 +130,8 @@ class Originals:
                     shape.size(), shape.stride(), dtype=shape.dtype
                 ).copy_(weights)
             return weights
+        if name in self.stored:
+            return self.stored[name](start, end)
         weights = self.parameters[name].data
         return (weights if start is None else weights[start:end]).cpu()
 
@@ -138,8 +142,8 @@ class Originals:
         return self.contents(name)
 
     def contents(self, name: str) -> str:
-        """Name what a parameter has in memory, by the bytes."""
-        weights = self.parameters[name].data
+        """Name what a parameter has in memory, or had before it was compressed, by the bytes."""
+        weights = self.read(name) if name in self.stored else self.parameters[name].data
         flat = weights.as_strided((weights.numel(),), (1,), weights.storage_offset()).cpu()
         return xxhash.xxh3_128_hexdigest(byte_view(flat.view(torch.uint8)))
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -61,14 +62,18 @@ class Residency:
     def apply(
         self,
         plan: Plan,
+        payloads: Mapping[str, Payload],
         schedule: Sequence[Step],
+        moves: Sequence[str],
         *,
         progress: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
-        """Carry a plan out: first what leaves fast memory, then the slots, then what comes in.
+        """Carry a plan out: slots go, blocks move one after the other, slots are made anew.
 
-        ``schedule`` has the uses in the order in which they are likely to come. May be called
-        again with another plan of the same precisions, while nothing is held.
+        ``payloads`` has the groups at the precisions of the plan; those held at another one are let
+        go of first, and made from the originals. ``moves`` names what moves, in an order that the
+        veto has found to keep the budgets; ``schedule`` has the uses in the order in which they are
+        likely to come. May be called again while nothing is held.
         """
         self.end_holds()
         for held in self._held.values():
@@ -76,26 +81,36 @@ class Residency:
                 self.access.refuse_written(held)
         self._prefetcher.drain()
         self.access.prefetcher = Prefetcher(self._link, 0, [])  # what fails below leaves no slots
+        self._link.make_slots(0, 0)
+        for name, held in self._held.items():
+            if payloads[name].precision is not held.payload.precision:
+                self._let_go(held, payloads[name])
+            elif held.tier is Tier.HBM and not _has_room(plan, held):
+                self._forget_stored(held)
+        self._sweep()
         self._make_scratch(plan)
-        for name, held in self._held.items():
-            tier = plan.placements[name].tier
-            if tier is not Tier.HBM and tier is not held.tier:
+        for name in moves:
+            held, tier = self._held[name], plan.placements[name].tier
+            if tier is held.tier:
+                continue
+            before = held.stored
+            if tier is not Tier.HBM:
                 self._send_off(held, tier)
-                progress(held.payload.num_bytes)
+            else:
+                self._bring_in(held, store=not plan.budget or plan.limit(Tier.SSD) is None)
+                if not _has_room(plan, held):
+                    self._forget_stored(held)
+            if before not in (None, held.stored):
+                self._sweep()
+            progress(held.payload.num_bytes)
         self._link.make_slots(plan.num_slots, plan.slot_bytes)
-        for name, held in self._held.items():
-            if plan.placements[name].tier is Tier.HBM and held.tier is not Tier.HBM:
-                self._bring_in(held, store=Tier.SSD in plan.budget or not plan.budget)
-                progress(held.payload.num_bytes)
         units = [
             unit for step in schedule if not step.lookup for unit in self._held[step.block].units
         ]
         self.access.prefetcher = Prefetcher(
             self._link, plan.num_slots, units, slot_bytes=plan.slot_bytes
         )
-        kept = [held.stored for held in self._held.values() if held.stored is not None]
-        kept += [held.native[0] for held in self._held.values() if held.native is not None]
-        self._archive.keep_only(set(kept))
+        self._sweep()
         _trim_heap()
         measured = self.resident_bytes()
         assert self._emulated or measured <= plan.fast_bytes, (measured, plan.fast_bytes)
@@ -229,7 +244,7 @@ class Residency:
             except (PlacementError, OSError, RuntimeError, MemoryError) as error:
                 # RuntimeError: out of memory, as torch says it.
                 failures |= dict.fromkeys((part.parameter for part in held.payload.parts), error)
-                self._forbid(held, error)
+                self._forbid(held, error, all_parts=False)
         self._originals.restore(list(failures))
         if failures:
             name, reason = next(iter(failures.items()))
@@ -243,15 +258,19 @@ class Residency:
     def _make_scratch(self, plan: Plan) -> None:
         """Allocate working memory for compressed weights, and the buffer of embedding lookups."""
         lossy = any(held.payload.lossy for held in self._held.values())
-        if lossy and self.access.scratch is None:
+        if not lossy:
+            self.access.scratch = None
+        elif self.access.scratch is None:
             self.access.scratch = Scratch(SCRATCH_BYTES, self._device)
         lookups = [
             lookup_bytes(held.payload)
             for name, held in self._held.items()
             if plan.placements[name].tier is not Tier.HBM
         ]
-        if max(lookups, default=0) > self.access.lookup.numel():
-            self.access.lookup = aligned_buffer(max(lookups))
+        size = max(lookups, default=0)
+        if size != self.access.lookup.numel():
+            self.access.lookup = torch.empty(0, dtype=torch.uint8)
+            self.access.lookup = aligned_buffer(size) if size else self.access.lookup
 
     # -- moves between tiers -----------------------------------------------------------------------
 
@@ -277,15 +296,17 @@ class Residency:
         held.tier = tier
         self.access.hide(held)
         held.versions, held.digest = self.access.versions(held), None
+        self._note_originals(held)
 
     def _bring_in(self, held: Held, *, store: bool) -> None:
         """Put a group into fast memory for good. ``store``: what is made for it on the way may be
         kept on the disk, for the next run.
         """
         payload = held.payload
-        if held.tier is None and not payload.lossy:
+        if held.stored is None and not payload.lossy:
             take_over(self.access, held)
-        elif held.stored is None and not store and self._originals.from_checkpoint:
+        elif held.stored is None and not store:
+            self._keep_native(held)
             encode(self.access, held)
         else:
             if held.stored is None:
@@ -295,8 +316,36 @@ class Residency:
         held.units = ()
         held.tier = Tier.HBM
         held.versions = self.access.versions(held)
+        self._note_originals(held)
         if self._originals.from_checkpoint and not payload.lossy:
             held.digest = self._contents(held)
+
+    def _let_go(self, held: Held, payload: Payload) -> None:
+        """Drop what is held of a group, which is then made from the originals as another payload.
+
+        Nothing can compute with its parameters in between.
+        """
+        held.payload = payload
+        if payload.lossy:
+            self._keep_native(held)
+        elif held.native is not None:
+            held.native = held.native[0], payload
+        held.stored = None if payload.lossy or held.native is None else held.native[0]
+        held.units, held.tier = (), None
+        self._note_originals(held)
+        self._forbid(held, "they were let go of, and could not be made again")
+
+    def _forget_stored(self, held: Held) -> None:
+        """Keep no copy of a group that is in fast memory."""
+        held.stored = None
+        if not held.payload.lossy:
+            held.native = None
+
+    def _sweep(self) -> None:
+        """Free what nothing refers to any more."""
+        kept = [held.stored for held in self._held.values() if held.stored is not None]
+        kept += [held.native[0] for held in self._held.values() if held.native is not None]
+        self._archive.keep_only(set(kept))
 
     def _contents(self, held: Held) -> str:
         """Return a key for what a group's parameters have in memory now."""
@@ -319,30 +368,40 @@ class Residency:
 
     def _keep_native(self, held: Held) -> None:
         """See to it that the original weights are stored before they leave memory."""
-        if held.native is not None or self._originals.from_checkpoint:
+        if self._originals.from_checkpoint:
             return
         payload = held.payload
-        if payload.lossy:
+        if not payload.lossy:
+            assert held.stored is not None
+            held.native = held.stored, payload
+        elif held.native is None:
             shapes = self._originals.shapes
             native = make_payload(payload.group, self._originals.model, shapes, None)
             held.native = self._archive.put(native, Tier.SSD), native
-        else:
-            assert held.stored is not None
-            held.native = held.stored, payload
 
-    def _forbid(self, held: Held, error: BaseException) -> None:
-        """Let nothing compute with what stands for weights that could not be restored."""
+    def _note_originals(self, held: Held) -> None:
+        """Say where the weights of a group are read that have left its parameters for good."""
+        for part in held.payload.parts:
+            self._originals.stored.pop(part.parameter, None)
+            if held.payload.lossy and held.native is not None:
+                read = partial(self._archive.original, *held.native, part.parameter)
+                self._originals.stored[part.parameter] = read
+
+    def _forbid(self, held: Held, reason: object, *, all_parts: bool = True) -> None:
+        """Let nothing compute with what stands for weights that are not there; not ``all_parts``:
+        leave those that are.
+        """
 
         def refuse() -> contextlib.AbstractContextManager[None]:
             raise PlacementError(
-                f"weights of {held.payload.group.name} could not be restored ({error}): free "
+                f"weights of {held.payload.group.name} could not be restored ({reason}): free "
                 "memory and detach the runtime again, or reload the model"
             )
 
         held.resident.clear()
         for part in held.payload.parts:
             parameter = self.access.parameter(part)
-            if isinstance(parameter, OffloadedParameter):
+            if all_parts or isinstance(parameter, OffloadedParameter):
                 shape = self._originals.shapes[part.parameter]
                 set_away(parameter, shape, refuse, placeholder=_placeholder(part))
 
@@ -364,6 +423,11 @@ class Residency:
         held.native, held.stored, held.tier = None, None, None
         held.units = ()
         held.resident.clear()
+
+
+def _has_room(plan: Plan, held: Held) -> bool:
+    """Say whether the tier of a group's stored copy has room for more than the plan counts."""
+    return held.stored is None or plan.limit(held.stored[0]) is None
 
 
 def _placeholder(part: Part) -> torch.Tensor:

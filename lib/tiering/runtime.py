@@ -6,7 +6,7 @@ measurement raised: each makes a plan, and no plan is carried out that the veto 
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -23,6 +23,7 @@ from ..units import format_bytes
 from .emulation import EmulatedLink
 from .hooks import Forwards
 from .payload import Group
+from .planning import Planning
 from .residency import Residency
 from .specs import Clock, EmulationSpec
 from .telemetry import BlockStats, Recorder, Stats
@@ -40,7 +41,7 @@ class Runtime:
         blocks: tuple[Block, ...],
         residency: Residency,
         plan: Plan,
-        make_plan: Callable[[Mapping[str, str | int | None], Sequence[Step]], Plan],
+        planning: Planning,
         veto: Veto,
         *,
         emulated: EmulatedLink | None,
@@ -57,7 +58,9 @@ class Runtime:
         self._model = model
         self._blocks = {block.name: block for block in blocks}
         self._residency = residency
-        self._make_plan = make_plan
+        self._planning = planning
+        self._payloads = planning.payloads
+        """What groups are held as."""
         self._labels = labels
         self._broken: str | None = None
         """Why nothing can run: moving weights has failed half-way."""
@@ -119,12 +122,12 @@ class Runtime:
                 raise PlacementError("the budget can't be changed after detach: attach again")
             self._forwards.refuse_other_processes()
             self._forwards.check_idle()
-            self._carry_out(self._make_plan(budget, self._forwards.schedule))
+            self._carry_out(self._planning.make_plan(budget, self._forwards.schedule))
 
     @contextlib.contextmanager
     def limited(self, budget: Mapping[str, str | int | None]) -> Iterator[Self]:
         """Run under another budget for a while; the plan before comes back."""
-        before, labels = self.plan, self._labels
+        before, labels, payloads = self.plan, self._labels, self._payloads
         self.budget = dict(budget)
         try:
             yield self
@@ -132,6 +135,10 @@ class Runtime:
             with self._forwards.lock:
                 if not self._detached:
                     self._forwards.check_idle()
+                    if self._payloads is not payloads:  # a measurement has raised floors meanwhile
+                        schedule = self._forwards.schedule
+                        limits = {str(tier): size for tier, size in before.budget.items()}
+                        before = self._planning.make_plan(limits, schedule)
                     self._carry_out(before, labels)
 
     @property
@@ -173,25 +180,24 @@ class Runtime:
         return self.veto.audit
 
     def check_quality(self, measure: Measure) -> Record:
-        """Measure the KL of the model as it runs, and raise floors where it is above epsilon.
+        """Measure the KL of the model as it runs; while it is above epsilon, raise floors and hold
+        the blocks that are below them more precisely, within the present budget.
 
-        ``measure`` runs forwards on held-out text. Where a block is below its floor then, the model
-        refuses to go on: detach, and attach with hints that have the floors
-        (``lib.precision.floors.raise_floors(hints, runtime.veto.ledger.floors)``). Raises
-        PlacementError where all weights are lossless already and the KL is above epsilon all the
-        same: it is of another model then, or another text encoding.
+        ``measure`` runs forwards on held-out text. Returns the record of the last measurement, one
+        that epsilon admits. Raises PlacementError where the budget doesn't hold the raised floors,
+        or the original weights can't be read: nothing runs then until a larger budget is set, or
+        the model detached. And where all weights are lossless already and the KL is above epsilon
+        all the same: it is of another model then, or another text encoding.
         """
         with self._forwards.lock:
             if self._detached:
                 raise PlacementError("quality can't be measured after detach: attach again")
-            record = self.veto.judge_measured(measure())
-            if low := self.veto.check_held():
-                self._broken = (
-                    f"{record.reason}; detach, and attach again with floors raised (such as block "
-                    f"{low[0]!r} to {self.veto.ledger.floors[low[0]]})"
-                )
-            elif not record.accepted:
-                raise PlacementError(record.reason)
+            self._forwards.refuse_other_processes()
+            self._forwards.check_idle()
+            while not (record := self.veto.judge_measured(measure())).accepted:
+                if not self.veto.below_floors():
+                    raise PlacementError(record.reason)
+                self._raise_floors(record)
             return record
 
     @property
@@ -252,13 +258,21 @@ class Runtime:
         """Move what must move, unless the veto refuses; where that fails the plan before is carried
         out again.
         """
-        self.veto.check_plan(plan)
+        payloads = self._planning.payloads
+        moves = self.veto.judge(plan)
         with torch.inference_mode(mode=False), torch.no_grad():
             try:
-                self._residency.apply(plan, self._forwards.schedule)
+                self._residency.apply(plan, payloads, self._forwards.schedule, moves)
             except BaseException as error:
+                # The way there, backwards; what was made anew had been let go of first.
+                made = [
+                    name
+                    for name in moves
+                    if payloads[name].precision is not self._payloads[name].precision
+                ]
+                back = [name for name in reversed(moves) if name not in made] + made
                 try:
-                    self._residency.apply(self.plan, self._forwards.schedule)
+                    self._residency.apply(self.plan, self._payloads, self._forwards.schedule, back)
                 except BaseException as again:
                     self._broken = (
                         f"weights could not be moved ({error}), nor back ({again}): free memory "
@@ -267,7 +281,7 @@ class Runtime:
                 raise
         self._broken = None
         self.veto.adopt(plan)
-        self.plan, self._labels = plan, labels
+        self.plan, self._payloads, self._labels = plan, payloads, labels
         for group in self._residency.groups:
             for block in group.blocks:
                 self._recorder.blocks[block.name].tier = str(self._tier_of(group, block))
@@ -275,12 +289,28 @@ class Runtime:
             self._residency.resident_bytes() - self._recorder.resident_bytes
         )
 
+    def _raise_floors(self, record: Record) -> None:
+        """Hold blocks at the floors that a measurement has raised, or let nothing run."""
+        self._broken = record.reason
+        self._planning.set_floors(self.veto.ledger.floors)
+        try:
+            plan = self._planning.make_plan(self.budget, self._forwards.schedule)
+            self._carry_out(plan, self._labels)
+        except Exception as error:
+            self._broken = (
+                f"{record.reason}, and they can't be raised here: {error}; set a larger "
+                "runtime.budget, or detach"
+            )
+            raise PlacementError(self._broken) from error
+
     def _step_down(self, error: BaseException) -> None:
         """Take less fast memory after an out-of-memory, so that the next forward has room."""
         tiers = {str(tier): size for tier, size in self.plan.budget.items()} or {"SSD": None}
         smaller = int(self.plan.fast_bytes * _STEP_DOWN)
         try:
-            self._carry_out(self._make_plan({**tiers, "HBM": smaller}, self._forwards.schedule))
+            self._carry_out(
+                self._planning.make_plan({**tiers, "HBM": smaller}, self._forwards.schedule)
+            )
         except Exception as refusal:  # raised from a hook, it would hide the out-of-memory
             error.add_note(f"the runtime can't do with less fast memory: {refusal}")
             return
@@ -299,7 +329,7 @@ class Runtime:
     def _plan_again(self) -> None:
         """Give a slot to weights that were used whole, so that they stay within the budget."""
         try:
-            self._carry_out(self._make_plan(self.budget, self._forwards.schedule))
+            self._carry_out(self._planning.make_plan(self.budget, self._forwards.schedule))
         except Exception as refusal:  # the forward itself has gone well
             self._final_plan = self.plan
             warnings.warn(

@@ -1,0 +1,207 @@
+"""From a budget to a plan: what a model's groups are held as, what they need, and where they go.
+
+Without a budget every group goes where its hints say; with one, the planner decides. Floors that a
+measurement has raised change what groups are held as, and with that every plan that follows.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..blocks import Block
+from ..errors import InputError
+from ..hints import Hints, Precision, Tier
+from ..machine import MachineProfile
+from ..policy.plan import BlockNeed, Placement, Plan, Step, definition_schedule
+from ..policy.planner import make_plan
+from ..policy.states import placed_state
+from ..policy.timeline import PassTime
+from ..units import parse_bytes
+from .emulation import EmulatedLink
+from .needs import PrecisionChoice, block_needs, make_payloads, scratch_bytes
+from .payload import Payload
+from .reserve import leave_room, original_bytes, with_originals
+
+Mode = Literal["real", "emulated"]
+Budget = Mapping[str, str | int | None]
+"""Tier -> size ("700MiB", 1.5e9 as an int, None: no limit). Tiers left out are not used."""
+_REAL_TIERS = frozenset({Tier.HBM, Tier.CPU, Tier.CXL, Tier.SSD})
+
+
+class Planning:
+    """Makes the plans of one model. ``tiers``: those of the hints by block, for plans without a
+    budget; ``precision`` None: lossless, or with ``at_floors`` what the floors allow.
+    ``keeps_originals``: those of compressed weights have to be stored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        hints: Hints | None,
+        *,
+        precision: PrecisionChoice,
+        at_floors: bool,
+        floors: Mapping[str, Precision],
+        tiers: Mapping[str, Tier],
+        device: torch.device,
+        mode: Mode,
+        machine: MachineProfile,
+        keeps_originals: bool,
+        emulated: EmulatedLink | None,
+    ) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._hints = hints
+        self._precision = precision
+        self._at_floors = at_floors
+        self._tiers = tiers
+        self._device = device
+        self._mode: Mode = mode
+        self._machine = machine
+        self._keeps_originals = keeps_originals
+        self._emulated = emulated
+        self.payloads: dict[str, Payload] = {}
+        """What each group is held as in the plans that are made now."""
+        self.set_floors(floors)
+
+    @property
+    def schedule(self) -> tuple[Step, ...]:
+        """The uses to expect before a forward was traced."""
+        return definition_schedule(self._needs)
+
+    def set_floors(self, floors: Mapping[str, Precision]) -> None:
+        """Hold every group as asked for, but none below its floor, from the next plan on."""
+        self.payloads = make_payloads(
+            self._model,
+            self._blocks,
+            precision=floors if self._at_floors else self._precision,
+            floors=floors,
+        )
+        self._needs: list[BlockNeed] = block_needs(
+            self._model,
+            self.payloads,
+            hints=self._hints,
+            device=self._device,
+            machine=self._machine,
+        )
+
+    def make_plan(self, budget: Budget | None, schedule: Sequence[Step]) -> Plan:
+        """Plan within a budget, or None (or empty) by the hints.
+
+        Raises InputError for a budget that is none, or too small, with the smallest that works.
+        """
+        scratch = scratch_bytes(self.payloads.values())
+        kept = 0
+        if self._keeps_originals:
+            kept = original_bytes(self._model, self.payloads.values())
+        if budget:
+            parsed = parse_budget(budget, self._device, self._mode)
+            room = leave_room(parsed, kept)
+            plan = make_plan(self._needs, schedule, room, self._machine, scratch)
+        else:
+            parsed, plan = {}, self._plan_by_hints(scratch)
+        if self._emulated is not None:
+            self._emulated.check(plan)
+        return with_originals(plan, parsed, kept)
+
+    def _plan_by_hints(self, scratch: int) -> Plan:
+        """Put every group where the hints of its blocks say: where most of its bytes should be.
+
+        What computes around other groups stays in fast memory. One slot, and two where they cost
+        less than half of what leaving saves.
+        """
+        placements = {}
+        for need in self._needs:
+            shares: dict[Tier, int] = {}
+            for block in self.payloads[need.name].group.blocks:
+                tier = self._served_tier(block.name)
+                shares[tier] = shares.get(tier, 0) + block.num_bytes
+            order = list(Tier)
+            tier = max(shares, key=lambda tier: (shares[tier], order.index(tier)))
+            reason = "the hints' tier"
+            if need.must_reside and tier is not Tier.HBM:
+                tier, reason = Tier.HBM, "other blocks compute inside it"
+            resident = tier is Tier.HBM
+            placements[need.name] = Placement(
+                tier=tier,
+                precision=need.precision,
+                state=placed_state(tier, need.precision, computed_as_is=need.computed_as_is),
+                reason=reason,
+                resident_bytes=need.resident_bytes if resident else 0,
+                stored_bytes=need.stored_bytes,
+                unit_bytes=() if resident else need.unit_bytes,
+            )
+        units = [size for placement in placements.values() for size in placement.unit_bytes]
+        saved = sum(
+            need.resident_bytes
+            for need in self._needs
+            if placements[need.name].tier is not Tier.HBM
+        )
+        slot_bytes = max(units, default=0)
+        return Plan(
+            placements=placements,
+            slot_bytes=slot_bytes,
+            num_slots=0 if not units else 2 if len(units) > 1 and 4 * slot_bytes < saved else 1,
+            scratch_bytes=scratch,
+            budget={},
+            predicted=PassTime(0.0, 0.0, 0.0, 0),
+        )
+
+    def _served_tier(self, block: str) -> Tier:
+        """Return where a block is on this machine; refuses tiers that it lacks."""
+        tier = self._tiers[block]
+        if self._mode == "emulated":
+            return tier
+        if tier not in _REAL_TIERS:
+            raise InputError(
+                f"block {block!r}: real mode has no {tier} tier; use HBM, CPU, CXL or SSD, or "
+                "mode='emulated'"
+            )
+        return Tier.HBM if tier is Tier.CPU and self._device.type == "cpu" else tier
+
+
+def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, int | None]:
+    """Read a budget; raises InputError for unknown tiers, sizes that are none, and a missing HBM.
+
+    Without an accelerator host memory is the fast tier itself: a CPU budget is then HBM's, or,
+    beside one, without effect (a warning says so), but for emulation, where it is a tier of its
+    own.
+    """
+    check_names_tiers(budget)
+    parsed: dict[Tier, int | None] = {}
+    for name, size in budget.items():
+        if name not in list(Tier):
+            raise InputError(f"budget for unknown tier {name!r}; allowed: {', '.join(Tier)}")
+        if mode == "real" and Tier(name) not in _REAL_TIERS:
+            raise InputError(
+                f"real mode has no {name} tier; use {', '.join(sorted(_REAL_TIERS))}, or "
+                "mode='emulated'"
+            )
+        parsed[Tier(name)] = None if size is None else parse_bytes(size)
+    if device.type == "cpu" and mode == "real" and Tier.CPU in parsed:
+        limit = parsed.pop(Tier.CPU)
+        if Tier.HBM in parsed:
+            warnings.warn(
+                "a CPU budget has no effect here: without an accelerator, HBM is the RAM",
+                stacklevel=4,
+            )
+        else:
+            parsed[Tier.HBM] = limit
+    if Tier.HBM not in parsed:
+        raise InputError(
+            f"budget {dict(budget)!r} has no HBM, the memory of the compute device: give one, such "
+            'as {"HBM": "700MiB", "SSD": None}'
+        )
+    return parsed
+
+
+def check_names_tiers(budget: Any) -> None:
+    """Raise InputError for a budget that is no mapping."""
+    if not isinstance(budget, Mapping):
+        raise InputError(
+            f'budget {budget!r} names no tiers: give sizes by tier, such as {{"HBM": "700MiB"}}'
+        )
