@@ -42,6 +42,7 @@ from lib.tiering import (
     load_specs,
     specs_to_json,
 )
+from scripts.canary import Canary
 from scripts.cli import emit_json, run_main
 from scripts.inputs import (
     cast_weights,
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokens_source": text.source,
         "perplexity_tokens": bench.perplexity_tokens,
         "spec": None if emulation is None else specs_to_json(emulation),
-        **measure(bench, hints, emulation, args=args),
+        **measure(bench, text.tokens, hints, emulation, args=args),
     }
     print(benchmark_sections(document), end="\n\n")
     emit_json(document, args.json)
@@ -101,7 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(
-    bench: ForwardBench, hints: Hints, emulation: EmulationSpec | None, *, args: argparse.Namespace
+    bench: ForwardBench,
+    tokens: torch.Tensor,
+    hints: Hints,
+    emulation: EmulationSpec | None,
+    *,
+    args: argparse.Namespace,
 ) -> Fields:
     """Run the baseline if it was asked for, the tiered model, and the baseline's second half."""
     # Where weights really leave the device its allocator says what the model needs; elsewhere the
@@ -112,6 +118,7 @@ def measure(
     impact: Fields | None = None
     compressed = args.precision is not None or args.epsilon is not None
     measured: Quality | None = None
+    canary: Canary | None = None
     num_before = (args.num_iterations + 1) // 2
     with tempfile.TemporaryDirectory() as folder:
         logits = Path(folder) / "logits.safetensors"
@@ -121,6 +128,15 @@ def measure(
             bench.save_logits(logits)
             if compressed:
                 bench.save_reference(Path(folder))
+            if args.epsilon is not None:
+                canary = Canary(
+                    bench.model,
+                    tokens,
+                    Path(folder) / "canary",
+                    batch_size=args.batch_size,
+                    every=args.canary,
+                    device=bench.device,
+                )
             before, memory = bench.run("baseline", iterations=num_before)
             baseline = {**memory, "bytes_moved_per_forward": 0, "perplexity": perplexity}
         bench.release_memory()
@@ -131,6 +147,7 @@ def measure(
             budget=None if args.budget is None else read_budget(args.budget),
             precision=args.precision,
             epsilon=args.epsilon,
+            measure=None if canary is None else canary.measure,
             emulation=emulation,
             device=bench.device,
         ) as runtime:
@@ -139,13 +156,14 @@ def measure(
                 iterations=args.num_iterations,
                 virtual_seconds=lambda: runtime.virtual_seconds,
                 on_warm=runtime.reset_stats,
+                after_pass=lambda passes: canary.after_pass(runtime, passes) if canary else None,
             )
             stats = runtime.stats()
             tiered: Fields = {**memory, "perplexity": bench.perplexity("tiered")}
             if baseline is not None:
                 impact = bench.compare_logits(logits)
                 measured = bench.compare_reference(Path(folder)) if compressed else None
-            quality = _quality(runtime) if compressed else None
+            quality = _quality(runtime, canary) if compressed else None
     if baseline is not None:
         after, _ = bench.run("baseline again", iterations=args.num_iterations - num_before)
         drift = _percent(statistics.median(after), statistics.median(before)) if after else None
@@ -168,12 +186,13 @@ def measure(
     }
 
 
-def _quality(runtime: Runtime) -> Fields:
-    """Return what blocks are held in, and what the veto knows of that."""
+def _quality(runtime: Runtime, canary: Canary | None) -> Fields:
+    """Return what blocks are held in, what the veto knows of that, and what the canary found."""
     places = [place.precision for place in runtime.plan.placements.values()]
     return {
         "precisions": {str(p): places.count(p) for p in Precision if p in places},
         "veto": runtime.veto.to_json(),
+        "canary": None if canary is None else canary.to_json(runtime),
     }
 
 
@@ -212,6 +231,7 @@ def _describe(args: argparse.Namespace, model: torch.nn.Module, device: torch.de
         "budget": args.budget,
         "precision": args.precision,
         "epsilon": args.epsilon,
+        "canary": args.canary,
         "spec_file": None if args.spec is None else str(args.spec),
         "batch_size": args.batch_size,
         "num_iterations": args.num_iterations,
@@ -295,9 +315,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
         ("--seq-length", args.seq_length, 2),
         ("--num-iterations", args.num_iterations, 1),
         ("--warmup", args.warmup, 0),
+        ("--canary", args.canary, 1),
     ):
         if value is not None and value < least:
             raise InputError(f"{flag} {value} is too small: give {least} or more")
+    if args.canary is not None and args.epsilon is None:
+        raise InputError("--canary has no effect without --epsilon: give both, or neither")
     if args.epsilon is not None:
         parse_epsilon(args.epsilon)
         args.baseline = True  # a bound on the KL from the full model is judged beside that model
@@ -395,6 +418,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BOUND",
         help="fewest bytes within this KL from the full model: 0.02 (nats per token) or ppl=1.02; "
         "needs calibrated hints, and implies --baseline (default: no bound)",
+    )
+    tiers.add_argument(
+        "--canary",
+        type=int,
+        metavar="N",
+        help="with --epsilon, measure the KL again after every N timed passes, on 16 "
+        "held-out sequences, and hold blocks more precisely where it is above (default: once, before)",
     )
     tiers.add_argument(
         "--spec",

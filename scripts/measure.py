@@ -69,11 +69,13 @@ class ForwardBench:
         iterations: int,
         virtual_seconds: Callable[[], float] = lambda: 0.0,
         on_warm: Callable[[], None] = lambda: None,
+        after_pass: Callable[[int], None] = lambda num_passes: None,
     ) -> tuple[list[float], dict[str, Any]]:
         """Return seconds per timed pass, and the peak memory while they ran.
 
         ``virtual_seconds`` reads an emulated clock; what it advances during a pass is added to the
-        pass. ``on_warm`` is called between warm-up and timing.
+        pass. ``on_warm`` is called between warm-up and timing, ``after_pass`` with the number of
+        timed passes after each, outside its time.
         """
         self.release_memory()
         for index in self._show(range(self.warmup), f"{name}: warm-up"):
@@ -90,6 +92,7 @@ class ForwardBench:
             self._forward(batch)
             elapsed = time.perf_counter() - start
             seconds.append(elapsed + virtual_seconds() - virtual_start)
+            after_pass(len(seconds))
         memory: dict[str, Any] = {"peak_rss_bytes": peak_rss() if can_reset else None}
         if self.device.type == "cuda":
             memory["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(self.device)

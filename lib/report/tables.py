@@ -302,6 +302,10 @@ def _quality_rows(document: Document) -> list[_Row]:
         ]
     if veto["predicted_nats"] is not None:
         rows.append(("KL, predicted", f"{veto['predicted_nats']:.5f} nats", ""))
+    if (canary := quality.get("canary")) is not None:
+        raised, count = canary["floors_raised"], len(canary["measured"])
+        note = f"in {count} measurement{'s' * (count != 1)} of {canary['sequences']} sequences"
+        rows.append(("floors raised", f"{raised} time{'s' * (raised != 1)}", note))
     measured, baseline = quality["measured"], document["baseline"]
     if measured is None:
         return [*rows, ("KL, measured", "", "give --baseline")]

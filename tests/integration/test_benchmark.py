@@ -462,6 +462,31 @@ def test_under_epsilon_predicted_and_measured_quality_are_shown(
         assert name in section
 
 
+def test_a_canary_finds_out_hints_that_promise_too_much(
+    calibrated: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hints = load_hints(calibrated.hints)
+    blocks = {
+        name: replace(hint, kl={p: kl * 1e-5 for p, kl in hint.kl.items()})
+        for name, hint in hints.blocks.items()
+    }
+    save_hints(replace(hints, blocks=blocks), tmp_path / "hints.json")
+    flags = ("--mode", "real", "--epsilon", "2e-5", "--canary", "1", "--budget", "HBM=1GiB,SSD=")
+    hopeful = replace(calibrated, hints=tmp_path / "hints.json")
+    code, document, text, _ = run(hopeful.arguments(*flags), capsys)
+    assert code == 0
+    canary, measured = document["quality"]["canary"], document["quality"]["measured"]
+    assert canary["floors_raised"] > 0
+    # The joint check, each time that floors were raised, and after each timed pass.
+    assert len(canary["measured"]) == 1 + canary["floors_raised"] + document["num_iterations"]
+    assert canary["measured"][0][1] > 2e-5 >= canary["measured"][-1][0]
+    assert measured["kl_nats"] <= 2e-5
+    assert "floors raised" in text
+
+    code, _, _, error = run(calibrated.arguments("--canary", "1"), capsys)
+    assert code == 2 and "--canary has no effect without --epsilon" in error
+
+
 def test_epsilon_without_calibration_is_refused_and_implies_the_baseline(
     checkpoint: Checkpoint, calibrated: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
