@@ -199,6 +199,8 @@ class BenchConfig:
     precision: PrecisionName
     epsilon: str  # nats per token, or ppl=RATIO; empty: no bound
     both_modes: bool
+    allocations: bool  # compared at equal bytes
+    kv_cache: bool  # compared by the precision of its layers, which are ranked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +276,8 @@ def build_config(symbols: Symbols) -> Config:
             precision=symbols.option(_PRECISIONS),
             epsilon=symbols.text("BENCH_EPSILON"),
             both_modes=symbols.flag("BENCH_BOTH_MODES"),
+            allocations=symbols.flag("BENCH_ALLOCATIONS"),
+            kv_cache=symbols.flag("BENCH_KV_CACHE"),
         ),
         report=ReportConfig(html=symbols.flag("REPORT_HTML"), dpi=symbols.integer("REPORT_DPI")),
     )

@@ -423,8 +423,8 @@ def _parser() -> argparse.ArgumentParser:
         "--canary",
         type=int,
         metavar="N",
-        help="with --epsilon, measure the KL again after every N timed passes, on 16 "
-        "held-out sequences, and hold blocks more precisely where it is above (default: once, before)",
+        help="with --epsilon, measure the KL again after every N timed passes, on 16 held-out "
+        "sequences, and hold blocks more precisely where it is above (default: once, before)",
     )
     tiers.add_argument(
         "--spec",

@@ -29,6 +29,9 @@ CONTENTS = {
     "benchmark_emulated.json": "what emulated tiers cost",
     "benchmark_real.json": "what real offload costs and saves",
     "fisher_diag.safetensors": "the Fisher information of every parameter",
+    "allocations.json": "allocations of precision at equal bytes",
+    "kv_cache.json": "caches whose layers have different precisions",
+    "layers.json": "the layers, least sensitive first",
     "metrics.jsonl": "loss, learning rate and gradient norm of each step",
     "loss.png": "the loss curve",
     "report.html": "everything on one page: open it in a browser",
@@ -151,7 +154,28 @@ def benchmark(config: Config) -> list[Any]:
             raise InputError(f"nothing to benchmark, there is no {path}: run make train")
     if config.bench.epsilon:
         calibrate(config, checkpoint)
-    return [benchmark_mode(config, mode, checkpoint) for mode in benchmark_modes(config)]
+    documents = [benchmark_mode(config, mode, checkpoint) for mode in benchmark_modes(config)]
+    compare_uses(config, checkpoint)
+    return documents
+
+
+def compare_uses(config: Config, checkpoint: Path) -> None:
+    """Put the signals to use in the other ways that are wanted, and print what each is worth."""
+    folder, model = config.run.directory, ["--model", str(checkpoint)]
+    commands = []
+    if config.bench.allocations:
+        calibrate(config, checkpoint)
+        flags = ["--tier-hints", str(config.hints_path), "--device", config.run.device]
+        flags += ["--json", str(folder / "allocations.json")]
+        commands.append(["scripts.compare_allocations", *model, *flags])
+    if config.bench.kv_cache:
+        flags = ["--json", str(folder / "kv_cache.json")]
+        commands.append(["scripts.compare_kv_cache", *model, *flags])
+        flags = ["--output", str(folder / "layers.json"), "--device", config.run.device]
+        commands.append(["scripts.rank_layers", *model, *flags])
+    for command in commands:
+        text, _ = run_command(command)
+        print(text)
 
 
 def calibrate(config: Config, checkpoint: Path) -> None:

@@ -9,9 +9,12 @@ are those of machine.json (make probe) played through on the planner's timeline,
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +24,10 @@ from lib.files import check_writable
 from lib.hints import Hints, Precision, Tier, load_hints, match_hints
 from lib.machine import DEFAULT_SPECS, MachineProfile, load_machine
 from lib.policy import BlockNeed, Plan, definition_schedule, make_plan, smallest_budget
-from lib.tiering.needs import model_needs
+from lib.policy.veto import Veto
+from lib.precision.floors import Ledger
+from lib.tiering.admission import ledger_of, may_stream
+from lib.tiering.needs import PrecisionChoice, model_needs
 from lib.tiering.planning import parse_budget
 from lib.tiering.sources import open_checkpoint
 from lib.units import GB, format_bytes
@@ -38,16 +44,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = planned_device(args.device)
     budget = parse_budget(read_budget(args.budget), device, "real")
     machine = read_machine(args.machine)
-    needs, scratch_bytes = read_needs(args, device, machine)
+    model, hints = read_model(args)
+    ledger = ledger_of(
+        model,
+        partition_model(model),
+        hints,
+        epsilon=args.epsilon,
+        streams=may_stream(budget),
+    )
+    needs, scratch_bytes = read_needs(args, model, hints, device, machine, ledger)
     schedule = definition_schedule(needs)
     plan = make_plan(needs, schedule, budget, machine, scratch_bytes)
+    veto = Veto(ledger)
+    veto.judge(plan)
+    veto.adopt(plan)
     limit = limit_seconds(needs, plan, machine)
-    print(f"{args.model} on {machine.name}, {args.precision}, device {device}\n")
+    held = args.precision or ("lossless" if args.epsilon is None else f"epsilon {args.epsilon}")
+    print(f"{args.model} on {machine.name}, {held}, device {device}\n")
     print(_block_table(needs, plan, machine, every_block=args.blocks), end="\n\n")
     print(_summary(plan, machine, limit), end="\n\n")
+    if args.epsilon is not None:
+        print(_quality_text(veto, plan), end="\n\n")
     document = {
         "model": str(args.model),
-        "precision": args.precision,
+        "precision": args.precision or ("lossless" if args.epsilon is None else None),
         "device": str(device),
         "machine": {"name": machine.name, "measured": machine.measured},
         "weight_bytes": sum(need.resident_bytes for need in needs),
@@ -59,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "bytes_per_token": plan.predicted.moved_bytes,
         },
         "limit_ms_per_token": limit * 1e3,
+        "quality": None if args.epsilon is None else quality_to_json(veto, plan),
         "plan": plan.to_json(),
     }
     emit_json(document, args.json)
@@ -102,15 +123,48 @@ def read_machine(path: Path | None) -> MachineProfile:
     return MachineProfile(name="a machine not measured", tiers=DEFAULT_SPECS)
 
 
-def read_needs(
-    args: argparse.Namespace, device: torch.device, machine: MachineProfile
-) -> tuple[list[BlockNeed], int]:
-    """Build the model without weights and return what its blocks ask for, and the scratch bytes."""
+def read_model(args: argparse.Namespace) -> tuple[torch.nn.Module, Hints | None]:
+    """Build the model without weights, in the dtypes of its checkpoint, and load its hints."""
     model = build_empty_model(args.model)
     match_checkpoint(model, args.model)
-    hints = _read_hints(args.hints, model)
-    precision = None if args.precision == "lossless" else Precision(args.precision)
-    return model_needs(model, precision=precision, hints=hints, device=device, machine=machine)
+    return model, _read_hints(args.hints, model)
+
+
+def read_needs(
+    args: argparse.Namespace,
+    model: torch.nn.Module,
+    hints: Hints | None,
+    device: torch.device,
+    machine: MachineProfile,
+    ledger: Ledger | None = None,
+) -> tuple[list[BlockNeed], int]:
+    """Return what the blocks of a model ask for, and the scratch bytes. Without ``--precision``
+    they are lossless, or under a quality bound at the floors of its ledger.
+    """
+    precision: PrecisionChoice = None
+    if args.precision is None and ledger is not None and math.isfinite(ledger.epsilon):
+        precision = ledger.floors
+    elif args.precision is not None:
+        precision = Precision.FP32 if args.precision == "lossless" else Precision(args.precision)
+    return model_needs(
+        model, precision=precision, hints=hints, device=device, machine=machine, ledger=ledger
+    )
+
+
+def quality_to_json(veto: Veto, plan: Plan) -> dict[str, Any]:
+    """Return what a plan was predicted to cost, by block and altogether, in nats per token."""
+    ledger = veto.ledger
+    return {
+        **veto.to_json(),
+        "blocks": {
+            name: {
+                "floor": str(ledger.floors[name]),
+                "predicted_nats": ledger.predicted(name, place.precision),
+                "bound_nats": ledger.bound(name, place.precision),
+            }
+            for name, place in plan.placements.items()
+        },
+    }
 
 
 def match_checkpoint(model: torch.nn.Module, folder: Path) -> None:
@@ -166,7 +220,7 @@ def _read_hints(path: Path | None, model: torch.nn.Module) -> Hints | None:
         parameter_digest=None,
         tied=tied_modules(blocks),
     )
-    return Hints(blocks=matched, model=hints.model, provenance=hints.provenance)
+    return replace(hints, blocks=matched)
 
 
 def _block_table(
@@ -250,6 +304,23 @@ def _summary(plan: Plan, machine: MachineProfile, limit: float) -> str:
     return "\n".join(lines)
 
 
+def _quality_text(veto: Veto, plan: Plan) -> str:
+    """Print the bound, what the plan was predicted to cost, and the floors by count."""
+    quality = veto.to_json()
+    floors = [floor for name, floor in veto.ledger.floors.items() if name in plan.placements]
+    counts = ", ".join(f"{p} {floors.count(p)}" for p in Precision if p in floors)
+    predicted = quality["predicted_nats"]
+    lines = [
+        f"{'epsilon':22}{quality['epsilon_nats']:>12.5f}   nats per token that may be lost",
+        f"{'sum of bounds':22}{quality['bound_nats']:>12.5f}   predicted x "
+        f"{quality['factor']:.3g}, what the veto adds up",
+        f"{'KL':22}{predicted:>12.5f}   predicted",
+        f"{'blocks by floor':22}{'':12}   {counts}",
+        "Below 3 bits a measurement has to come first: attach(..., epsilon=, measure=).",
+    ]
+    return "\n".join(lines)
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model is planned for, and on which machine."""
     model = parser.add_argument_group("model")
@@ -258,10 +329,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["lossless", *map(str, Precision)],
         default="lossless",
-        help="of all matrices, though none below its floor (default: %(default)s)",
+        help="of all matrices, though none below its floor (default: lossless)",
     )
     model.add_argument(
-        "--hints", type=Path, metavar="FILE", help="tier_hints.json, for floors and importance"
+        "--hints",
+        type=Path,
+        metavar="FILE",
+        help="tier_hints.json, for floors and importance",
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -286,12 +360,19 @@ def _parser() -> argparse.ArgumentParser:
         "last line of stdout is JSON.",
     )
     add_model_flags(parser)
+    parser.set_defaults(precision=None)  # lossless, or what --epsilon allows
     parser.add_argument(
         "--budget",
         required=True,
         metavar="TIER=SIZE,...",
         help="fast memory is HBM (RAM without an accelerator); no size: no limit; a tier left out "
         "is not used: HBM=700MiB,SSD=",
+    )
+    parser.add_argument(
+        "--epsilon",
+        metavar="BOUND",
+        help="fewest bytes within this KL from the full model, or --precision where that is more: "
+        "0.02 (nats per token) or ppl=1.02; needs calibrated --hints (default: no bound)",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--blocks", action="store_true", help="a row for each block")

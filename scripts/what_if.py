@@ -24,7 +24,7 @@ from lib.policy import BlockNeed, definition_schedule, make_plan, smallest_budge
 from lib.report.what_if_plots import plot_what_if
 from lib.units import format_bytes, parse_bytes
 from scripts.cli import emit_json, run_main
-from scripts.plan import add_model_flags, planned_device, read_machine, read_needs
+from scripts.plan import add_model_flags, planned_device, read_machine, read_model, read_needs
 
 LINK_TIERS = [tier for tier in Tier if tier is not Tier.HBM]
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = read_machine(args.machine)
     tier = Tier(args.tier)
     base = link_spec(machine, tier, args.setup_us)
-    needs, scratch_bytes = read_needs(args, planned_device(args.device), machine)
+    device = planned_device(args.device)
+    needs, scratch_bytes = read_needs(args, *read_model(args), device, machine)
     total = sum(need.resident_bytes for need in needs)
     budgets = read_budgets(args.budgets, total)
     rows = sweep(needs, scratch_bytes, machine, base, tier, bandwidths, budgets)

@@ -6,7 +6,8 @@ in a pass that uses every block the price of a byte is the same for both. What i
 moves a few rows, so it is hardly worth compressing, unless there is nowhere to stream it from.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -69,6 +70,11 @@ def ledger_of(
         factor=read_factor(hints.quality),
         joint_check=joint_check,
     )
+
+
+def may_stream(budget: Mapping[Any, Any] | None) -> bool:
+    """Say whether a budget (tier -> size, None: no limit) may leave weights below fast memory."""
+    return budget is None or (len(budget) > 1 and set(budget.values()) != {None})
 
 
 def lookup_moved(payload: Payload) -> int:

@@ -22,7 +22,7 @@ from ..hints import Hints, Tier, hints_from_json, load_hints, match_hints
 from ..machine import DEFAULT_SPECS, MachineProfile, TierSpec, load_machine
 from ..policy.veto import Measure, Veto
 from ..precision.floors import JointCheck
-from .admission import ledger_of
+from .admission import ledger_of, may_stream
 from .archive import Archive
 from .emulation import EmulatedLink
 from .hooks import refuse_managed
@@ -114,7 +114,7 @@ def attach(
             blocks,
             loaded,
             epsilon=epsilon,
-            streams=budget is None or (len(budget) > 1 and set(budget.values()) != {None}),
+            streams=may_stream(budget),
             joint_check=JointCheck.MISSING if measure is None else JointCheck.PENDING,
         )
     )

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..hints import Hints, Precision
 from ..machine import MachineProfile
 from ..policy.plan import BlockNeed
-from ..precision.floors import most_precise
+from ..precision.floors import Ledger, most_precise
 from ..precision.kernels import SCRATCH_BYTES, Use, resident_bytes
 from .admission import ledger_of, lookup_moved
 from .payload import Payload, group_blocks, make_payload
@@ -101,11 +101,15 @@ def model_needs(
     hints: Hints | None,
     device: torch.device,
     machine: MachineProfile,
+    ledger: Ledger | None = None,
 ) -> tuple[list[BlockNeed], int]:
-    """Return the needs of a whole model, and the scratch memory that goes with them."""
+    """Return the needs of a whole model, and the scratch memory that goes with them.
+
+    ``ledger`` has the floors; None: they are those of the hints.
+    """
     blocks = partition_model(model)
-    floors = ledger_of(model, blocks, hints).floors
-    payloads = make_payloads(model, blocks, precision=precision, floors=floors)
+    ledger = ledger or ledger_of(model, blocks, hints)
+    payloads = make_payloads(model, blocks, precision=precision, floors=ledger.floors)
     needs = block_needs(model, payloads, hints=hints, device=device, machine=machine)
     return needs, scratch_bytes(payloads.values())
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lib.hints import Tier
+from lib.blocks import partition_model
+from lib.hints import ModelInfo, Precision, Tier, build_hints, load_hints, save_hints
 from lib.machine import MachineProfile, TierSpec, save_machine
 from scripts import plan, what_if
 from scripts.cli import run_main
+from scripts.inputs import build_empty_model
 
 MIB = 2**20
 
@@ -180,6 +183,76 @@ def test_hints_of_the_model_are_matched(
         code, _, _, errors = run(plan, capsys, *flags, "--hints", hints)
     assert code == 2
     assert "have no hint" in errors
+
+
+@pytest.fixture(scope="module")
+def calibrated(gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hints by which 8 bits of a block cost 1e-4 nats, and each bit less 4.5 times as much."""
+    blocks = {block.name: block for block in partition_model(build_empty_model(gpt2))}
+    hints = build_hints(
+        model=ModelInfo(
+            id="toy",
+            revision="",
+            class_name="GPT2LMHeadModel",
+            parameter_digest="sha256:" + 64 * "0",
+        ),
+        provenance={"signal": "adam_exp_avg_sq", "created": "2026-01-01T00:00:00+00:00"},
+        num_bytes={name: block.num_bytes for name, block in blocks.items()},
+        num_params={name: block.num_params for name, block in blocks.items()},
+        density=dict.fromkeys(blocks, 1.0),
+        signals={name: {} for name in blocks},
+        reasons={},
+        hbm_threshold=0.3,
+        cpu_threshold=0.6,
+    )
+    kl = {Precision(f"int{bits}"): 1e-4 * 4.5 ** (8 - bits) for bits in (8, 6, 5, 4, 3, 2)}
+    hints = replace(
+        hints,
+        blocks={name: replace(hint, kl=kl) for name, hint in hints.blocks.items()},
+        quality={"epsilon_kl": 0.02, "calibrated": True, "conformal_factor": 1.25},
+    )
+    path = tmp_path_factory.mktemp("hints") / "hints.json"
+    save_hints(hints, path)
+    return path
+
+
+def test_a_plan_under_a_quality_bound_shows_floors_and_what_they_cost(
+    gpt2: Path, machine: Path, calibrated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", gpt2, "--machine", machine, "--budget", "HBM=15MiB,SSD="]
+    flags += ["--hints", calibrated]
+    _, _, lossless, _ = run(plan, capsys, *flags)
+    assert lossless["quality"] is None
+    code, table, document, _ = run(plan, capsys, *flags, "--epsilon", "0.02")
+    assert code == 0
+    quality = document["quality"]
+    assert 0.015 < quality["bound_nats"] <= quality["epsilon_nats"] == 0.02
+    assert quality["predicted_nats"] == pytest.approx(quality["bound_nats"] / 1.25)
+    placements = document["plan"]["placements"]
+    for name, block in quality["blocks"].items():
+        assert placements[name]["precision"] == block["floor"] != "int2"
+    assert sum(b["bound_nats"] for b in quality["blocks"].values()) == quality["bound_nats"]
+    assert document["weight_bytes"] < 0.5 * lossless["weight_bytes"]
+    for words in ("epsilon 0.02", "sum of bounds", "predicted", "blocks by floor", "measure="):
+        assert words in table
+    # A precision that was asked for holds where it is above the floor.
+    _, _, int8, _ = run(plan, capsys, *flags, "--epsilon", "0.02", "--precision", "int8")
+    assert int8["quality"]["bound_nats"] < 0.2 * quality["bound_nats"]
+    _, _, full, _ = run(plan, capsys, *flags, "--epsilon", "0.02", "--precision", "lossless")
+    assert full["quality"]["bound_nats"] == 0
+
+
+def test_a_bound_without_calibrated_hints_is_refused(
+    gpt2: Path, machine: Path, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", gpt2, "--machine", machine, "--budget", "HBM=14MiB,SSD="]
+    code, _, _, errors = run(plan, capsys, *flags, "--epsilon", "0.02")
+    assert code == 2 and "epsilon needs hints" in errors
+    hints = load_hints(calibrated)
+    save_hints(replace(hints, quality={}), tmp_path / "hints.json")
+    flags += ["--epsilon", "0.02", "--hints", tmp_path / "hints.json"]
+    code, _, _, errors = run(plan, capsys, *flags)
+    assert code == 2 and "scripts/calibrate_hints.py" in errors
 
 
 def test_a_gpu_is_planned_for_without_one(

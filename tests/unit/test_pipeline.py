@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lib.config import Config, load_config
 from lib.errors import InputError
 from lib.hints import BlockHint, Hints, ModelInfo, Tier, save_hints
 from lib.tiering import load_specs
-from scripts import doctor, pipeline
+from scripts import doctor, kconfig, pipeline
 
 
 def load(folder: Path, *lines: str) -> Config:
@@ -114,6 +115,29 @@ def test_budget_precision_and_epsilon_reach_the_benchmark_after_calibration(
         ("--epsilon", "ppl=1.02"),
     ]:
         assert commands[-1][commands[-1].index(flag) + 1] == value
+
+
+@pytest.mark.parametrize(
+    ("preset", "scripts"),
+    [
+        ("gpt2-allocation", ["calibrate_hints", "compare_allocations"]),
+        ("gpt2-kv-cache", ["compare_kv_cache", "rank_layers"]),
+    ],
+)
+def test_other_uses_of_the_signals_come_after_the_benchmark(
+    tmp_path: Path, commands: list[list[str]], preset: str, scripts: list[str]
+) -> None:
+    path = tmp_path / ".config"
+    kconfig.main(["--config", str(path), "defconfig", preset])
+    config = load_config(path)
+    config = replace(config, run=replace(config.run, output_dir=str(tmp_path)))
+    (config.run.directory / "checkpoint").mkdir(parents=True)
+    save_hints(tiny_hints({}), config.hints_path)
+    pipeline.benchmark(config)
+    ran = [command[0].removeprefix("scripts.") for command in commands]
+    assert ran == ["benchmark_tiered_inference"] * 2 + scripts
+    for command in commands[2:]:
+        assert command[command.index("--model") + 1] == str(config.run.directory / "checkpoint")
 
 
 def tiny_hints(quality: dict[str, object]) -> Hints:
