@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 
@@ -20,13 +19,12 @@ from ..policy.plan import Plan, Step
 from ..precision.kernels import SCRATCH_BYTES, Scratch
 from .access import Access, Held, plain_tensors
 from .archive import Archive
-from .link import Link, Unit
-from .loading import encode, load, take_over
+from .link import Link
 from .needs import lookup_bytes
-from .offloaded import OffloadedParameter, set_away, set_weights
+from .offloaded import set_weights
 from .originals import Originals
-from .parts import Part
-from .payload import Group, Payload, make_payload
+from .payload import Group, Payload
+from .placing import Placing
 from .prefetch import Prefetcher
 from .stores import aligned_buffer
 
@@ -56,6 +54,7 @@ class Residency:
         self._emulated = emulated
         self.access = Access(originals, archive, link, device)
         """How the weights are got at."""
+        self._placing = Placing(self.access, archive, originals)
 
     # -- placing -----------------------------------------------------------------------------------
 
@@ -84,9 +83,9 @@ class Residency:
         self._link.make_slots(0, 0)
         for name, held in self._held.items():
             if payloads[name].precision is not held.payload.precision:
-                self._let_go(held, payloads[name])
+                self._placing.let_go(held, payloads[name])
             elif held.tier is Tier.HBM and not _has_room(plan, held):
-                self._forget_stored(held)
+                self._placing.forget_stored(held)
         self._sweep()
         self._make_scratch(plan)
         for name in moves:
@@ -95,11 +94,11 @@ class Residency:
                 continue
             before = held.stored
             if tier is not Tier.HBM:
-                self._send_off(held, tier)
+                self._placing.send_off(held, tier)
             else:
-                self._bring_in(held, store=not plan.budget or plan.limit(Tier.SSD) is None)
+                self._placing.bring_in(held, store=not plan.budget or plan.limit(Tier.SSD) is None)
                 if not _has_room(plan, held):
-                    self._forget_stored(held)
+                    self._placing.forget_stored(held)
             if before not in (None, held.stored):
                 self._sweep()
             progress(held.payload.num_bytes)
@@ -244,7 +243,7 @@ class Residency:
             except (PlacementError, OSError, RuntimeError, MemoryError) as error:
                 # RuntimeError: out of memory, as torch says it.
                 failures |= dict.fromkeys((part.parameter for part in held.payload.parts), error)
-                self._forbid(held, error, all_parts=False)
+                self._placing.forbid(held, error, all_parts=False)
         self._originals.restore(list(failures))
         if failures:
             name, reason = next(iter(failures.items()))
@@ -254,6 +253,12 @@ class Residency:
             )
         self._link.close()
         self._archive.close()
+
+    def _sweep(self) -> None:
+        """Free what nothing refers to any more."""
+        kept = [held.stored for held in self._held.values() if held.stored is not None]
+        kept += [held.native[0] for held in self._held.values() if held.native is not None]
+        self._archive.keep_only(set(kept))
 
     def _make_scratch(self, plan: Plan) -> None:
         """Allocate working memory for compressed weights, and the buffer of embedding lookups."""
@@ -272,152 +277,21 @@ class Residency:
             self.access.lookup = torch.empty(0, dtype=torch.uint8)
             self.access.lookup = aligned_buffer(size) if size else self.access.lookup
 
-    # -- moves between tiers -----------------------------------------------------------------------
-
-    def _send_off(self, held: Held, tier: Tier) -> None:
-        """Take a group out of fast memory (or move it to another tier below)."""
-        if held.tier is Tier.HBM and not held.payload.lossy:
-            self._forget_changed(held)
-        held.stored = self._archive.put(held.payload, tier, held.stored)
-        self._keep_native(held)
-        held.units = tuple(
-            Unit(
-                held.payload.group.name,
-                index,
-                tier,
-                held.stored[1],
-                shard.offset,
-                shard.num_bytes,
-                shard.data_bytes,
-            )
-            for index, shard in enumerate(held.payload.shards)
-        )
-        held.resident.clear()
-        held.tier = tier
-        self.access.hide(held)
-        held.versions, held.digest = self.access.versions(held), None
-        self._note_originals(held)
-
-    def _bring_in(self, held: Held, *, store: bool) -> None:
-        """Put a group into fast memory for good. ``store``: what is made for it on the way may be
-        kept on the disk, for the next run.
-        """
-        payload = held.payload
-        if held.stored is None and not payload.lossy:
-            take_over(self.access, held)
-        elif held.stored is None and not store:
-            self._keep_native(held)
-            encode(self.access, held)
-        else:
-            if held.stored is None:
-                held.stored = self._archive.put(payload, Tier.SSD)
-                self._keep_native(held)
-            load(self.access, held, held.stored)
-        held.units = ()
-        held.tier = Tier.HBM
-        held.versions = self.access.versions(held)
-        self._note_originals(held)
-        if self._originals.from_checkpoint and not payload.lossy:
-            held.digest = self._contents(held)
-
-    def _let_go(self, held: Held, payload: Payload) -> None:
-        """Drop what is held of a group, which is then made from the originals as another payload.
-
-        Nothing can compute with its parameters in between.
-        """
-        held.payload = payload
-        if payload.lossy:
-            self._keep_native(held)
-        elif held.native is not None:
-            held.native = held.native[0], payload
-        held.stored = None if payload.lossy or held.native is None else held.native[0]
-        held.units, held.tier = (), None
-        self._note_originals(held)
-        self._forbid(held, "they were let go of, and could not be made again")
-
-    def _forget_stored(self, held: Held) -> None:
-        """Keep no copy of a group that is in fast memory."""
-        held.stored = None
-        if not held.payload.lossy:
-            held.native = None
-
-    def _sweep(self) -> None:
-        """Free what nothing refers to any more."""
-        kept = [held.stored for held in self._held.values() if held.stored is not None]
-        kept += [held.native[0] for held in self._held.values() if held.native is not None]
-        self._archive.keep_only(set(kept))
-
-    def _contents(self, held: Held) -> str:
-        """Return a key for what a group's parameters have in memory now."""
-        names = [part.parameter for part in held.payload.parts]
-        return "".join(self._originals.contents(name) for name in names)
-
-    def _forget_changed(self, held: Held) -> None:
-        """Store weights anew that were written to while they were in fast memory.
-
-        Writes through ``.data`` or numpy show in no version counter: contents are compared.
-        """
-        if self._originals.from_checkpoint:
-            if self._contents(held) != held.digest:
-                raise PlacementError(
-                    f"weights of {held.payload.group.name} were changed and are a checkpoint's: "
-                    "detach before changing the model"
-                )
-        elif held.stored is not None and self._archive.key(held.payload) != held.stored[1]:
-            held.stored, held.native = None, None
-
-    def _keep_native(self, held: Held) -> None:
-        """See to it that the original weights are stored before they leave memory."""
-        if self._originals.from_checkpoint:
-            return
-        payload = held.payload
-        if not payload.lossy:
-            assert held.stored is not None
-            held.native = held.stored, payload
-        elif held.native is None:
-            shapes = self._originals.shapes
-            native = make_payload(payload.group, self._originals.model, shapes, None)
-            held.native = self._archive.put(native, Tier.SSD), native
-
-    def _note_originals(self, held: Held) -> None:
-        """Say where the weights of a group are read that have left its parameters for good."""
-        for part in held.payload.parts:
-            self._originals.stored.pop(part.parameter, None)
-            if held.payload.lossy and held.native is not None:
-                read = partial(self._archive.original, *held.native, part.parameter)
-                self._originals.stored[part.parameter] = read
-
-    def _forbid(self, held: Held, reason: object, *, all_parts: bool = True) -> None:
-        """Let nothing compute with what stands for weights that are not there; not ``all_parts``:
-        leave those that are.
-        """
-
-        def refuse() -> contextlib.AbstractContextManager[None]:
-            raise PlacementError(
-                f"weights of {held.payload.group.name} could not be restored ({reason}): free "
-                "memory and detach the runtime again, or reload the model"
-            )
-
-        held.resident.clear()
-        for part in held.payload.parts:
-            parameter = self.access.parameter(part)
-            if all_parts or isinstance(parameter, OffloadedParameter):
-                shape = self._originals.shapes[part.parameter]
-                set_away(parameter, shape, refuse, placeholder=_placeholder(part))
-
     def _restore(self, held: Held) -> None:
         """Bring a group's original weights home for good."""
+        if self._originals.from_checkpoint:
+            return
+        if held.tier is Tier.HBM and not held.payload.lossy:  # in memory: nothing is read
+            for part in held.payload.parts:
+                parameter = self.access.parameter(part)
+                if held.native is not None or _shares_memory(parameter.data):
+                    home = self._originals.home(part.parameter)
+                    set_weights(parameter, parameter.data.to(home, copy=True))
+            held.native = None
+            return
         if held.native is None:
             return
         stored, payload = held.native
-        if held.tier is Tier.HBM and payload is held.payload:  # they are in memory: nothing is read
-            for part in payload.parts:
-                parameter = self.access.parameter(part)
-                set_weights(
-                    parameter, parameter.data.to(self._originals.home(part.parameter), copy=True)
-                )
-            held.native = None
-            return
         for part, weights in self._archive.weights(stored, payload, self._originals.home):
             set_weights(self.access.parameter(part), weights)
         held.native, held.stored, held.tier = None, None, None
@@ -430,8 +304,9 @@ def _has_room(plan: Plan, held: Held) -> bool:
     return held.stored is None or plan.limit(held.stored[0]) is None
 
 
-def _placeholder(part: Part) -> torch.Tensor:
-    return torch.empty(0, dtype=part.dtype)
+def _shares_memory(weights: torch.Tensor) -> bool:
+    """Say whether a tensor is a part of a payload's buffer."""
+    return weights.untyped_storage().nbytes() > weights.nbytes
 
 
 def _trim_heap() -> None:

@@ -291,7 +291,9 @@ class Runtime:
 
     def _raise_floors(self, record: Record) -> None:
         """Hold blocks at the floors that a measurement has raised, or let nothing run."""
-        self._broken = record.reason
+        self._broken = (
+            f"{record.reason}, and raising them was interrupted; set runtime.budget, or detach"
+        )
         self._planning.set_floors(self.veto.ledger.floors)
         try:
             plan = self._planning.make_plan(self.budget, self._forwards.schedule)

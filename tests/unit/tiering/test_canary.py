@@ -25,7 +25,7 @@ from lib.policy.audit import Rule
 from lib.policy.veto import Measured
 from lib.precision.floors import is_below
 from lib.tiering import Runtime, attach, empty_weights
-from lib.tiering.residency import Residency
+from lib.tiering.placing import Placing
 from lib.tiering.stores import FileStore
 
 EPSILON = 0.01
@@ -104,14 +104,14 @@ def watch_fast_memory(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list
     held: list[int] = []
 
     def watched(move: Callable[..., None]) -> Callable[..., None]:
-        def moved(self: Residency, *args: Any, **options: Any) -> None:
+        def moved(self: Placing, *args: Any, **options: Any) -> None:
             move(self, *args, **options)
             held.append(runtime._residency.resident_bytes())
 
         return moved
 
-    for name in ("_let_go", "_send_off", "_bring_in"):
-        monkeypatch.setattr(Residency, name, watched(getattr(Residency, name)))
+    for name in ("let_go", "send_off", "bring_in"):
+        monkeypatch.setattr(Placing, name, watched(getattr(Placing, name)))
     return held
 
 
