@@ -94,8 +94,8 @@ class Veto:
             self.audit.add(self._judge_block(name, plan.placements[name]))
         return moves
 
-    def adopt(self, plan: Plan) -> None:
-        """Note that a plan was carried out."""
+    def adopt(self, plan: Plan | None) -> None:
+        """Note that a plan was carried out; None: nobody knows what is held, so all has to move."""
         self._plan = plan
 
     # -- measurements ------------------------------------------------------------------------------

@@ -274,6 +274,7 @@ class Runtime:
                 try:
                     self._residency.apply(self.plan, self._payloads, self._forwards.schedule, back)
                 except BaseException as again:
+                    self.veto.adopt(None)
                     self._broken = (
                         f"weights could not be moved ({error}), nor back ({again}): free memory "
                         "or disk and set another budget, or detach"

@@ -20,6 +20,7 @@ from lib.blocks import storage_bytes
 from lib.errors import InputError, PlacementError
 from lib.hints import BlockHint, Hints, Precision, Tier
 from lib.tiering import attach, empty_weights
+from lib.tiering.placing import Placing
 from lib.tiering.stores import FileStore
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -621,6 +622,39 @@ class TestFailedMoves:
                     runtime.budget = {"HBM": "9MiB", "SSD": None}
             assert runtime.budget["HBM"] == 64 * 2**20
             assert torch.equal(logits(model), expected)
+        assert torch.equal(logits(model), expected)
+
+    def test_moves_that_fail_both_ways_stop_the_model_until_another_budget(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = medium()
+        expected = logits(model)
+        with attach(model, budget={"HBM": "64MiB", "SSD": None}, spill_dir=tmp_path) as runtime:
+            moves = {name: getattr(Placing, name) for name in ("send_off", "bring_in")}
+            calls: list[str] = []
+
+            def failing(name: str) -> Callable[..., None]:
+                def move(self: Placing, held: Any, *args: Any, **options: Any) -> None:
+                    calls.append(name)
+                    if name == "bring_in" or len(calls) > 3:
+                        raise PlacementError(f"no {name}")
+                    moves[name](self, held, *args, **options)
+
+                return move
+
+            with monkeypatch.context() as patch:
+                for name in moves:
+                    patch.setattr(Placing, name, failing(name))
+                with pytest.raises(PlacementError, match="no send_off"):
+                    runtime.budget = {"HBM": "9MiB", "SSD": None}
+            assert set(calls) == set(moves)
+            with pytest.raises(PlacementError, match="could not be moved .* nor back"):
+                logits(model)
+            for size in ("64MiB", "12MiB"):  # as before, and less
+                runtime.budget = {"HBM": size, "SSD": None}
+                assert torch.equal(logits(model), expected)
+                held = {name: held.tier for name, held in runtime._residency._held.items()}
+                assert held == {name: p.tier for name, p in runtime.plan.placements.items()}
         assert torch.equal(logits(model), expected)
 
     def test_weights_that_were_changed_in_memory_are_not_forgotten(self, tmp_path: Path) -> None:
