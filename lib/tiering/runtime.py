@@ -5,6 +5,7 @@ measurement raised: each makes a plan, and no plan is carried out that the veto 
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
@@ -192,6 +193,8 @@ class Runtime:
         with self._forwards.lock:
             if self._detached:
                 raise PlacementError("quality can't be measured after detach: attach again")
+            if math.isinf(self.veto.ledger.epsilon):
+                raise InputError("there is no bound to hold a measurement to: attach with epsilon=")
             self._forwards.refuse_other_processes()
             self._forwards.check_idle()
             while not (record := self.veto.judge_measured(measure())).accepted:

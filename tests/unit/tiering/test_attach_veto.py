@@ -64,7 +64,9 @@ def test_a_bound_needs_calibrated_hints() -> None:
         attach(model(), budget=BUDGET, epsilon=0.01)
     with pytest.raises(InputError, match="measure has no effect without epsilon"):
         attach(model(), calibrated(), measure=lambda: Measured(kl_nats=0, upper_nats=0))
-    attach(model(), budget=BUDGET).detach()
+    with attach(model(), budget=BUDGET) as runtime:
+        with pytest.raises(InputError, match="attach with epsilon="):
+            runtime.check_quality(lambda: Measured(kl_nats=0, upper_nats=0))
 
 
 def test_every_new_plan_passes_the_veto_before_anything_moves(tmp_path: Path) -> None:
