@@ -23,7 +23,7 @@ FUSED_INT8_ROWS = 16
 
 
 class Scratch:
-    """Working memory of a fixed size, allocated once, shared by the weights of one device.
+    """Working memory of a fixed size, allocated beforehand, shared by the weights of one device.
 
     One computation uses it at a time: nothing in it outlives a call, and calls from several
     threads (or CUDA streams) each need their own.
@@ -32,6 +32,13 @@ class Scratch:
     def __init__(self, num_bytes: int, device: torch.device | str = "cpu") -> None:
         self.num_bytes = num_bytes
         self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+    def resize(self, num_bytes: int) -> None:
+        """Have another size from the next computation on."""
+        if num_bytes != self.num_bytes:
+            device, self.num_bytes = self._buffer.device, num_bytes
+            self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def split(self, *parts: tuple[torch.dtype, int, int]) -> list[Tensor]:
         """Return uninitialised matrices (dtype, rows, cols), one after another in the buffer."""

@@ -11,6 +11,7 @@ Every
 form is tested against ``codecs.decode``.
 """
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..hints import Precision
 from .encoded import EncodedWeight, Scratch
 from .fused import Int4Weight, Int8Weight, inner_tiles, pad_rows
-from .layout import PARAMETER_BYTES, Codec, RecordLayout
+from .layout import PARAMETER_BYTES, WORD_CODES, Codec, RecordLayout
 
 __all__ = [
     "SCRATCH_BYTES",
@@ -32,10 +33,13 @@ __all__ = [
     "allocate",
     "prepare",
     "resident_bytes",
+    "scratch_bytes",
 ]
 
 SCRATCH_BYTES = 8 * 2**20
 """A good size of scratch: a shard of rows then stays in a CPU's caches from decoding to use."""
+_BYTES_PER_CODE, _SCRATCH_GAPS = 10, 1024
+"""No form takes more scratch: codes twice, values in fp32 and bf16, the groups' parameters."""
 _INT4_GROUPS = {32, 64, 128, 256}
 
 
@@ -90,6 +94,17 @@ class PairedWeight:
         """Take over some rows into both."""
         self._packed.fill(start_row, record, layout)
         self._record.fill(start_row, record, layout)
+
+
+def scratch_bytes(shapes: Iterable[tuple[int, int]]) -> int:
+    """Return a good size of scratch for matrices (rows, cols) at any precision: what a quarter of
+    the largest needs, and ``SCRATCH_BYTES`` at most.
+    """
+    sizes = (
+        pad_rows(-(-rows // 4)) * _BYTES_PER_CODE * -(-cols // WORD_CODES) * WORD_CODES + _SCRATCH_GAPS
+        for rows, cols in shapes
+    )
+    return min(max(sizes, default=0), SCRATCH_BYTES)
 
 
 def prepare(

@@ -14,8 +14,9 @@ from ..errors import InputError
 from ..hints import Hints, Precision
 from ..machine import MachineProfile
 from ..policy.plan import BlockNeed
+from ..precision import kernels
 from ..precision.floors import Ledger, most_precise
-from ..precision.kernels import SCRATCH_BYTES, Use, resident_bytes
+from ..precision.kernels import Use, resident_bytes
 from .admission import ledger_of, lookup_moved
 from .payload import Payload, group_blocks, make_payload
 from .stores import CHUNK_BYTES
@@ -74,13 +75,18 @@ def block_needs(
 def scratch_bytes(payloads: Iterable[Payload]) -> int:
     """Return the working memory that the payloads' weights need in fast memory."""
     payloads = list(payloads)
-    lossy = any(payload.lossy for payload in payloads)
     lookups = max((lookup_bytes(payload) for payload in payloads), default=0)
     # A module may take several weights at a time (nn.LSTM), and no two modules compute at a time.
     expanded = max(
         (sum(p.expanded_bytes for p in payload.parts) for payload in payloads), default=0
     )
-    return lookups + expanded + (SCRATCH_BYTES if lossy else 0)
+    return lookups + expanded + codec_scratch_bytes(payloads)
+
+
+def codec_scratch_bytes(payloads: Iterable[Payload]) -> int:
+    """Return the share of it in which compressed weights are expanded."""
+    records = (part.record for payload in payloads for part in payload.parts)
+    return kernels.scratch_bytes((each.rows, each.cols) for each in records if each is not None)
 
 
 def lookup_bytes(payload: Payload) -> int:

@@ -16,11 +16,11 @@ from ..blocks import storage_bytes
 from ..errors import PlacementError
 from ..hints import Tier
 from ..policy.plan import Plan, Step
-from ..precision.kernels import SCRATCH_BYTES, Scratch
+from ..precision.kernels import Scratch
 from .access import Access, Held, plain_tensors
 from .archive import Archive
 from .link import Link
-from .needs import lookup_bytes
+from .needs import codec_scratch_bytes, lookup_bytes
 from .offloaded import set_weights
 from .originals import Originals
 from .payload import Group, Payload
@@ -262,11 +262,13 @@ class Residency:
 
     def _make_scratch(self, plan: Plan) -> None:
         """Allocate working memory for compressed weights, and the buffer of embedding lookups."""
-        lossy = any(held.payload.lossy for held in self._held.values())
-        if not lossy:
+        num_bytes = codec_scratch_bytes(held.payload for held in self._held.values())
+        if not num_bytes:
             self.access.scratch = None
         elif self.access.scratch is None:
-            self.access.scratch = Scratch(SCRATCH_BYTES, self._device)
+            self.access.scratch = Scratch(num_bytes, self._device)
+        else:
+            self.access.scratch.resize(num_bytes)
         lookups = [
             lookup_bytes(held.payload)
             for name, held in self._held.items()

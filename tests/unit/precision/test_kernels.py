@@ -8,6 +8,7 @@ from lib.precision import encoded
 from lib.precision.codecs import Codec, decode, encode
 from lib.precision.fused import Int4Weight, Int8Weight
 from lib.precision.kernels import (
+    SCRATCH_BYTES,
     CompressedWeight,
     EncodedWeight,
     PairedWeight,
@@ -16,6 +17,7 @@ from lib.precision.kernels import (
     allocate,
     prepare,
     resident_bytes,
+    scratch_bytes,
 )
 from lib.precision.layout import PLANE_BITS, RAW_BITS
 
@@ -203,6 +205,35 @@ def test_scratch_bounds_the_working_memory() -> None:
     tiny = prepare(record, layout, scratch=Scratch(2048 + 100), **kwargs)
     with pytest.raises(InputError, match="scratch of 2148 bytes .* at least"):
         tiny.linear(x)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (70, 100), (3, 1), (65, 192), (500, 64)], ids=str)
+def test_scratch_of_a_good_size_expands_a_small_matrix_in_four_parts(
+    codec: Codec, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards: list[int] = []
+    cut = Scratch.shards
+
+    def count(self: Scratch, num_rows: int, row_bytes: int) -> list[tuple[int, int]]:
+        parts = list(cut(self, num_rows, row_bytes))
+        shards.append(len(parts))
+        return parts
+
+    monkeypatch.setattr(Scratch, "shards", count)
+    layout, record = codec.layout(*shape), encode(torch.randn(shape), codec)
+    scratch = Scratch(scratch_bytes([(1, 1), shape]))
+    weights: list[CompressedWeight] = [
+        prepare(record, layout, dtype=torch.float32, device="cpu", uses=uses, scratch=scratch)
+        for uses in (LINEAR, EMBEDDING, BOTH)
+    ]
+    weights.append(EncodedWeight(record, layout, dtype=torch.float32, scratch=scratch))
+    for weight in weights:
+        weight.expand(0, shape[0])
+        for rows in (1, 3, 40):
+            weight.linear(torch.randn(rows, shape[1]))
+    assert set(shards) <= {1, 2, 3, 4}
+    assert scratch_bytes([]) == 0 and scratch_bytes([(1 << 20, 4096)]) == SCRATCH_BYTES
 
 
 def test_what_a_form_cannot_do_is_refused() -> None:
