@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..hints import Precision
-from .encoded import EncodedWeight, Scratch
-from .fused import Int4Weight, Int8Weight, inner_tiles, pad_rows
+from .encoded import EncodedWeight, Scratch, cpu_computes_bf16
+from .fused import INT4_ROW_BLOCK, Int4Weight, Int8Weight, inner_tiles, pad_rows
 from .layout import PARAMETER_BYTES, WORD_CODES, Codec, RecordLayout
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Scratch",
     "Use",
     "allocate",
+    "kernel_name",
     "prepare",
     "resident_bytes",
     "scratch_bytes",
@@ -96,15 +97,24 @@ class PairedWeight:
         self._record.fill(start_row, record, layout)
 
 
+def kernel_name(device: torch.device | str) -> str:
+    """Name what decides which products of compressed weights are rounded to bfloat16."""
+    if torch.device(device).type != "cpu":
+        return torch.device(device).type
+    return "cpu, bf16" if cpu_computes_bf16() else "cpu, fp32"
+
+
 def scratch_bytes(shapes: Iterable[tuple[int, int]]) -> int:
     """Return a good size of scratch for matrices (rows, cols) at any precision: what a quarter of
-    the largest needs, and ``SCRATCH_BYTES`` at most.
+    the largest needs, ``SCRATCH_BYTES`` at most unless rows are so long that a block of them, the
+    least that is packed at a time, takes more.
     """
-    sizes = (
-        pad_rows(-(-rows // 4)) * _BYTES_PER_CODE * -(-cols // WORD_CODES) * WORD_CODES + _SCRATCH_GAPS
-        for rows, cols in shapes
-    )
-    return min(max(sizes, default=0), SCRATCH_BYTES)
+    largest = 0
+    for rows, cols in shapes:
+        row_bytes = _BYTES_PER_CODE * -(-cols // WORD_CODES) * WORD_CODES
+        quarter = pad_rows(-(-rows // 4)) * row_bytes
+        largest = max(largest, min(quarter, SCRATCH_BYTES), INT4_ROW_BLOCK * row_bytes)
+    return largest + _SCRATCH_GAPS if largest else 0
 
 
 def prepare(
