@@ -1,14 +1,10 @@
-"""The allocations that ours is compared with, and the curves that ours is made of."""
+"""The allocations that ours is compared with."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
 
 from lib.errors import InputError
 from lib.hints import Hints
 from lib.precision.allocate import allocate
-from lib.precision.calibration import PROBES, calibrate
 from lib.precision.controls import (
     ends_first,
     inverse_givers,
@@ -20,19 +16,10 @@ from lib.precision.controls import (
 )
 from lib.precision.sensitivity import Curves
 from lib.precision.sizes import Plan, StoredSizes
-from scripts.oracle import measure, progress_bar
-from scripts.predictions import (
-    calibrate_signals,
-    list_pairs,
-    measuring_batches,
-    predict,
-    upper_curves,
-)
 
 DRAWS = 10
 """Allocations of each arm that is random; its figures are means."""
 DRAWN = ("uniform", "random", "shuffled")
-FISHER_DRAWS = 256
 
 
 def check_budgets(sizes: StoredSizes, budgets: Sequence[float]) -> None:
@@ -82,30 +69,3 @@ def hint_curves(hints: Hints, sizes: StoredSizes) -> Curves | None:
     curves = {name: hints.blocks[name].kl for name in sizes.num_params if name in hints.blocks}
     known = all(set(sizes.precisions) <= curves.get(name, {}).keys() for name in sizes.num_params)
     return curves if known else None
-
-
-def compute_curves(
-    model: Any, tokens: Tensor, vocab_size: int, *, folder: str, hints: Hints, seed: int
-) -> Curves:
-    """Return calibrated curves from Fisher information and probes on the same text (N, T)."""
-    with progress_bar(FISHER_DRAWS, "gradients") as bar:
-        predictions = predict(
-            model,
-            tokens,
-            folder=folder,
-            hints=hints,
-            draws=FISHER_DRAWS,
-            seed=seed,
-            empirical=False,
-            progress=bar.update,
-        )
-    pairs = list_pairs(model, seed=seed)[:PROBES]
-    batches = measuring_batches(tokens, vocab_size)
-    probes = measure(model, batches, [{block: precision} for block, precision in pairs])
-    kl = [quality.kl_nats for quality in probes]
-    upper = upper_curves(predictions, calibrate_signals(predictions, pairs, kl))
-    scale = calibrate([upper[block][precision] for block, precision in pairs], kl).scale
-    return {
-        block: {precision: value * scale for precision, value in curve.items()}
-        for block, curve in upper.items()
-    }

@@ -4,17 +4,17 @@ both into tier_hints.json.
     python scripts/calibrate_hints.py --model runs/quickstart/checkpoint \
         --tier-hints runs/quickstart/tier_hints.json
 
-The text is split: on every other sequence Fisher information is estimated, on the rest the true KL
-of random probes (pairs of block and precision) is measured. Each block gets its calibrated ``kl``,
-the file the scale, the error band and the safety factor (docs/precision.md). ``--oracle`` measures
-every pair, and all blocks together, and says how well each signal ranks them.
+The text is cut in three, sequences taking turns. On the first part Fisher information is estimated;
+on the second the true KL of random probes is measured: pairs of block and precision, and whole
+plans. The third is left for judging. Each block gets its calibrated ``kl``, the file the scale, the
+error band, the safety factor, and what kernels cost beyond the weights' error (docs/precision.md).
+``--oracle`` measures every pair, says how well each signal ranks them, and judges whole plans.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,16 @@ from lib.blocks import parameter_digest, partition_model
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, load_hints, match_hints, save_hints
-from lib.precision.calibration import PROBES, Calibration, calibrate
+from lib.precision.perturb import curve_precisions
 from lib.precision.quality import Quality
-from lib.precision.sensitivity import Curves, find_violations, monotone
+from lib.precision.sensitivity import find_violations
+from scripts.calibration import DRAWS, CalibratedModel, calibrate_model, calibrated_hints
 from scripts.cli import emit_json, run_main
-from scripts.inputs import (
-    cast_weights,
-    load_model,
-    parse_device,
-    quiet_transformers,
-    read_text,
-    sequence_length,
-)
-from scripts.oracle import check_additivity, measure, progress_bar, rank_signals
-from scripts.predictions import (
-    Pair,
-    Predictions,
-    calibrate_signals,
-    list_pairs,
-    measuring_batches,
-    predict,
-    split_text,
-    upper_curves,
-)
+from scripts.held_out import add_text_flags, read_parts, vocabulary_size
+from scripts.inputs import cast_weights, load_model, parse_device, quiet_transformers
+from scripts.kernel_error import measure_kernels
+from scripts.oracle import check_additivity, progress_bar, rank_signals
+from scripts.predictions import Pair, Predictions, measuring_batches
 
 Fields = dict[str, Any]
 
@@ -62,99 +49,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers(progress=sys.stderr.isatty())
     model: Any = load_model(args.model)
     _check_hints(hints, model)
-    cast_weights(model, torch.float32)
-    length = sequence_length(model.config, args.sequence_length)
-    vocab_size = model.config.get_text_config().vocab_size
-    text = read_text(
-        args.model,
-        args.data,
-        vocab_size=vocab_size,
-        length=length,
-        count=args.samples,
-        seed=args.seed,
-    )
-    if len(text.tokens) < 2:
-        raise InputError(f"{text.source} has one sequence of {length} tokens: two parts need more")
-    fisher_text, kl_text = split_text(text.tokens)
+    text = read_parts(args, model)
+    vocab_size = vocabulary_size(model)
     model.to(device)
     begin = time.perf_counter()
-    steps = args.draws + (len(fisher_text) if args.oracle else 0)
-    with progress_bar(steps, "gradients") as bar:
-        predictions = predict(
-            model,
-            fisher_text,
-            folder=args.model,
-            hints=hints,
-            draws=args.draws,
-            seed=args.seed,
-            empirical=args.oracle,
-            progress=bar.update,
-        )
-    pairs = list_pairs(model, seed=args.seed)
-    if not args.oracle:
-        pairs = pairs[:PROBES]
-    batches = measuring_batches(kl_text, vocab_size)
-    measured = measure(model, batches, [{block: precision} for block, precision in pairs])
-    kl = [quality.kl_nats for quality in measured]
-    calibrations = calibrate_signals(predictions, pairs, kl)
-    upper = upper_curves(predictions, calibrations)
-    final = calibrate([upper[block][precision] for block, precision in pairs], kl)
-    violations = _violations(predictions)
-    calibrated = add_curves(hints, upper, final, calibrations)
+    with progress_bar(len(curve_precisions(model)), "kernels") as bar:
+        kernels = measure_kernels(model, text.calibration, device=device, progress=bar.update)
+    cast_weights(model, torch.float32)
+    found = calibrate_model(
+        model,
+        text.fisher,
+        text.calibration,
+        folder=args.model,
+        hints=hints,
+        vocab_size=vocab_size,
+        draws=args.draws,
+        seed=args.seed,
+        oracle=args.oracle,
+    )
+    calibrated = calibrated_hints(hints, found, kernels=kernels, text=text.to_json())
     document: Fields = {
         "model": args.model,
         "tier_hints": str(output),
-        "text": {
-            "source": text.source,
-            "sequence_length": length,
-            "fisher_sequences": len(fisher_text),
-            "kl_sequences": len(kl_text),
-        },
+        "text": text.to_json(),
         "draws": args.draws,
         "seed": args.seed,
-        "missing": dict(predictions.missing),
-        "calibration": {signal: value.to_json() for signal, value in calibrations.items()},
+        "missing": dict(found.predictions.missing),
+        "calibration": {signal: value.to_json() for signal, value in found.calibrations.items()},
         "quality": dict(calibrated.quality),
-        "violations": violations,
+        "plan_ratios": list(found.plan_ratios),
+        "violations": _violations(found.predictions),
         "probes": [
-            _row(pair, quality, predictions, upper[pair[0]][pair[1]] * final.scale)
-            for pair, quality in zip(pairs, measured, strict=True)
+            _row(pair, quality, found)
+            for pair, quality in zip(found.pairs, found.measured, strict=True)
         ],
     }
     if args.oracle:
-        document |= rank_signals(predictions, pairs, kl)
-        singles = dict(zip(pairs, kl, strict=True))
-        document["additivity"] = check_additivity(model, batches, upper, final, singles)
+        kl = [quality.kl_nats for quality in found.measured]
+        document |= rank_signals(found.predictions, found.pairs, kl)
+        document["additivity"] = check_additivity(
+            model,
+            found.curves,
+            dict(zip(found.pairs, kl, strict=True)),
+            batches=measuring_batches(text.calibration, vocab_size),
+            judging=measuring_batches(text.judging, vocab_size),
+        )
     document["seconds"] = round(time.perf_counter() - begin, 1)
     save_hints(calibrated, output)
     _print(document)
     emit_json(document, args.json)
     return 0
-
-
-def add_curves(
-    hints: Hints, upper: Curves, final: Calibration, calibrations: Mapping[str, Calibration]
-) -> Hints:
-    """Return the hints with every block's curve and what is known of their accuracy."""
-    blocks = {
-        name: replace(
-            hint,
-            kl=monotone({p: value * final.scale for p, value in upper[name].items()}),
-        )
-        for name, hint in hints.blocks.items()
-    }
-    quality = {
-        **hints.quality,
-        "calibrated": True,
-        "signal": "larger of fisher_true and directional",
-        "scale": {signal: value.scale for signal, value in calibrations.items()},
-        "band": list(final.band),
-        "conformal_factor": final.conformal_factor,
-        "coverage": final.coverage,
-        "fit_probes": final.fit_probes,
-        "conformal_probes": final.conformal_probes,
-    }
-    return replace(hints, blocks=blocks, quality=quality)
 
 
 def _check_hints(hints: Hints, model: Any) -> None:
@@ -187,17 +131,17 @@ def _violations(predictions: Predictions) -> list[Fields]:
     return found
 
 
-def _row(pair: Pair, quality: Quality, predictions: Predictions, predicted: float) -> Fields:
+def _row(pair: Pair, quality: Quality, found: CalibratedModel) -> Fields:
     block, precision = pair
     return {
         "block": block,
         "precision": str(precision),
         "kl": quality.kl_nats,
         "kl_interval": None if quality.kl_interval is None else [*quality.kl_interval],
-        "predicted": predicted,
+        "predicted": found.curves[block][precision],
         **{
             signal: curves[block][precision]
-            for signal, curves in predictions.curves.items()
+            for signal, curves in found.predictions.curves.items()
             if block in curves
         },
     }
@@ -206,8 +150,9 @@ def _row(pair: Pair, quality: Quality, predictions: Predictions, predicted: floa
 def _print(document: Fields) -> None:
     text, quality = document["text"], document["quality"]
     print(
-        f"Fisher information on {text['fisher_sequences']} and KL on {text['kl_sequences']} other "
-        f"sequences of {text['sequence_length']} tokens: {text['source']}"
+        f"Fisher information on {text['fisher_sequences']}, KL on {text['calibration_sequences']}, "
+        f"{text['judging_sequences']} left to judge on, of {text['sequence_length']} tokens each: "
+        f"{text['source']}"
     )
     columns = ["signal", "scale", "10 %", "90 %"]
     columns += ["rho", "worst rho within a precision"] if "spearman" in document else []
@@ -223,7 +168,8 @@ def _print(document: Fields) -> None:
     for row in document.get("additivity", []):
         print(
             f"{row['plan']:>22}: KL {row['joint_kl']:.3g}, {row['joint_over_sum']:.2f} of the sum "
-            f"of singles; predicted {row['predicted']:.3g}; perplexity {row['perplexity']:.2f}"
+            f"of singles; on unseen text {row['judged_kl']:.3g}, predicted {row['predicted']:.3g} "
+            f"({row['predicted_over_judged']:.2f}); perplexity {row['perplexity']:.2f}"
         )
     for signal, reason in document["missing"].items():
         print(f"no {signal}: {reason}")
@@ -232,14 +178,29 @@ def _print(document: Fields) -> None:
             f"{step['signal']} of {step['block']}: {step['coarser']} below {step['finer']}, "
             f"{step['reason']}"
         )
+    print(f"\n{_guarantee(quality)}")
     print(
-        f"\nA block's KL is at most {quality['conformal_factor']:.2f} of what the file says, in "
-        f"{quality['coverage']:.0%} of cases ({quality['conformal_probes']} probes).\n"
+        f"Kernels cost up to {quality['kernels']['nats']:.2g} nats more "
+        f"({quality['kernels']['name']}).\n"
+    )
+
+
+def _guarantee(quality: Fields) -> str:
+    """Say what the safety factor is worth."""
+    pairs = (
+        f"all {quality['conformal_probes']} pairs of block and precision, measured one by one"
+        if quality["exhaustive"]
+        else f"95 % of pairs of block and precision ({quality['conformal_probes']} random ones)"
+    )
+    return (
+        f"Measured KL is at most {quality['conformal_factor']:.2f} times what the file says: for "
+        f"{pairs} {quality['pair_factor']:.2f} times, for 95 % of whole plans ({quality['plans']} "
+        f"random ones) {quality['plan_factor']:.2f} times, with 95 % confidence."
     )
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    for flag, least in (("samples", 2), ("draws", 8), ("seed", 0)):
+    for flag, least in (("draws", 8), ("seed", 0)):
         if getattr(args, flag) < least:
             raise InputError(f"--{flag} {getattr(args, flag)} must be at least {least}")
 
@@ -256,27 +217,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tier-hints", required=True, type=Path, metavar="FILE", help="hints of this model"
     )
     what.add_argument(
-        "--data",
-        metavar="TEXT",
-        help="UTF-8 text: a file, a folder or a glob (default: the checkpoint's held-out text)",
-    )
-    what.add_argument(
-        "--samples",
-        type=int,
-        default=128,
-        metavar="N",
-        help=f"sequences of text, at most, both halves together {default}",
-    )
-    what.add_argument(
-        "--sequence-length",
-        type=int,
-        metavar="TOKENS",
-        help="tokens per sequence (default: the model's context, at most 512)",
-    )
-    what.add_argument(
         "--draws",
         type=int,
-        default=256,
+        default=DRAWS,
         metavar="N",
         help=f"gradients with sampled labels; the directional error is sqrt(2/N) {default}",
     )
@@ -285,10 +228,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="measure every block at every precision, and all together",
     )
-    what.add_argument(
-        "--seed", type=int, default=0, help=f"of text, labels and choice of probes {default}"
-    )
     what.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    add_text_flags(parser, samples=192, use=", the three parts together")
     out = parser.add_argument_group("what is written")
     out.add_argument(
         "--output", type=Path, metavar="FILE", help="the hints (default: the file they came from)"

@@ -6,18 +6,23 @@ allocations that take the same bytes.
 
 ``ours`` allocates by the hints' calibrated curves (or, if they have none, by curves that are made
 here as ``scripts/calibrate_hints.py`` makes them), ``oracle`` by each block's KL measured alone on
-the very text that all are judged on, ``magnitude`` by squared errors; ``lib/precision/controls.py``
-says what the others do, ``lib/precision/sizes.py`` how bits are counted (docs/allocation.md).
+the text that the curves are calibrated on, ``magnitude`` by squared errors;
+``lib/precision/controls.py`` says what the others do, ``lib/precision/sizes.py`` how bits are
+counted (docs/allocation.md). All are judged on a third part of the text, which neither the curves
+nor the oracle have seen. Intervals (95 %) are bootstraps over its sequences.
 """
 
 import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lib.blocks import parameter_digest, partition_model
@@ -25,41 +30,30 @@ from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Precision, load_hints, match_hints
 from lib.precision.controls import log_chord
-from lib.precision.quality import Quality
+from lib.precision.plans import predicted_kl
+from lib.precision.quality import Quality, bootstrap_statistic
 from lib.precision.sensitivity import Curves, magnitude_curves
 from lib.precision.sizes import Plan, StoredSizes, stored_sizes
-from scripts.allocation_arms import (
-    DRAWN,
-    DRAWS,
-    check_budgets,
-    compute_curves,
-    hint_curves,
-    plan_arms,
-)
+from scripts.allocation_arms import DRAWN, DRAWS, check_budgets, hint_curves, plan_arms
+from scripts.calibration import calibrate_model
 from scripts.cli import emit_json, run_main
-from scripts.inputs import (
-    cast_weights,
-    load_model,
-    parse_device,
-    quiet_transformers,
-    read_text,
-    sequence_length,
-)
+from scripts.held_out import TextParts, add_text_flags, read_parts, vocabulary_size
+from scripts.inputs import cast_weights, load_model, parse_device, quiet_transformers
 from scripts.oracle import measure
-from scripts.predictions import (
-    list_pairs,
-    measuring_batches,
-    split_text,
-)
+from scripts.predictions import Pair, list_pairs, measuring_batches
 
 BITS = (3.0, 4.0, 5.0)
+RATIOS = {
+    "over log chord": "log_chord_fraction",
+    "over uniform": "ours_over_uniform",
+    "over oracle": "ours_over_oracle",
+    "predicted over measured": "predicted_over_measured",
+}
 Fields = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.samples < 2:
-        raise InputError(f"--samples {args.samples} must be at least 2")
     check_writable(args.json)
     device = parse_device(args.device)
     hints = load_hints(args.tier_hints)
@@ -69,62 +63,94 @@ def main(argv: Sequence[str] | None = None) -> int:
     match_hints(hints, names, parameter_digest=parameter_digest(model))
     cast_weights(model, torch.float32)
     sizes = stored_sizes(model)
+    pairs = list_pairs(model, seed=args.seed)
     budgets = args.bits or BITS
-    check_budgets(sizes, budgets)
-    length = sequence_length(model.config, args.sequence_length)
-    vocab_size = model.config.get_text_config().vocab_size
-    text = read_text(
-        args.model,
-        args.data,
-        vocab_size=vocab_size,
-        length=length,
-        count=args.samples,
-        seed=args.seed,
-    )
-    if len(text.tokens) < 2:
-        raise InputError(f"{text.source} has one sequence of {length} tokens: two parts need more")
-    first, second = split_text(text.tokens)
-    model.to(device)
+    check_budgets(replace(sizes, precisions=chord_widths(sizes, pairs)), budgets)
     curves = hint_curves(hints, sizes)
+    text = read_parts(args, model)
+    if curves is not None:
+        check_unseen(hints.quality.get("text"), text)
+    vocab_size = vocabulary_size(model)
+    model.to(device)
     origin = "the hints"
     if curves is None:
         origin = "computed here: the hints have none that were calibrated"
-        curves = compute_curves(
-            model, first, vocab_size, folder=args.model, hints=hints, seed=args.seed
-        )
-    comparison = Comparison(model, sizes, measuring_batches(second, vocab_size))
+        curves = calibrate_model(
+            model,
+            text.fisher,
+            text.calibration,
+            folder=args.model,
+            hints=hints,
+            vocab_size=vocab_size,
+            seed=args.seed,
+        ).curves
+    comparison = Comparison(
+        model,
+        sizes,
+        calibration=measuring_batches(text.calibration, vocab_size),
+        judging=measuring_batches(text.judging, vocab_size),
+    )
     document: Fields = {
         "model": args.model,
         "tier_hints": str(args.tier_hints),
-        "text": {
-            "source": text.source,
-            "sequence_length": length,
-            "sequences": len(second),
-            "tokens": second.numel(),
-        },
+        "text": {**text.to_json(), "judging_tokens": text.judging.numel()},
         "curves": origin,
         "draws": DRAWS,
         "seed": args.seed,
-        **comparison.run(curves, budgets, seed=args.seed),
+        **comparison.run(curves, pairs, budgets, seed=args.seed),
     }
     _print(document)
     emit_json(document, args.json)
     return 0
 
 
+def chord_widths(sizes: StoredSizes, pairs: Sequence[Pair]) -> tuple[Precision, ...]:
+    """Return the widths that lie on the log chord: one that holds the weights exactly has a KL of 0
+    and no logarithm.
+    """
+    lossy = {precision for _, precision in pairs}
+    return tuple(precision for precision in sizes.precisions if precision in lossy)
+
+
+def check_unseen(calibrated_on: Any, text: TextParts) -> None:
+    """Raise InputError where the hints may have been calibrated on what is to be judged on."""
+    asked = text.to_json()
+    keys = ("source", "sequence_length", "seed")
+    if isinstance(calibrated_on, dict) and calibrated_on.get("source") == text.source:
+        if any(calibrated_on.get(key) != asked[key] for key in keys):
+            said = ", ".join(f"{key} {calibrated_on.get(key)}" for key in keys[1:])
+            raise InputError(
+                f"the hints were calibrated on the same text ({text.source}) cut in another way "
+                f"({said}): give the same --sequence-length and --seed, so that judging takes the "
+                "part that was left out"
+            )
+
+
 class Comparison:
-    """All allocations of one model, measured on one text."""
+    """All allocations of one model, made from one part of a text and judged on another."""
 
-    def __init__(self, model: Any, sizes: StoredSizes, batches: Sequence[Tensor]) -> None:
-        self._model, self._sizes, self._batches = model, sizes, batches
+    def __init__(
+        self,
+        model: Any,
+        sizes: StoredSizes,
+        *,
+        calibration: Sequence[Tensor],
+        judging: Sequence[Tensor],
+    ) -> None:
+        self._model, self._sizes = model, sizes
+        self._calibration, self._judging = calibration, judging
 
-    def run(self, curves: Curves, budgets: Sequence[float], *, seed: int) -> Fields:
+    def run(
+        self, curves: Curves, pairs: Sequence[Pair], budgets: Sequence[float], *, seed: int
+    ) -> Fields:
         """Return the document's figures: of uniform widths, and of all arms at each budget."""
         sizes = self._sizes
-        widths = [sizes.uniform(precision) for precision in sizes.precisions]
-        pairs = list_pairs(self._model, seed=seed)
-        alone = measure(self._model, self._batches, [{block: p} for block, p in pairs])
-        oracle: dict[str, dict[Precision, float]] = {block: {} for block in sizes.num_params}
+        chord = chord_widths(sizes, pairs)
+        widths = [sizes.uniform(precision) for precision in chord]
+        alone = measure(self._model, self._calibration, [{block: p} for block, p in pairs])
+        oracle: dict[str, dict[Precision, float]] = {
+            block: dict.fromkeys(sizes.precisions, 0.0) for block in sizes.num_params
+        }
         for (block, precision), quality in zip(pairs, alone, strict=True):
             oracle[block][precision] = quality.kl_nats
         arms = {
@@ -137,14 +163,10 @@ class Comparison:
             for bits in budgets
         }
         flat = [plan for plans in arms.values() for drawn in plans.values() for plan in drawn]
-        measured = iter(measure(self._model, self._batches, [*widths, *flat]))
-        uniform = {precision: next(measured) for precision in sizes.precisions}
-        chord = [
-            (sizes.bytes_of(plan), quality.kl_nats)
-            for plan, quality in zip(widths, uniform.values(), strict=True)
-        ]
+        measured = iter(measure(self._model, self._judging, [*widths, *flat]))
+        uniform = {precision: next(measured) for precision in chord}
         return {
-            "reference_perplexity": alone[0].reference_perplexity,
+            "reference_perplexity": uniform[chord[0]].reference_perplexity,
             "num_weights": sizes.num_weights,
             "uniform_widths": {
                 str(precision): {
@@ -155,53 +177,84 @@ class Comparison:
                 for precision, quality in uniform.items()
             },
             "bits": {
-                f"{float(bits)}": self._compare(
+                f"{float(bits)}": _compare(
+                    sizes,
                     bits,
                     plans,
                     {arm: [next(measured) for _ in drawn] for arm, drawn in plans.items()},
                     curves=curves,
-                    chord_kl=log_chord(chord, sizes.budget(bits)),
+                    uniform=uniform,
                 )
+                | {"model_bits": self._model_bits(bits)}
                 for bits, plans in arms.items()
             },
         }
 
-    def _compare(
-        self,
-        bits: float,
-        plans: Mapping[str, Sequence[Plan]],
-        qualities: Mapping[str, Sequence[Quality]],
-        *,
-        curves: Curves,
-        chord_kl: float,
-    ) -> Fields:
-        kl = {arm: _mean([q.kl_nats for q in drawn]) for arm, drawn in qualities.items()}
-        (ours,), (quality,) = plans["ours"], qualities["ours"]
-        predicted = sum(curves[block][precision] for block, precision in ours.items())
-        return {
-            "kl": kl,
-            "kl_sd": {arm: statistics.stdev([q.kl_nats for q in qualities[arm]]) for arm in DRAWN},
-            "kl_interval": {
-                arm: list(drawn[0].kl_interval or ())
-                for arm, drawn in qualities.items()
-                if len(drawn) == 1
-            },
-            "ppl": {arm: _mean([q.perplexity for q in drawn]) for arm, drawn in qualities.items()},
-            "log_chord_kl": chord_kl,
-            "log_chord_fraction": kl["ours"] / chord_kl,
-            "ours_over_uniform": kl["ours"] / kl["uniform"],
-            "ours_over_oracle": kl["ours"] / kl["oracle"],
-            "predicted_kl": predicted,
-            "predicted_over_measured": predicted / quality.kl_nats,
-            "used_bits": {
-                arm: _mean([self._sizes.bits_of(plan) for plan in drawn])
-                for arm, drawn in plans.items()
-            },
-            "model_bits": (self._sizes.budget(bits) + self._sizes.other_bytes)
-            * 8
-            / sum(block.num_params for block in partition_model(self._model)),
-            "plan": {block: str(precision) for block, precision in ours.items()},
-        }
+    def _model_bits(self, bits: float) -> float:
+        """Return the bits per weight of the whole model at a budget."""
+        total = sum(block.num_params for block in partition_model(self._model))
+        return (self._sizes.budget(bits) + self._sizes.other_bytes) * 8 / total
+
+
+def _compare(
+    sizes: StoredSizes,
+    bits: float,
+    plans: Mapping[str, Sequence[Plan]],
+    qualities: Mapping[str, Sequence[Quality]],
+    *,
+    curves: Curves,
+    uniform: Mapping[Precision, Quality],
+) -> Fields:
+    """Return one budget's figures, with intervals of the ratios over the sequences."""
+    kl = {arm: _mean([q.kl_nats for q in drawn]) for arm, drawn in qualities.items()}
+    (ours,), (quality,) = plans["ours"], qualities["ours"]
+    predicted = predicted_kl(curves, ours)
+    costs = [sizes.bytes_of(sizes.uniform(precision)) for precision in uniform]
+
+    def chord(widths_kl: Sequence[float]) -> float:
+        return log_chord(zip(costs, widths_kl, strict=True), sizes.budget(bits))
+
+    chord_kl = chord([q.kl_nats for q in uniform.values()])
+    own = list(quality.kl_per_sequence)
+    by_arm = {
+        arm: np.mean([q.kl_per_sequence for q in drawn], axis=0).tolist()
+        for arm, drawn in qualities.items()
+    }
+    widths = [list(q.kl_per_sequence) for q in uniform.values()]
+    return {
+        "kl": kl,
+        "kl_sd": {arm: statistics.stdev([q.kl_nats for q in qualities[arm]]) for arm in DRAWN},
+        "kl_interval": {
+            arm: list(drawn[0].kl_interval or ())
+            for arm, drawn in qualities.items()
+            if len(drawn) == 1
+        },
+        "ppl": {arm: _mean([q.perplexity for q in drawn]) for arm, drawn in qualities.items()},
+        "log_chord_kl": chord_kl,
+        "log_chord_fraction": kl["ours"] / chord_kl,
+        "ours_over_uniform": kl["ours"] / kl["uniform"],
+        "ours_over_oracle": kl["ours"] / kl["oracle"],
+        "predicted_kl": predicted,
+        "predicted_over_measured": predicted / quality.kl_nats,
+        "interval": {
+            "log_chord_fraction": bootstrap_statistic(
+                [own, *widths], lambda means: means[0] / chord(means[1:].tolist())
+            ),
+            "ours_over_uniform": bootstrap_statistic([own, by_arm["uniform"]], _ratio),
+            "ours_over_oracle": bootstrap_statistic([own, by_arm["oracle"]], _ratio),
+            "predicted_over_measured": bootstrap_statistic(
+                [own], lambda means: predicted / float(means[0])
+            ),
+        },
+        "used_bits": {
+            arm: _mean([sizes.bits_of(plan) for plan in drawn]) for arm, drawn in plans.items()
+        },
+        "plan": {block: str(precision) for block, precision in ours.items()},
+    }
+
+
+def _ratio(means: NDArray[np.float64]) -> float:
+    return float(means[0] / means[1])
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -211,8 +264,8 @@ def _mean(values: Sequence[float]) -> float:
 def _print(document: Fields) -> None:
     text = document["text"]
     print(
-        f"KL of {text['sequences']} sequences of {text['sequence_length']} tokens: {text['source']}"
-        f"; curves: {document['curves']}; perplexity of the full model "
+        f"KL of {text['judging_sequences']} unseen sequences of {text['sequence_length']} tokens: "
+        f"{text['source']}; curves: {document['curves']}; perplexity of the full model "
         f"{document['reference_perplexity']:.2f}\n"
     )
     for width, row in document["uniform_widths"].items():
@@ -225,11 +278,11 @@ def _print(document: Fields) -> None:
                 f"  {arm:>10}  KL {row['kl'][arm]:.3e}{spread:<11}  ppl {row['ppl'][arm]:8.2f}  "
                 f"{row['used_bits'][arm]:.3f} bits used"
             )
-        print(
-            f"  ours: {row['log_chord_fraction']:.2f} of the log chord, "
-            f"{row['ours_over_uniform']:.2f} of uniform, {row['ours_over_oracle']:.2f} of the "
-            f"oracle's; predicted {row['predicted_over_measured']:.2f} of measured"
-        )
+        shown = []
+        for name, key in RATIOS.items():
+            low, high = row["interval"][key]
+            shown.append(f"{name} {row[key]:.2f} ({low:.2f} to {high:.2f})")
+        print(f"  ours: {', '.join(shown)}")
     print()
 
 
@@ -251,29 +304,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BITS",
         help=f"bits per weight of the budgets (default: {' '.join(map(str, BITS))})",
     )
-    what.add_argument(
-        "--data",
-        metavar="TEXT",
-        help="text to measure on: a file, a folder or a glob (default: the model folder's held-out "
-        "text, else the standard library's)",
-    )
-    what.add_argument(
-        "--samples",
-        type=int,
-        default=128,
-        metavar="N",
-        help=f"sequences; KL is measured on every other one {default}",
-    )
-    what.add_argument(
-        "--sequence-length",
-        type=int,
-        metavar="TOKENS",
-        help="tokens per sequence (default: the model's context, at most 512)",
-    )
-    what.add_argument(
-        "--seed", type=int, default=0, help=f"of text, labels and random arms {default}"
-    )
     what.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    add_text_flags(parser, samples=192, use=", the three parts together")
     out = parser.add_argument_group("what is written")
     out.add_argument(
         "--json", type=Path, metavar="FILE", help="write the JSON document here as well"

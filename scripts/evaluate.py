@@ -1,7 +1,7 @@
 """Measure what placing and compressing a model costs in quality, on text of your own.
 
     python scripts/evaluate.py --model runs/quickstart/checkpoint \
-        --tier-hints runs/quickstart/tier_hints.json --precision int4
+        --tier-hints runs/quickstart/tier_hints.json --precision int4     # or --epsilon 0.02
 
 The model is measured as it is, then with its weights placed and stored as asked, kernels included:
 perplexity of both, KL(full || ours) in nats per token, share of equal most likely tokens. --tasks
@@ -24,18 +24,13 @@ from tqdm import tqdm
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Precision, load_hints
+from lib.precision.floors import parse_epsilon
 from lib.precision.quality import Quality, QualityMeter
 from lib.signals.summary import causal_logits, dtype_names
 from lib.tiering import attach
 from scripts.cli import emit_json, run_main
-from scripts.inputs import (
-    load_model,
-    load_tokenizer,
-    parse_device,
-    quiet_transformers,
-    read_text,
-    sequence_length,
-)
+from scripts.held_out import add_text_flags, read_held_out, vocabulary_size
+from scripts.inputs import load_model, load_tokenizer, parse_device, quiet_transformers
 from scripts.plan import read_budget
 from scripts.predictions import measuring_batches
 
@@ -51,17 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers(progress=sys.stderr.isatty())
     hints = None if args.tier_hints is None else load_hints(args.tier_hints)
     model: Any = load_model(args.model)
-    length = sequence_length(model.config, args.sequence_length)
-    vocab_size = model.config.get_text_config().vocab_size
-    text = read_text(
-        args.model,
-        args.data,
-        vocab_size=vocab_size,
-        length=length,
-        count=args.samples,
-        seed=args.seed,
-    )
-    batches = [batch.to(device) for batch in measuring_batches(text.tokens, vocab_size)]
+    text = read_held_out(args, model)
+    batches = [batch.to(device) for batch in measuring_batches(text.tokens, vocabulary_size(model))]
     model.to(device)
     tasks: dict[str, Fields] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -73,12 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             hints,
             budget=None if args.budget is None else read_budget(args.budget),
             precision=args.precision,
+            epsilon=args.epsilon,
             device=device,
         ) as runtime:
             quality = compare_with_reference(model, batches, Path(folder))
             if args.tasks:
                 tasks["ours"] = run_tasks(model, args)
             stats = runtime.stats()
+            veto = runtime.veto.to_json()
+            held = [str(place.precision) for place in runtime.plan.placements.values()]
     document: Fields = {
         "model": args.model,
         "tier_hints": None if args.tier_hints is None else str(args.tier_hints),
@@ -86,9 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "precision": args.precision,
         "dtype": dtype_names(model),
         "device": str(device),
-        "text": {"source": text.source, "sequence_length": length},
+        "epsilon": args.epsilon,
+        "text": {"source": text.source, "sequence_length": text.tokens.shape[1]},
         "bytes_per_tier": stats.bytes_per_tier,
         "peak_weight_bytes": stats.peak_resident_bytes,
+        "precisions": {name: held.count(name) for name in dict.fromkeys(held)},
+        "predicted_nats": veto["predicted_nats"],
+        "bound_nats": veto["bound_nats"],
         **quality.to_json(),
         "tasks": tasks or None,
     }
@@ -154,6 +147,11 @@ def _print(document: Mapping[str, Any]) -> None:
     print(f"perplexity      {document['reference_perplexity']:.4f} full")
     print(f"                {document['perplexity']:.4f} as placed ({ratio:+.2%})")
     print(f"KL(full || it)  {document['kl_nats']:.4g} nats per token{spread}")
+    if document["epsilon"] is not None:
+        print(
+            f"                {document['predicted_nats']:.4g} predicted, at most "
+            f"{document['bound_nats']:.4g} by its bound; epsilon {document['epsilon']}"
+        )
     print(f"same top token  {document['top1_agreement']:.2%}")
     for task, scores in ((document["tasks"] or {}).get("ours") or {}).items():
         for metric, value in scores.items():
@@ -171,6 +169,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise InputError(f"--{flag} {value} must be at least {least}")
+    if args.epsilon is not None:
+        parse_epsilon(args.epsilon)
     if args.tier_hints is None and args.budget is None:
         raise InputError("nothing says where weights go: give --tier-hints, or --budget HBM=,SSD=")
     if args.tasks and importlib.util.find_spec(HARNESS) is None:
@@ -198,23 +198,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=[str(precision) for precision in Precision],
         help="hold the weights so, or at their floor (default: as they are, lossless)",
     )
+    model.add_argument(
+        "--epsilon",
+        metavar="BOUND",
+        help="hold the weights so that precision costs at most this: nats per token (0.02), or a "
+        "perplexity ratio (ppl=1.02); needs calibrated hints (default: no bound)",
+    )
     model.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
-    text = parser.add_argument_group("text")
-    text.add_argument(
-        "--data",
-        metavar="TEXT",
-        help="UTF-8 text: a file, a folder or a glob (default: the checkpoint's held-out text)",
-    )
-    text.add_argument(
-        "--samples", type=int, default=64, metavar="N", help=f"sequences, at most {default}"
-    )
-    text.add_argument(
-        "--sequence-length",
-        type=int,
-        metavar="TOKENS",
-        help="tokens per sequence (default: the model's context, at most 512)",
-    )
-    text.add_argument("--seed", type=int, default=0, help=f"of the choice of text {default}")
+    add_text_flags(parser, samples=64, use="")
     tasks = parser.add_argument_group("lm-evaluation-harness")
     tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to run, full and placed")
     tasks.add_argument(

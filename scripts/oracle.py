@@ -7,18 +7,17 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.blocks import partition_model
 from lib.hints import Precision
-from lib.precision.allocate import Option, allocate
-from lib.precision.calibration import Calibration, spearman
-from lib.precision.perturb import curve_precisions, lossy_blocks
+from lib.precision.allocate import allocate
+from lib.precision.calibration import spearman
+from lib.precision.plans import predicted_kl
 from lib.precision.quality import Quality, measure_perturbations
 from lib.precision.sensitivity import Curves
-from lib.precision.storage import stored_bytes
+from lib.precision.sizes import Plan, stored_sizes
 from scripts.predictions import Pair, Predictions
 
 BUDGET_BITS = (3.0, 4.0, 5.0, 6.0)
-"""Average bits per weight, scales included, of the plans that are measured as a whole."""
+"""Average bits per weight (``lib.precision.sizes``) of the plans that are measured as a whole."""
 Fields = dict[str, Any]
 
 
@@ -64,57 +63,53 @@ def rank_signals(predictions: Predictions, pairs: Sequence[Pair], kl: Sequence[f
 
 def check_additivity(
     model: Any,
-    batches: Sequence[Tensor],
-    upper: Curves,
-    final: Calibration,
+    curves: Curves,
     singles: Mapping[Pair, float],
+    *,
+    batches: Sequence[Tensor],
+    judging: Sequence[Tensor],
 ) -> list[Fields]:
-    """Measure all blocks together, uniform and allocated to a budget, beside the sum of singles."""
-    plans: list[tuple[str, dict[str, Precision]]] = []
-    for precision in curve_precisions(model):
-        names = [block.name for block in lossy_blocks(model, precision)]
-        plans.append((f"uniform {precision}", dict.fromkeys(names, precision)))
+    """Measure all blocks together, uniform and allocated to a budget: on the text of ``singles``
+    (``batches``) beside their sum, and on ``judging``, which nothing was fitted to, beside what
+    ``curves`` predict.
+    """
+    sizes = stored_sizes(model)
+    plans: dict[str, Plan] = {}
+    for precision in sizes.precisions:
+        plans[f"uniform {precision}"] = sizes.uniform(precision)
+    smallest = sizes.bits_of(sizes.uniform(sizes.precisions[-1]))
     for bits in BUDGET_BITS:
-        if (plan := allocate_bits(model, upper, bits)) is not None:
-            plans.append((f"{bits:g} bits per weight", plan))
-    measured = measure(model, batches, [plan for _, plan in plans])
+        if bits >= smallest:
+            allocation = allocate(sizes.options(curves), cost_budget=sizes.budget(bits))
+            plans[f"{bits:g} bits per weight"] = allocation.precisions
+    # A precision that the weights have already costs nothing.
+    plans = {
+        name: plan
+        for name, plan in plans.items()
+        if any(singles.get(pair, 0.0) > 0 for pair in plan.items())
+    }
+    together = measure(model, batches, list(plans.values()))
+    judged = measure(model, judging, list(plans.values()))
     rows = []
-    for (name, plan), quality in zip(plans, measured, strict=True):
+    for (name, plan), joint, unseen in zip(plans.items(), together, judged, strict=True):
         sum_of_singles = sum(singles.get(pair, 0.0) for pair in plan.items())
-        if not sum_of_singles:
-            continue  # a precision that the weights have already
-        predicted = sum(upper[block][precision] for block, precision in plan.items()) * final.scale
+        predicted = predicted_kl(curves, plan)
         rows.append(
             {
                 "plan": name,
-                "joint_kl": quality.kl_nats,
-                "joint_interval": None if quality.kl_interval is None else [*quality.kl_interval],
+                "bits": sizes.bits_of(plan),
+                "joint_kl": joint.kl_nats,
                 "sum_of_singles": sum_of_singles,
-                "joint_over_sum": quality.kl_nats / sum_of_singles,
+                "joint_over_sum": joint.kl_nats / sum_of_singles,
                 "predicted": predicted,
-                "predicted_over_joint": predicted / quality.kl_nats,
-                "perplexity": quality.perplexity,
-                "reference_perplexity": quality.reference_perplexity,
+                "judged_kl": unseen.kl_nats,
+                "judged_interval": list(unseen.kl_interval or ()),
+                "predicted_over_judged": predicted / unseen.kl_nats,
+                "perplexity": unseen.perplexity,
+                "reference_perplexity": unseen.reference_perplexity,
             }
         )
     return rows
-
-
-def allocate_bits(model: Any, upper: Curves, bits: float) -> dict[str, Precision] | None:
-    """Return the precisions of least predicted KL whose records take ``bits`` per weight; None
-    where even the smallest take more (scales and headers of small matrices).
-    """
-    blocks = [block for block in partition_model(model) if upper[block.name][Precision.INT2] > 0]
-    options = {
-        block.name: [
-            Option(precision, stored_bytes(model, block, precision), kl)
-            for precision, kl in upper[block.name].items()
-        ]
-        for block in blocks
-    }
-    budget = bits / 8 * sum(block.num_params for block in blocks)
-    smallest = sum(min(option.cost for option in choices) for choices in options.values())
-    return allocate(options, cost_budget=budget).precisions if smallest <= budget else None
 
 
 def progress_bar(total: int, name: str) -> "tqdm[Any]":

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hints,
         epsilon=args.epsilon,
         streams=may_stream(budget),
+        device=device,
     )
     needs, scratch_bytes = read_needs(args, model, hints, device, machine, ledger)
     schedule = definition_schedule(needs)

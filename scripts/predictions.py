@@ -41,15 +41,6 @@ class Predictions:
     true: GradientCurves
 
 
-def split_text(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the text to estimate Fisher information on and that to measure KL on, (N, T) each.
-
-    Sequences take turns: neighbours come from the same documents, and what is calibrated on one
-    part holds for another of the same distribution.
-    """
-    return tokens[::2], tokens[1::2]
-
-
 def predict(
     model: torch.nn.Module,
     tokens: Tensor,
@@ -104,11 +95,12 @@ def list_pairs(model: torch.nn.Module, *, seed: int) -> list[Pair]:
 
 
 def calibrate_signals(
-    predictions: Predictions, pairs: Sequence[Pair], measured: Sequence[float]
+    predictions: Predictions, pairs: Sequence[Pair], measured: Sequence[float], *, all_pairs: bool
 ) -> dict[str, Calibration]:
     """Calibrate each signal that predicts nats on measured pairs in random order.
 
-    One that knows too few of them (Adam's moment where most weights are frozen) is left out.
+    ``all_pairs``: they are all that there are. One that knows too few of them (Adam's moment where
+    most weights are frozen) is left out.
     """
     calibrations = {}
     for signal in NATS:
@@ -120,7 +112,7 @@ def calibrate_signals(
                 if block in curves
             ]
             if len(known) >= MIN_PROBES:
-                calibrations[signal] = calibrate(*zip(*known, strict=True))
+                calibrations[signal] = calibrate(*zip(*known, strict=True), all_pairs=all_pairs)
     return calibrations
 
 

@@ -1,7 +1,7 @@
 """The veto: the one place through which every plan, and so every transition, passes beforehand.
 
-    admitted  <=>  no block below its floor,  sum of bounds <= epsilon,  each tier within its
-                   budget,  and an order of moves in which it stays there on the way
+    admitted  <=>  no block below its floor,  sum of bounds and kernels <= epsilon,  each tier
+                   within its budget,  and an order of moves in which it stays there on the way
 
 with floors, bounds and epsilon from the ledger (``lib/precision/floors``). A change of one block is
 a plan that differs in one. What ``judge`` returns are the moves that the runtime carries out: there
@@ -53,7 +53,9 @@ class Veto:
 
     @property
     def bound_nats(self) -> float:
-        """The sum of bounds of what is held: at most epsilon, until a measurement raises bounds."""
+        """The sum of bounds of what is held, kernels included: at most epsilon, until a measurement
+        raises bounds.
+        """
         return self._sum_bounds(self._plan) if self._plan is not None else 0.0
 
     @property
@@ -122,7 +124,9 @@ class Veto:
                 floors={**self.ledger.floors, **self._precisions()},  # no lower than was measured
             )
         elif not accepted and self.bound_nats > 0:
-            ratio = max(measured.upper_nats, value) / self.bound_nats
+            kernels = self.ledger.kernel_nats  # no factor applies to these
+            excess = max(measured.upper_nats, value) - kernels
+            ratio = excess / (self.bound_nats - kernels)
             raised = tighten(self.ledger, ratio=max(ratio, 1.0))
             self.ledger = replace(raised, joint_check=JointCheck.PENDING) if pending else raised
             self.num_raised += 1
@@ -161,6 +165,7 @@ class Veto:
             "predicted_nats": self.predicted_nats,
             "bound_nats": self.bound_nats if limited else None,
             "factor": self.ledger.factor,
+            "kernel_nats": self.ledger.kernel_nats,
             "kl_per_byte": self.ledger.exchange_rate,
             "gap": self.ledger.gap,
             "joint_check": str(self.ledger.joint_check),
@@ -245,10 +250,12 @@ class Veto:
         return {name: place.precision for name, place in placements.items()}
 
     def _sum_bounds(self, plan: Plan) -> float:
-        return math.fsum(
+        """Return the bounds of all blocks and, if any is compressed, what kernels cost."""
+        total = math.fsum(
             self.ledger.bound(name, place.precision) or 0.0
             for name, place in plan.placements.items()
         )
+        return total + self.ledger.kernel_nats if total else 0.0
 
 
 def _refuse(

@@ -6,13 +6,19 @@ it:
 
     scale   exp(median log(measured / predicted)) over the fitting probes
     band    10th and 90th percentile of measured / (scale predicted) over the others
-    factor  the k-th smallest of these n ratios, k = ceil((n + 1) coverage): split conformal (Vovk
-            et al. 2005; Lei et al. 2018, arXiv 1604.04173). The next exchangeable pair's true KL is
-            then at most factor * scale * predicted with probability >= coverage, whatever the
-            distribution.
+    factor  the k-th smallest of these n ratios, the least k for which
+            P(Binomial(n, coverage) <= k - 1) >= confidence
 
-The scale is fitted on other probes than the factor, so that the guarantee holds. Ratios have no
-meaning where nothing changes: pairs with a predicted KL of 0 are left out by the caller.
+The factor is a distribution-free tolerance limit (Wilks 1941, Ann. Math. Statist. 12, 91-96), which
+is what a split-conformal threshold needs for its coverage to hold given the probes that were drawn,
+and not only on average over them (Vovk 2012, arXiv 1209.2673): with 95 % confidence at least 95 %
+of all pairs have a true KL of at most factor * scale * predicted. The least n is 59 (0.95^59 <
+0.05), with the largest ratio; from 93 on the second largest will do. The scale is fitted on other
+probes than the factor, so that these are drawn like any other pair.
+
+A model may have too few pairs for that. Then all of them are measured and nothing is left to
+chance: the factor is the largest ratio of all, and covers every pair. Ratios have no meaning where
+nothing changes: pairs with a predicted KL of 0 are left out by the caller.
 """
 
 import math
@@ -26,9 +32,11 @@ from numpy.typing import NDArray
 from ..errors import InputError
 
 COVERAGE = 0.95
+CONFIDENCE = 0.95
 PROBES = 80
-"""Enough that 60 are left for the factor: with 59 or more their largest ratio covers 95 % of pairs
-in 95 % of cases (0.95^59 < 0.05)."""
+"""Three quarters of them, 60, are left for the factor."""
+LEAST_PROBES = 59
+"""For a factor with ``COVERAGE`` and ``CONFIDENCE``."""
 MIN_PROBES = 8
 _FIT_SHARE = 0.25
 _BAND = (0.1, 0.9)
@@ -41,20 +49,26 @@ class Calibration:
     scale: float
     band: tuple[float, float]
     conformal_factor: float
-    coverage: float
-    """Of ``conformal_factor``: 0.95, or n / (n + 1) where there are fewer than 19 ratios."""
+    confidence: float
+    """That ``conformal_factor`` covers 95 % of pairs; 1 if every one was measured."""
     fit_probes: int
     conformal_probes: int
+    exhaustive: bool
+    """The probes are all pairs that there are: every one of them fits, and every one is covered."""
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as a document."""
         return {**asdict(self), "band": list(self.band)}
 
 
-def calibrate(predicted: Sequence[float], measured: Sequence[float]) -> Calibration:
+def calibrate(
+    predicted: Sequence[float], measured: Sequence[float], *, all_pairs: bool = False
+) -> Calibration:
     """Fit scale, band and factor on probes in random order, all with a KL above 0.
 
-    The first quarter fits the scale. Raises InputError for fewer than ``MIN_PROBES``.
+    The first quarter fits the scale. ``all_pairs``: there are no others; if they are too few for a
+    tolerance limit, every one counts for everything. Raises InputError for fewer than
+    ``MIN_PROBES``.
     """
     if len(predicted) < MIN_PROBES:
         raise InputError(
@@ -64,18 +78,38 @@ def calibrate(predicted: Sequence[float], measured: Sequence[float]) -> Calibrat
         raise InputError("a probe's KL is 0: only pairs that change weights can calibrate")
     ratios = np.asarray(measured) / np.asarray(predicted)
     num_fit = math.ceil(_FIT_SHARE * len(ratios))
+    exhaustive = all_pairs and len(ratios) - num_fit < LEAST_PROBES
+    if exhaustive:
+        num_fit = len(ratios)
     scale = float(np.exp(np.median(np.log(ratios[:num_fit]))))
-    rest = np.sort(ratios[num_fit:]) / scale
-    index = math.ceil((len(rest) + 1) * COVERAGE)
+    rest = ratios / scale if exhaustive else ratios[num_fit:] / scale
     low, high = np.quantile(rest, _BAND)
     return Calibration(
         scale=scale,
         band=(float(low), float(high)),
-        conformal_factor=float(rest[min(index, len(rest)) - 1]),
-        coverage=COVERAGE if index <= len(rest) else len(rest) / (len(rest) + 1),
+        conformal_factor=max(rest.tolist()) if exhaustive else tolerance_limit(rest.tolist()),
+        confidence=1.0 if exhaustive else min(CONFIDENCE, 1 - COVERAGE ** len(rest)),
         fit_probes=num_fit,
         conformal_probes=len(rest),
+        exhaustive=exhaustive,
     )
+
+
+def tolerance_limit(ratios: Sequence[float]) -> float:
+    """Return the order statistic that covers 95 % of what they were drawn from, with 95 %
+    confidence; the largest one of fewer than 59, whose confidence is 1 - 0.95^n.
+    """
+    return sorted(ratios)[tolerance_rank(len(ratios)) - 1]
+
+
+def tolerance_rank(count: int) -> int:
+    """Return the least k with P(Binomial(count, 0.95) <= k - 1) >= 0.95; ``count`` if none has."""
+    rank, above = count, 0.0
+    while True:  # above: P(Binomial >= rank), the probability that the rank-th doesn't cover
+        above += math.comb(count, rank) * COVERAGE**rank * (1 - COVERAGE) ** (count - rank)
+        if above > 1 - CONFIDENCE:
+            return min(rank + 1, count)
+        rank -= 1
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:

@@ -5,11 +5,13 @@ per token. Where a model is calibrated on a text, its perplexity there grows by 
 so a ratio of perplexities is another way to say it: epsilon = ln(ratio).
 
 The bound of a block at a precision is its predicted KL times the conformal factor c (an upper
-quantile of measured over predicted, from random probes; ``scripts/calibrate_hints.py``). A block's
-share of epsilon is what the allocation of fewest bytes with sum of bounds <= epsilon gives it: at
-its multiplier a nat buys the same number of bytes in every block, so no other shares save more. The
-floor is the least precision whose bound stays within the share. The shares add up to at most
-epsilon, so whatever keeps every floor keeps epsilon too.
+tolerance limit of measured over predicted, from random probes; ``scripts/calibrate_hints.py``).
+Kernels that compute with compressed weights round more than the weights: what that costs, measured
+for the whole model, is set aside before anything is shared out. A block's share of epsilon is what
+the allocation of fewest bytes with sum of bounds <= epsilon gives it: at its multiplier a nat buys
+the same number of bytes in every block, so no other shares save more. The floor is the least
+precision whose bound stays within the share. The shares add up to at most epsilon, so whatever
+keeps every floor keeps epsilon too.
 
 Below 3 bits KL is no longer additive over blocks, so bounds alone don't admit it there: a measured
 check of all blocks together has to come first (``Ledger.joint_check``).
@@ -24,6 +26,7 @@ from typing import Any
 from ..errors import InputError
 from ..hints import BlockHint, Hints, Precision
 from .allocate import Option, allocate
+from .calibration import LEAST_PROBES
 
 LARGEST_EPSILON = 4.0
 """Nats per token: the perplexity is 55 times what it was."""
@@ -31,6 +34,9 @@ _UNIT = 2.0**-50
 """Bounds are multiples of it, rounded up: sums below 8 nats are then exact, in any order."""
 _ORDER = {precision: rank for rank, precision in enumerate(Precision)}
 BELOW_THREE_BITS = frozenset({Precision.INT2})
+_FOREIGN_KERNELS = 100
+"""Kernels that weren't measured may cost a few times as much as those that were: a few per cent of
+an epsilon that is so many times what these cost."""
 
 
 class JointCheck(StrEnum):
@@ -42,6 +48,17 @@ class JointCheck(StrEnum):
     """It is admitted so that it can be measured, which comes next."""
     PASSED = "passed"
     """The upper bound of the measured KL is within epsilon."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """How far predictions can be trusted: bounds are ``factor`` times as high, and whatever is
+    compressed costs ``kernel_nats`` more, where the kernels named ``kernels`` compute.
+    """
+
+    factor: float
+    kernel_nats: float
+    kernels: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +80,9 @@ class Ledger:
     """Bounds and floors of all blocks under one epsilon (infinite: none was declared).
 
     ``floors``: a block that is not in it has none. ``factor``: bound over prediction.
-    ``exchange_rate``: the KL bound that a byte is worth where epsilon ends. ``gap``: how far the
-    floors may be from the fewest bytes, relatively.
+    ``kernel_nats``: what kernels cost as soon as any block is compressed. ``exchange_rate``: the KL
+    bound that a byte is worth where epsilon ends. ``gap``: how far the floors may be from the
+    fewest bytes, relatively.
     """
 
     epsilon: float
@@ -74,6 +92,7 @@ class Ledger:
     exchange_rate: float
     gap: float
     joint_check: JointCheck
+    kernel_nats: float = 0.0
 
     def predicted(self, block: str, precision: Precision) -> float | None:
         """Return the predicted KL of a block at a precision, in nats per token; None: unknown."""
@@ -105,15 +124,47 @@ def parse_epsilon(value: float | str) -> float:
     return epsilon
 
 
-def read_factor(quality: Mapping[str, Any]) -> float:
-    """Return the conformal factor of hints; raises InputError where they were not calibrated."""
-    factor = quality.get("conformal_factor")
+def read_trust(quality: Mapping[str, Any]) -> Trust:
+    """Return what hints say of their own accuracy.
+
+    Raises InputError where they were not calibrated, or on too few probes though there are more.
+    """
+    fix = "run scripts/calibrate_hints.py --model ... --tier-hints ... first"
+    factor, kernels = quality.get("conformal_factor"), quality.get("kernels")
     if quality.get("calibrated") is not True or not isinstance(factor, int | float) or factor <= 0:
         raise InputError(
             "epsilon needs predictions of KL that were checked against measurements, and these "
-            "hints have none: run scripts/calibrate_hints.py --model ... --tier-hints ... first"
+            f"hints have none: {fix}"
         )
-    return float(factor)
+    probes = quality.get("conformal_probes", 0)
+    if quality.get("exhaustive") is not True and probes < LEAST_PROBES:
+        raise InputError(
+            f"the safety factor of these hints comes from {probes} probes, which say little of "
+            f"other pairs of block and precision: epsilon needs {LEAST_PROBES}, or all pairs that "
+            f"the model has; {fix}"
+        )
+    if not isinstance(kernels, Mapping):
+        raise InputError(
+            f"these hints don't say what kernels cost beyond the weights' error, as epsilon needs: "
+            f"{fix}"
+        )
+    return Trust(
+        factor=float(factor), kernel_nats=float(kernels["nats"]), kernels=str(kernels["name"])
+    )
+
+
+def check_kernels(trust: Trust, kernels: str, *, epsilon: float) -> None:
+    """Raise InputError where other kernels compute than those measured and epsilon is so small that
+    the difference may count.
+    """
+    smallest = _FOREIGN_KERNELS * trust.kernel_nats
+    if kernels != trust.kernels and epsilon < smallest:
+        raise InputError(
+            f"epsilon {epsilon:.4g} is near to what kernels cost by themselves: "
+            f"{trust.kernel_nats:.2g} nats where these hints were calibrated ({trust.kernels}), "
+            f"unknown here ({kernels}); run scripts/calibrate_hints.py here, give measure=, or an "
+            f"epsilon of at least {smallest:.2g}"
+        )
 
 
 def make_ledger(
@@ -121,10 +172,11 @@ def make_ledger(
     *,
     epsilon: float,
     factor: float,
+    kernel_nats: float = 0.0,
     joint_check: JointCheck = JointCheck.MISSING,
 ) -> Ledger:
-    """Share epsilon out. A precision without a prediction, or below a block's ``lowest``, is never
-    allowed; nor is one below 3 bits without a joint check.
+    """Share epsilon out, less what kernels cost. A precision without a prediction, or below a
+    block's ``lowest``, is never allowed; nor is one below 3 bits without a joint check.
     """
     options: dict[str, list[Option]] = {}
     for name, curve in curves.items():
@@ -138,7 +190,8 @@ def make_ledger(
             )
             if allowed and bound is not None:
                 options[name].append(Option(precision, curve.cost[precision], bound))
-    allocation = allocate(options, kl_budget=epsilon)
+    kernel_nats = _round_up(kernel_nats)
+    allocation = allocate(options, kl_budget=max(epsilon - kernel_nats, 0.0))
     return Ledger(
         epsilon=epsilon,
         factor=factor,
@@ -147,6 +200,7 @@ def make_ledger(
         exchange_rate=allocation.exchange_rate,
         gap=allocation.gap,
         joint_check=joint_check,
+        kernel_nats=kernel_nats,
     )
 
 
@@ -177,7 +231,12 @@ def tighten(ledger: Ledger, *, ratio: float) -> Ledger:
         name: replace(curve, lowest=ledger.floors.get(name, curve.lowest))
         for name, curve in ledger.curves.items()
     }
-    return make_ledger(curves, epsilon=ledger.epsilon, factor=ledger.factor * ratio)
+    return make_ledger(
+        curves,
+        epsilon=ledger.epsilon,
+        factor=ledger.factor * ratio,
+        kernel_nats=ledger.kernel_nats,
+    )
 
 
 def merge_curves(hints: Sequence[BlockHint]) -> tuple[dict[Precision, float], Precision | None]:
@@ -224,4 +283,9 @@ def _bound(curve: Curve, precision: Precision, factor: float) -> float | None:
     if precision not in curve.kl_nats:
         return None
     worst = max(kl for other, kl in curve.kl_nats.items() if not is_below(other, precision))
-    return math.ceil(worst * factor / _UNIT) * _UNIT
+    # Never 0: weights that a precision happens to hold exactly still meet its kernels.
+    return max(_round_up(worst * factor), _UNIT)
+
+
+def _round_up(nats: float) -> float:
+    return math.ceil(nats / _UNIT) * _UNIT

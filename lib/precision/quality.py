@@ -7,16 +7,18 @@ Per position, p of the full model and q of the other one over the whole vocabula
 in float64, because that of an 8-bit model is the small difference of large terms. It needs no
 labels, so every position counts; the likelihood of the text needs the next token, so all but the
 last do. Positions of one sequence depend on each other: intervals come from whole sequences, by the
-percentile bootstrap (Efron 1979, doi:10.1214/aos/1176344552).
+percentile bootstrap (Efron 1979, doi:10.1214/aos/1176344552). A ratio of two KLs on the same text
+is resampled as a pair, since what makes a sequence hard for one makes it hard for the other.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -75,6 +77,42 @@ class Quality:
         }
 
 
+class Reference:
+    """The full model's side of a batch, worked out once for all that it is compared with.
+
+    Holds its probabilities in float64: twice the memory of float32 logits.
+    """
+
+    def __init__(self, ids_BT: Tensor, logits_BTV: Tensor) -> None:
+        self.ids_BT = ids_BT
+        self.nll: list[float] = []
+        self._top_BT = logits_BTV.argmax(-1)
+        self._p_BTV = torch.empty(logits_BTV.shape, dtype=torch.float64, device=logits_BTV.device)
+        self._negative_entropy: list[float] = []
+        for row, (ids_T, logits_TV) in enumerate(zip(ids_BT, logits_BTV, strict=True)):
+            entropy = nll = 0.0
+            for part, log_p in _log_probabilities(logits_TV):
+                torch.exp(log_p, out=self._p_BTV[row, part])
+                entropy += _dot(self._p_BTV[row, part], log_p)
+                nll += _next_token_nll(log_p, ids_T, part.start)
+            self._negative_entropy.append(entropy)
+            self.nll.append(nll)
+
+    def compare(self, row: int, other_TV: Tensor) -> tuple[float, float, float]:
+        """Return mean KL from a sequence of this batch to another model's logits of it, share of
+        equal top tokens, and the other's summed negative log-likelihood.
+        """
+        cross, nll = 0.0, 0.0
+        for part, log_q in _log_probabilities(other_TV):
+            cross += _dot(self._p_BTV[row, part], log_q)
+            nll += _next_token_nll(log_q, self.ids_BT[row], part.start)
+        kl_nats = self._negative_entropy[row] - cross
+        if not math.isfinite(kl_nats):
+            raise FloatingPointError("the logits aren't finite: the weights overflow in this dtype")
+        equal = (self._top_BT[row] == other_TV.argmax(-1)).double().mean().item()
+        return kl_nats / len(other_TV), equal, nll
+
+
 class QualityMeter:
     """Adds up batch after batch what ``Quality`` reports. All batches have one length."""
 
@@ -91,18 +129,22 @@ class QualityMeter:
         Raises InputError for sequences of another length than before, FloatingPointError for logits
         that aren't finite.
         """
-        if self._length not in (None, ids_BT.shape[1]):
+        self.compare(Reference(ids_BT, reference_BTV), other_BTV)
+
+    def compare(self, reference: Reference, other_BTV: Tensor) -> None:
+        """Add a batch whose full model's side is known, as ``add`` does."""
+        length = reference.ids_BT.shape[1]
+        if self._length not in (None, length):
             raise InputError(
-                f"sequences of {ids_BT.shape[1]} tokens after ones of {self._length}: cut them to "
-                "one length"
+                f"sequences of {length} tokens after ones of {self._length}: cut them to one length"
             )
-        self._length = ids_BT.shape[1]
-        for ids_T, reference_TV, other_TV in zip(ids_BT, reference_BTV, other_BTV, strict=True):
-            kl, agreement = _compare(reference_TV, other_TV)
-            self._kl.append(kl)
+        self._length = length
+        for row, other_TV in enumerate(other_BTV):
+            kl_nats, agreement, nll = reference.compare(row, other_TV)
+            self._kl.append(kl_nats)
             self._agreement.append(agreement)
-            self._reference_nll.append(next_token_nll(reference_TV, ids_T))
-            self._nll.append(next_token_nll(other_TV, ids_T))
+            self._reference_nll.append(reference.nll[row])
+            self._nll.append(nll)
 
     def result(self) -> Quality:
         """Return the figures of all batches; InputError if there was none."""
@@ -140,8 +182,8 @@ def measure_perturbations(
 ) -> list[Quality]:
     """Measure what each choice of precisions (block -> precision, others stay) does to a model.
 
-    ``batches``: token ids (B, T) on the CPU. The full model's logits are computed once per batch,
-    and weights are encoded anew for each batch and choice: large batches are the faster. The model
+    ``batches``: token ids (B, T) on the CPU. The full model's side is computed once per batch, and
+    weights are encoded anew for each batch and choice: large batches are the faster. The model
     must be in evaluation mode, and is the same bit for bit afterwards. ``progress`` is called with
     the number of forward passes done.
     """
@@ -149,11 +191,11 @@ def measure_perturbations(
     device = next(model.parameters()).device
     for batch_BT in batches:
         ids_BT = batch_BT.to(device)
-        reference_BTV = causal_logits(model, ids_BT)
+        reference = Reference(ids_BT, causal_logits(model, ids_BT))
         for meter, choice in zip(meters, choices, strict=True):
             with perturb(model, choice):
                 other_BTV = causal_logits(model, ids_BT)
-            meter.add(ids_BT, reference_BTV, other_BTV)
+            meter.compare(reference, other_BTV)
             if progress is not None:
                 progress(1)
     return [meter.result() for meter in meters]
@@ -179,24 +221,44 @@ def bootstrap_interval(
     values: Sequence[float], *, confidence: float = CONFIDENCE
 ) -> tuple[float, float] | None:
     """Return the percentile-bootstrap interval of the mean of independent values; None of one."""
-    if len(values) < 2:
+    return bootstrap_statistic([values], lambda means: float(means[0]), confidence=confidence)
+
+
+def bootstrap_statistic(
+    rows: Sequence[Sequence[float]],
+    statistic: Callable[[NDArray[np.float64]], float],
+    *,
+    confidence: float = CONFIDENCE,
+) -> tuple[float, float] | None:
+    """Return the interval of a statistic of the rows' means; None of single values.
+
+    Column i of every row belongs to the same sequence, and columns are resampled whole.
+    """
+    sample = np.asarray(rows, dtype=np.float64)
+    count = sample.shape[1]
+    if count < 2:
         return None
-    sample = np.asarray(values)
-    random = np.random.default_rng(0)
-    means = [random.choice(sample, len(sample)).mean() for _ in range(_RESAMPLES)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    columns = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
+    values = [statistic(means) for means in sample[:, columns].mean(-1).T]
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
-def _compare(reference_TV: Tensor, other_TV: Tensor) -> tuple[float, float]:
-    """Return mean KL(reference || other) and share of equal top tokens, over the positions."""
-    step = max(1, _VALUES_AT_ONCE // reference_TV.shape[-1])
-    kl_nats, equal = 0.0, 0
-    parts = zip(torch.split(reference_TV, step), torch.split(other_TV, step), strict=True)
-    for reference, other in parts:
-        log_p, log_q = (functional.log_softmax(part.double(), -1) for part in (reference, other))
-        kl_nats += functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-        equal += int((reference.argmax(-1) == other.argmax(-1)).sum())
-    if not math.isfinite(kl_nats):
-        raise FloatingPointError("the logits aren't finite: the weights overflow in this dtype")
-    return kl_nats / len(reference_TV), equal / len(reference_TV)
+def _log_probabilities(logits_TV: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield log-probabilities in float64, some positions at a time."""
+    step = max(1, _VALUES_AT_ONCE // logits_TV.shape[-1])
+    for start in range(0, len(logits_TV), step):
+        part = slice(start, min(start + step, len(logits_TV)))
+        yield part, functional.log_softmax(logits_TV[part].double(), -1)
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    return torch.dot(first.flatten(), second.flatten()).item()
+
+
+def _next_token_nll(log_p_TV: Tensor, ids_T: Tensor, start: int) -> float:
+    """Return the summed loss of the tokens that follow these positions, the first of which is
+    ``start``.
+    """
+    targets = ids_T[start + 1 : start + 1 + len(log_p_TV), None].to(log_p_TV.device)
+    return -log_p_TV[: len(targets)].gather(1, targets).sum().item()

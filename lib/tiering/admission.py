@@ -9,6 +9,7 @@ moves a few rows, so it is hardly worth compressing, unless there is nowhere to 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..blocks import Block, unique_parameters
@@ -18,13 +19,14 @@ from ..precision.floors import (
     Curve,
     JointCheck,
     Ledger,
+    check_kernels,
     make_ledger,
     merge_curves,
     open_ledger,
     parse_epsilon,
-    read_factor,
+    read_trust,
 )
-from ..precision.kernels import Use
+from ..precision.kernels import Use, kernel_name
 from .payload import Payload, group_blocks, make_payload
 from .stores import CHUNK_BYTES
 
@@ -37,11 +39,13 @@ def ledger_of(
     epsilon: float | str | None = None,
     streams: bool = True,
     joint_check: JointCheck = JointCheck.MISSING,
+    device: torch.device | str = "cpu",
 ) -> Ledger:
     """Return the ledger of a model's groups (``payload.group_blocks``).
 
     Without ``epsilon`` only the floors of the hints hold. ``streams``: there is a tier below fast
-    memory. Raises InputError for an epsilon that is none, or without calibrated hints.
+    memory. ``device`` computes. Raises InputError for an epsilon that is none, or without
+    calibrated hints.
     """
     if epsilon is not None and hints is None:
         raise InputError("epsilon needs hints, which predict what precision costs: give hints")
@@ -64,10 +68,14 @@ def ledger_of(
     if epsilon is None:
         return open_ledger(curves)
     assert hints is not None
+    nats, trust = parse_epsilon(epsilon), read_trust(hints.quality)
+    if joint_check is JointCheck.MISSING:  # otherwise the whole is measured, kernels included
+        check_kernels(trust, kernel_name(device), epsilon=nats)
     return make_ledger(
         curves,
-        epsilon=parse_epsilon(epsilon),
-        factor=read_factor(hints.quality),
+        epsilon=nats,
+        factor=trust.factor,
+        kernel_nats=trust.kernel_nats,
         joint_check=joint_check,
     )
 

@@ -116,6 +116,7 @@ def attach(
             epsilon=epsilon,
             streams=may_stream(budget),
             joint_check=JointCheck.MISSING if measure is None else JointCheck.PENDING,
+            device=compute_device,
         )
     )
     emulated = EmulatedLink(emulation, compute_device) if emulation is not None else None

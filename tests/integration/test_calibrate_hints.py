@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from gpt2.train import main as train
 from lib.errors import InputError
 from lib.hints import Precision, load_hints
-from lib.precision.floors import read_factor
+from lib.precision.floors import read_trust
 from scripts import calibrate_hints, evaluate
 from tests.integration.tiny_run import write_config
 
@@ -70,7 +70,13 @@ def test_the_oracle_judges_every_signal(run: Run, capsys: pytest.CaptureFixture[
     for row in document["additivity"]:
         assert 0.3 < row["joint_over_sum"] < 3, row
     hints = load_hints(run.hints)
-    assert read_factor(hints.quality) == document["quality"]["conformal_factor"] > 0.5
+    quality = hints.quality
+    assert read_trust(quality).factor == quality["conformal_factor"] > 0.5
+    assert quality["conformal_factor"] == max(quality["pair_factor"], quality["plan_factor"])
+    assert quality["exhaustive"] and quality["conformal_probes"] == 42
+    assert len(document["plan_ratios"]) == 60 and quality["kernels"]["nats"] > 0
+    parts = [document["text"][f"{part}_sequences"] for part in ("fisher", "calibration", "judging")]
+    assert sum(parts) >= 6 and max(parts) - min(parts) <= 1
     curve = hints.blocks["transformer.h.0.mlp"].kl
     assert list(curve) == list(Precision)[1:2] + list(Precision)[3:]
     assert list(curve.values()) == sorted(curve.values())
@@ -93,11 +99,12 @@ def test_without_moments_adam_is_missing_and_says_so(
         calibrate_hints.main,
         capsys,
         *("--model", bare, "--tier-hints", run.hints, "--data", text, "--output", output),
-        *("--draws", 16, "--samples", 16),
+        *("--draws", 16, "--samples", 17),
     )
     assert "optimizer.safetensors" in document["missing"]["adam"]
     assert document["text"]["source"] == str(text)
-    assert (document["text"]["fisher_sequences"], document["text"]["kl_sequences"]) == (8, 8)
+    names = ("fisher_sequences", "calibration_sequences", "judging_sequences")
+    assert [document["text"][name] for name in names] == [6, 6, 5]
     assert load_hints(output).quality["calibrated"] is True
     assert load_hints(run.hints).quality == {}
 
@@ -110,6 +117,8 @@ def test_wrong_input_is_refused(run: Run, tmp_path: Path) -> None:
         calibrate_hints.main([*arguments, str(flat)])
     with pytest.raises(InputError, match="--draws 1"):
         calibrate_hints.main([*arguments, str(run.hints), "--draws", "1"])
+    with pytest.raises(InputError, match="has 5 sequences .* need two each"):
+        calibrate_hints.main([*arguments, str(run.hints), "--samples", "5"])
 
 
 def test_evaluation_of_the_placed_model(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +131,19 @@ def test_evaluation_of_the_placed_model(run: Run, capsys: pytest.CaptureFixture[
     fine = call(evaluate.main, capsys, *arguments, "int6")
     assert 0 < fine["kl_nats"] < coarse["kl_nats"]
     assert fine["kl_interval"][0] < fine["kl_nats"] < fine["kl_interval"][1]
+
+
+def test_evaluation_under_a_bound(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--model", run.checkpoint, "--tier-hints", run.hints)
+    with pytest.raises(InputError, match="calibrate_hints.py"):
+        evaluate.main([*map(str, arguments), "--epsilon", "0.02"])
+    call(calibrate_hints.main, capsys, *arguments, "--draws", 32)
+    document = call(evaluate.main, capsys, *arguments, "--epsilon", "ppl=1.02")
+    assert 0 < document["predicted_nats"] < document["bound_nats"] <= 0.02
+    assert 0 < document["kl_nats"] <= 0.02
+    assert sum(document["precisions"].values()) > 1
+    with pytest.raises(InputError, match="no quality bound"):
+        evaluate.main([*map(str, arguments), "--epsilon", "ppl=0.5"])
 
 
 def test_evaluation_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

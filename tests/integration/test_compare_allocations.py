@@ -1,13 +1,18 @@
 """Allocations compared end to end, on a model trained for seconds."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tiny_run import tiny_config
+from transformers import AutoModelForCausalLM
 
 from gpt2.train import train
-from scripts import allocation_arms, calibrate_hints, compare_allocations
+from lib.errors import InputError
+from scripts import allocation_arms, calibrate_hints, calibration, compare_allocations
 
 ARMS = {"ours", "uniform", "magnitude", "depth", "random", "shuffled", "inverse", "oracle"}
 
@@ -23,11 +28,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocation_arms, "FISHER_DRAWS", 16)
+    monkeypatch.setattr(calibration, "DRAWS", 16)
     monkeypatch.setattr(allocation_arms, "DRAWS", 3)
 
 
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert compare_allocations.main(arguments) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert isinstance(document, dict)
@@ -49,6 +54,9 @@ def test_every_arm_is_measured_at_the_same_bytes(
         assert all(used <= float(budget) + 1e-9 for used in row["used_bits"].values())
         assert row["log_chord_fraction"] == pytest.approx(row["kl"]["ours"] / row["log_chord_kl"])
         assert row["predicted_over_measured"] > 0
+        for ratio in compare_allocations.RATIOS.values():
+            low, high = row["interval"][ratio]
+            assert low <= row[ratio] <= high
 
 
 def test_calibrated_hints_are_taken(
@@ -59,8 +67,23 @@ def test_calibrated_hints_are_taken(
     capsys.readouterr()
     document = run([*model[:3], hints, "--bits", "4"], capsys)
     assert document["curves"] == "the hints"
+    with pytest.raises(InputError, match="give the same --sequence-length"):
+        compare_allocations.main([*model[:3], hints, "--sequence-length", "8"])
 
 
 def test_a_budget_outside_the_uniform_widths_is_refused(model: list[str]) -> None:
     with pytest.raises(Exception, match="lies outside this model's uniform widths"):
         compare_allocations.main([*model, "--bits", "1"])
+
+
+def test_a_width_that_holds_the_weights_exactly_is_no_end_of_a_chord(
+    model: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(model[1], tmp_path / "bf16"))
+    AutoModelForCausalLM.from_pretrained(copy, dtype=torch.bfloat16).save_pretrained(copy)
+    arguments = ["--model", str(copy), *model[2:], "--bits"]
+    document = run([*arguments, "5.5"], capsys)
+    assert "bf16" not in document["uniform_widths"]
+    assert document["bits"]["5.5"]["log_chord_kl"] > 0
+    with pytest.raises(InputError, match="lies outside this model's uniform widths"):
+        compare_allocations.main([*arguments, "12"])

@@ -209,7 +209,13 @@ def calibrated(gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     hints = replace(
         hints,
         blocks={name: replace(hint, kl=kl) for name, hint in hints.blocks.items()},
-        quality={"epsilon_kl": 0.02, "calibrated": True, "conformal_factor": 1.25},
+        quality={
+            "epsilon_kl": 0.02,
+            "calibrated": True,
+            "conformal_factor": 1.25,
+            "conformal_probes": 60,
+            "kernels": {"name": "any", "nats": 0.0},
+        },
     )
     path = tmp_path_factory.mktemp("hints") / "hints.json"
     save_hints(hints, path)

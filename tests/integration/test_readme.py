@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = sorted(
-    path for path in (ROOT / "scripts").glob("*.py") if "ArgumentParser" in path.read_text()
+    path for path in (ROOT / "scripts").glob("*.py") if "ArgumentParser(" in path.read_text()
 )
 
 

@@ -49,7 +49,13 @@ def save_model(folder: Path) -> Path:
     hints = Hints(
         model=info,
         provenance={"signal": "fisher_trace", "created": "2026-01-01T00:00:00+00:00"},
-        quality={"epsilon_kl": 0.1, "calibrated": True, "conformal_factor": 1.3},
+        quality={
+            "epsilon_kl": 0.1,
+            "calibrated": True,
+            "conformal_factor": 1.3,
+            "conformal_probes": 60,
+            "kernels": {"name": "any", "nats": 1e-4},
+        },
         blocks={
             block.name: BlockHint(
                 tier=Tier.HBM,
@@ -82,7 +88,7 @@ def test_the_bound_is_kept_at_every_epsilon(
         "--data",
         str(folder / "text.txt"),
         "--runs",
-        "4",
+        "6",
         "--smallest",
         "0.002",
         "--largest",
@@ -92,14 +98,18 @@ def test_the_bound_is_kept_at_every_epsilon(
     lines = capsys.readouterr().out.splitlines()
     document = json.loads(lines[-1])
     rows = document["rows"]
-    assert document["runs"] == len(rows) == 4
-    assert document["held"] == sum(row["measured"] <= row["epsilon"] for row in rows) == 4
-    assert [row["epsilon"] for row in rows] == pytest.approx(
-        [0.002, 0.01063, 0.0564, 0.3], rel=0.01
-    )
+    assert document["runs"] == len(rows) == 6
+    assert document["held"] == sum(row["measured"] <= row["epsilon"] for row in rows) == 6
+    assert document["held_by_these_hints"] == document["runs_of_these_hints"] == 3
+    assert [row["calibration"] for row in rows] == [0, 1, 0, 1, 0, 1]
+    assert [row["epsilon"] for row in rows[::5]] == pytest.approx([0.002, 0.3])
     assert all(0 < row["predicted"] < row["bound"] <= row["epsilon"] for row in rows)
-    sizes = [row["bytes"] for row in rows]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    assert document["intervals_above"] == sum(r["interval"][1] > r["epsilon"] for r in rows)
+    for which in (0, 1):
+        sizes = [row["bytes"] for row in rows if row["calibration"] == which]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    own, anew = document["calibrations"]
+    assert own["conformal_factor"] == 1.3 and anew["plan_factor"] > 0
 
 
 def test_wrong_input_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,9 +34,10 @@ def ledgers(draw: st.DrawFn) -> Ledger:
         )
         for index, exponent in enumerate(exponents)
     }
+    kernel_nats = draw(st.sampled_from([0.0, 3e-5, 2e-3]))
     if draw(st.booleans()):
         epsilon = draw(st.sampled_from([1e-4, 1e-2, 0.3]))
-        return make_ledger(curves, epsilon=epsilon, factor=1.3)
+        return make_ledger(curves, epsilon=epsilon, factor=1.3, kernel_nats=kernel_nats)
     # Floors that don't add up to epsilon: the sum itself has to hold.
     return Ledger(
         epsilon=draw(st.sampled_from([1e-4, 1e-2, math.inf])),
@@ -46,6 +47,7 @@ def ledgers(draw: st.DrawFn) -> Ledger:
         exchange_rate=0.0,
         gap=0.0,
         joint_check=draw(st.sampled_from(list(JointCheck))),
+        kernel_nats=kernel_nats,
     )
 
 
@@ -156,8 +158,10 @@ class Trace:
             assert place.precision is not Precision.INT2 or (
                 ledger.joint_check is not JointCheck.MISSING or ledger.epsilon == math.inf
             )
-        assert self.veto.bound_nats == math.fsum(bounds)
-        assert self.stopped or math.fsum(bounds) <= ledger.epsilon
+        total = math.fsum(bounds)
+        total += ledger.kernel_nats if total else 0.0
+        assert self.veto.bound_nats == total
+        assert self.stopped or total <= ledger.epsilon
 
 
 def sizes(plan: Plan) -> dict[Tier, int]:

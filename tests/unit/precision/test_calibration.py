@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.precision.calibration import calibrate, spearman
+from lib.precision.calibration import calibrate, spearman, tolerance_limit, tolerance_rank
 
 
 def probes(count: int, seed: int, spread: float = 0.2) -> tuple[list[float], list[float]]:
@@ -21,22 +21,46 @@ def test_the_scale_is_found() -> None:
     assert calibration.scale == pytest.approx(1.3, rel=0.15)
     assert calibration.band[0] < 1 < calibration.band[1] < calibration.conformal_factor
     assert (calibration.fit_probes, calibration.conformal_probes) == (20, 60)
-    assert calibration.coverage == 0.95
+    assert calibration.confidence == 0.95 and not calibration.exhaustive
 
 
-def test_the_factor_covers_new_pairs() -> None:
-    held = []
-    for seed in range(400):
-        calibration = calibrate(*probes(80, seed))
-        (predicted,), (measured,) = probes(1, seed + 10_000)
-        held.append(measured <= calibration.conformal_factor * calibration.scale * predicted)
-    assert np.mean(held) > 0.93  # at least 0.95, within the noise of 400 trials
+@pytest.mark.parametrize("count", [80, 140])  # the largest of 60, and the second largest of 105
+def test_the_factor_covers_new_pairs_whatever_probes_were_drawn(count: int) -> None:
+    enough = []
+    for seed in range(300):
+        calibration = calibrate(*probes(count, seed))
+        predicted, measured = map(np.asarray, probes(2000, seed + 10_000))
+        covered = measured <= calibration.conformal_factor * calibration.scale * predicted
+        enough.append(covered.mean() >= 0.95)
+    assert np.mean(enough) > 0.93  # at least 0.95, within the noise of 300 trials
 
 
-def test_few_probes_say_what_they_cover() -> None:
+def test_the_order_statistic_is_the_least_that_covers() -> None:
+    binom = pytest.importorskip("scipy.stats").binom
+    for count in (59, 60, 92, 93, 124, 500):
+        rank = tolerance_rank(count)
+        assert binom.cdf(rank - 1, count, 0.95) >= 0.95 > binom.cdf(rank - 2, count, 0.95)
+    assert [tolerance_rank(count) for count in (1, 58, 59, 92, 93)] == [1, 58, 59, 92, 92]
+    assert tolerance_limit([3.0, 1.0, 2.0]) == 3.0
+
+
+def test_few_probes_say_what_they_are_worth() -> None:
     calibration = calibrate(*probes(16, 0))
     assert calibration.conformal_probes == 12
-    assert calibration.coverage == pytest.approx(12 / 13)
+    assert calibration.confidence == pytest.approx(1 - 0.95**12)
+
+
+def test_all_pairs_of_a_small_model_are_each_covered() -> None:
+    predicted, measured = probes(42, 0)
+    calibration = calibrate(predicted, measured, all_pairs=True)
+    assert calibration.exhaustive and calibration.confidence == 1
+    assert calibration.conformal_probes == calibration.fit_probes == 42
+    limit = calibration.conformal_factor * calibration.scale
+    assert max(np.asarray(measured) / predicted) == pytest.approx(limit)
+    assert not calibrate(*probes(80, 0), all_pairs=True).exhaustive  # 60 are enough
+
+
+def test_bad_probes_are_refused() -> None:
     with pytest.raises(InputError, match="too few"):
         calibrate([1.0] * 7, [1.0] * 7)
     with pytest.raises(InputError, match="is 0"):

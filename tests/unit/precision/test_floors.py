@@ -10,6 +10,7 @@ from lib.hints import BlockHint, Hints, Precision, Tier
 from lib.precision.floors import (
     Curve,
     JointCheck,
+    check_kernels,
     is_below,
     make_ledger,
     merge_curves,
@@ -17,7 +18,7 @@ from lib.precision.floors import (
     open_ledger,
     parse_epsilon,
     raise_floors,
-    read_factor,
+    read_trust,
     tighten,
 )
 
@@ -68,11 +69,54 @@ def test_other_epsilons_are_refused(text: str) -> None:
 @pytest.mark.parametrize("quality", [{}, {"calibrated": True}, {"conformal_factor": 1.3}])
 def test_without_calibration_the_error_says_what_to_run(quality: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"scripts/calibrate_hints.py --model \.\.\. --tier-hints"):
-        read_factor(quality)
+        read_trust(quality)
 
 
-def test_the_factor_of_calibrated_hints_is_read() -> None:
-    assert read_factor({"calibrated": True, "conformal_factor": 1.33}) == 1.33
+CALIBRATED = {
+    "calibrated": True,
+    "conformal_factor": 1.33,
+    "conformal_probes": 60,
+    "kernels": {"name": "cpu, bf16", "nats": 4e-5},
+}
+
+
+def test_what_calibrated_hints_say_of_themselves_is_read() -> None:
+    trust = read_trust(CALIBRATED)
+    assert (trust.factor, trust.kernel_nats, trust.kernels) == (1.33, 4e-5, "cpu, bf16")
+
+
+def test_too_few_probes_are_refused_unless_there_are_no_more() -> None:
+    few = {**CALIBRATED, "conformal_probes": 42}
+    with pytest.raises(InputError, match=r"42 probes, .* needs 59, or all .*calibrate_hints.py"):
+        read_trust(few)
+    with pytest.raises(InputError, match="0 probes"):
+        read_trust({"calibrated": True, "conformal_factor": 1.33})
+    assert read_trust({**few, "exhaustive": True}).factor == 1.33
+
+
+def test_hints_must_know_what_kernels_cost() -> None:
+    with pytest.raises(InputError, match=r"what kernels cost .*calibrate_hints.py"):
+        read_trust({key: value for key, value in CALIBRATED.items() if key != "kernels"})
+
+
+def test_a_small_epsilon_on_other_kernels_is_refused() -> None:
+    trust = read_trust(CALIBRATED)
+    check_kernels(trust, "cpu, bf16", epsilon=1e-5)
+    check_kernels(trust, "cuda", epsilon=0.01)
+    with pytest.raises(InputError, match=r"unknown here \(cuda\).*at least 0.004"):
+        check_kernels(trust, "cuda", epsilon=1e-3)
+
+
+@given(epsilon=st.floats(1e-7, 1e-2))
+def test_kernels_are_paid_before_any_block_is_compressed(epsilon: float) -> None:
+    curves = {"free": replace(make_curve(1e-9), kl_nats={Precision.INT8: 0.0})}
+    curves |= {f"b{index}": make_curve(10.0 ** -(5 + index)) for index in range(4)}
+    ledger = make_ledger(curves, epsilon=epsilon, factor=1.2, kernel_nats=4e-5)
+    bounds = [ledger.bound(name, floor) or 0.0 for name, floor in ledger.floors.items()]
+    assert sum(bounds) == 0 or sum(bounds) + ledger.kernel_nats <= epsilon
+    if epsilon <= 4e-5:  # what a precision happens to hold exactly has kernels all the same
+        assert set(ledger.floors.values()) == {Precision.FP32}
+    assert tighten(ledger, ratio=1.5).kernel_nats == ledger.kernel_nats >= 4e-5
 
 
 @given(curves=curve_sets(), epsilon=st.floats(1e-6, 1), factor=st.floats(0.5, 3))

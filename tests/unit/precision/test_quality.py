@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from lib.errors import InputError
-from lib.precision.quality import QualityMeter, bootstrap_interval, compare_models, perplexity
+from lib.precision.quality import (
+    QualityMeter,
+    bootstrap_interval,
+    bootstrap_statistic,
+    compare_models,
+    perplexity,
+)
 
 
 def compare(reference: torch.Tensor, other: torch.Tensor, ids: torch.Tensor):
@@ -53,6 +59,23 @@ def test_the_interval_covers_the_mean() -> None:
         assert interval is not None
         covered += interval[0] <= math.exp(0.5) <= interval[1]
     assert covered >= 50  # 95 % nominal, somewhat less for a skewed distribution
+
+
+def test_a_ratio_is_resampled_in_pairs() -> None:
+    random = torch.Generator().manual_seed(0)
+    first = torch.randn(40, generator=random).exp()
+    second = 2 * first  # sequence by sequence
+    rows = [second.tolist(), first.tolist()]
+    interval = bootstrap_statistic(rows, lambda means: means[0] / means[1])
+    assert interval == pytest.approx((2, 2))
+    assert bootstrap_statistic([[1.0], [2.0]], lambda means: means[0]) is None
+
+
+def test_equal_models_differ_by_nothing() -> None:
+    torch.manual_seed(0)
+    logits = 10 * torch.randn(2, 9, 300)
+    quality = compare(logits, logits.clone(), torch.randint(0, 300, (2, 9)))
+    assert quality.kl_per_sequence == (0.0, 0.0) and quality.nll == quality.reference_nll
 
 
 @settings(max_examples=25, deadline=None)

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lib.blocks import partition_model
 from lib.hints import BlockHint, Hints, Precision, Tier
 from lib.policy.veto import Measure, Measured
+from lib.precision.kernels import kernel_name
 from lib.precision.perturb import lossy_blocks
 from lib.precision.quality import QualityMeter, measure_perturbations
 from lib.tiering import Runtime
@@ -41,7 +42,7 @@ def model() -> GPT2LMHeadModel:
 
 
 @cache
-def calibrated() -> Hints:
+def calibrated(kernel_nats: float = 0.0) -> Hints:
     """Hints whose curves were measured, block by block."""
     pairs = [(block.name, p) for p in LADDER for block in lossy_blocks(model(), p)]
     measured = measure_perturbations(model(), [text()], [{name: p} for name, p in pairs])
@@ -50,7 +51,12 @@ def calibrated() -> Hints:
         kl[name][precision] = quality.kl_nats
     return Hints(
         blocks={name: BlockHint(tier=Tier.HBM, kl=curve) for name, curve in kl.items()},
-        quality={"calibrated": True, "conformal_factor": 1.2},
+        quality={
+            "calibrated": True,
+            "conformal_factor": 1.2,
+            "conformal_probes": 60,
+            "kernels": {"name": kernel_name("cpu"), "nats": kernel_nats},
+        },
     )
 
 

@@ -56,6 +56,17 @@ def test_a_precision_asked_for_is_raised_to_the_floor(tmp_path: Path) -> None:
         assert runtime.veto.bound_nats <= 0.01
 
 
+def test_what_kernels_cost_counts_against_epsilon(tmp_path: Path) -> None:
+    hints = calibrated(kernel_nats=0.004)
+    with attach(model(), hints, budget=BUDGET, epsilon=0.01, spill_dir=tmp_path) as runtime:
+        blocks = [runtime.veto.ledger.bound(*held) or 0.0 for held in precisions(runtime).items()]
+        assert 0 < sum(blocks) <= 0.006
+        assert runtime.veto.bound_nats == pytest.approx(sum(blocks) + 0.004)
+    with attach(model(), hints, budget=BUDGET, epsilon=0.004, spill_dir=tmp_path) as runtime:
+        assert set(precisions(runtime).values()) == {Precision.FP32}
+        assert runtime.veto.bound_nats == 0
+
+
 def test_a_bound_needs_calibrated_hints() -> None:
     uncalibrated = replace(calibrated(), quality={})
     with pytest.raises(InputError, match="calibrate_hints.py"):

@@ -1,0 +1,47 @@
+"""What kernels cost beyond the weights' error, with and without bf16 arithmetic."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lib.blocks import parameter_digest
+from lib.precision import encoded, kernels
+from scripts.kernel_error import measure_kernels
+
+
+def small_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1,
+        n_embd=64,
+        n_head=2,
+        vocab_size=80,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_what_rounds_activations_costs_something(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (encoded, kernels):
+        monkeypatch.setattr(module, "cpu_computes_bf16", lambda: has_bf16)
+    model = small_gpt2()
+    before = parameter_digest(model)
+    tokens = torch.randint(0, 80, (3, 48), generator=torch.Generator().manual_seed(0))
+    found = measure_kernels(model, tokens, device=torch.device("cpu"))
+    by_precision = found["by_precision"]
+    assert parameter_digest(model) == before
+    assert found["name"] == ("cpu, bf16" if has_bf16 else "cpu, fp32")
+    assert found["nats"] == max(by_precision.values())
+    fused = [by_precision["int8"], by_precision["int4"]]
+    expanded = [value for name, value in by_precision.items() if name not in ("int8", "int4")]
+    assert all(1e-7 < value < 1e-2 for value in fused)
+    if has_bf16:
+        assert max(by_precision.values()) < 10 * min(by_precision.values())
+    else:
+        assert max(expanded) < 1e-9
