@@ -1,69 +1,34 @@
 """Compare pruning scores at equal sparsity: held-out perplexity, over seeds, one-shot and gradual.
 
 Each arm is a run of the same preset with the same optimizer, steps, batches and initial weights
-per seed; only the score, the scope of its threshold and the sparsity differ. One-shot arms prune
-the finished dense run of the seed and train no more.
+per seed; only the score, the scope of its threshold, the sparsity and the schedule differ. Until
+its schedule starts an arm is the dense run of its seed, so it continues from a checkpoint of that.
+One-shot arms prune the finished dense run of the seed and train no more.
 
     python scripts/compare_pruning.py --json docs/results/pruning.json
 """
 
 import argparse
 import math
-import multiprocessing
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from lib.config import Config, load_config
 from lib.errors import InputError
-from lib.files import check_writable, write_text
-from lib.kconfig import ROOT, read_assignments
+from lib.files import check_writable
+from lib.kconfig import ROOT
 from scripts.cli import emit_json, run_main
+from scripts.pruning_runs import ARMS, prune_once, train_jobs, write_jobs
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
-_DROPPED = ("TRAIN_PRUNE", "ENABLE_HIERARCHICAL_TIERING", "TIERING_", "HINTS_", "RUN_")
-_SCHEDULE = ("TRAIN_PRUNE_START_PCT", "TRAIN_PRUNE_END_PCT", "TRAIN_PRUNE_EVERY")
-_QUICK = {"TRAIN_STEPS": 60, "TRAIN_WARMUP_STEPS": 6, "TRAIN_EVAL_SEQUENCES": 32}
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """What one side of the comparison prunes by."""
-
-    score: str
-    scope: str
-
-    @property
-    def symbols(self) -> dict[str, str]:
-        """The lines of a configuration that select it."""
-        lines = {f"TRAIN_PRUNE_{self.score.upper()}": "y"}
-        return lines | ({"TRAIN_PRUNE_GLOBAL": "y"} if self.scope == "global" else {})
-
-
-ARMS = {
-    "ours": Arm("adam", "global"),
-    "saliency": Arm("saliency", "global"),
-    "magnitude_matrix": Arm("magnitude", "matrix"),
-    "magnitude_global": Arm("magnitude", "global"),
-    "random": Arm("random", "matrix"),
-}
-"""Scores with v_hat are comparable between matrices and get one threshold; magnitude has both, and
-the better one speaks for it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One training run: dense where ``arm`` is None."""
-
-    seed: int
-    arm: str | None
-    sparsity: float
-    config: Path
+SCHEDULES = ((60, 90), (20, 70), (80, 95))
+"""Start and end in percent of the steps, the trainer's default first."""
+SCHEDULES_AT = 0.5
+"""The sparsity at which schedules but the first are measured."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,45 +43,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--sparsities {sparsity}: give hundredths between 0 and 1")
     check_writable(args.json)
     sparsities = sorted(set(args.sparsities)) if not args.quick else [0.5]
-    jobs = write_jobs(args.config, args.work_dir, args.seeds, sparsities, quick=args.quick)
-    if args.jobs > 1:
-        # The corpus is prepared by the first run alone, the others find it.
-        first, *rest = jobs
-        results = [train_job(first)]
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs, mp_context=context, initializer=_one_thread) as pool:
-            results += list(pool.map(train_job, rest))
-    else:
-        results = [train_job(job) for job in jobs]
-    losses = dict(zip(jobs, results, strict=True))
+    schedules = list(dict.fromkeys(args.schedules))[: 1 if args.quick else None]
+    grid = {schedules[0]: sparsities, **{other: [SCHEDULES_AT] for other in schedules[1:]}}
+    jobs = write_jobs(args.config, args.work_dir, args.seeds, grid, quick=args.quick)
+    losses = dict(zip(jobs, train_jobs(jobs, num_processes=args.jobs), strict=True))
     at_once = sorted({*sparsities, *(() if args.quick else SPARSITIES)})  # these cost seconds
     one_shot = [prune_once(job.config, at_once) for job in jobs if job.arm is None]
     dense = [math.exp(losses[job]) for job in jobs if job.arm is None]
-    gradual: dict[str, Any] = {}
-    for sparsity in sparsities:
-        values = {
-            arm: [
-                math.exp(loss)
-                for job, loss in losses.items()
-                if (job.arm, job.sparsity) == (arm, sparsity)
-            ]
-            for arm in ARMS
-        }
-        gradual[str(sparsity)] = summarize({**values, "dense": dense})
+    gradual: dict[str, dict[str, Any]] = {}
+    for schedule, own in grid.items():
+        table = gradual[f"{schedule[0]}-{schedule[1]}"] = {}
+        for sparsity in own:
+            values = {
+                arm: [
+                    math.exp(loss)
+                    for job, loss in losses.items()
+                    if (job.arm, job.sparsity, job.schedule) == (arm, sparsity, schedule)
+                ]
+                for arm in ARMS
+            }
+            table[str(sparsity)] = summarize({**values, "dense": dense})
     one_shot_table = {
         str(sparsity): summarize(
             {arm: [row[sparsity][arm] for row in one_shot] for arm in (*ARMS, "dense")}
         )
         for sparsity in at_once
     }
-    for title, table in (("gradual", gradual), ("one-shot", one_shot_table)):
-        _print_table(title, table)
+    for name, table in gradual.items():
+        _print_table(f"gradual, from {name.replace('-', ' to ')} % of the steps", table)
+    _print_table("one-shot", one_shot_table)
+    first = next(iter(gradual))
     emit_json(
         {
             "preset": args.config.name,
             "seeds": [job.seed for job in jobs if job.arm is None],
-            "sparsity": {key: row["perplexity"] for key, row in gradual.items()},
-            "sparsity_is": "gradual, mean held-out perplexity over the seeds",
+            "sparsity": {
+                key: {**row["perplexity"], "n": row["n"]} for key, row in gradual[first].items()
+            },
+            "sparsity_is": f"gradual, schedule {first}, mean held-out perplexity over n seeds",
             "gradual": gradual,
             "one_shot": one_shot_table,
             "arms": {name: f"{arm.score}, {arm.scope} threshold" for name, arm in ARMS.items()},
@@ -127,101 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_jobs(
-    preset: Path, folder: Path, num_seeds: int, sparsities: Sequence[float], *, quick: bool
-) -> list[Job]:
-    """Write the .config of every run below ``folder``: the preset's lines with those of the arm."""
-    lines = {name: assignment.value for name, assignment in read_assignments(preset).items()}
-    schedule = {name: lines[name] for name in _SCHEDULE if name in lines}
-    base = {name: value for name, value in lines.items() if not name.startswith(_DROPPED)}
-    base |= {name: str(value) for name, value in _QUICK.items()} if quick else {}
-    steps = base.get("TRAIN_STEPS")
-    base |= {"ENABLE_HIERARCHICAL_TIERING": "n", "TRAIN_CHECKPOINT_EVERY": "0"}
-    base |= {"TRAIN_EVAL_EVERY": steps} if steps else {}
-    first_seed = load_config(preset).run.seed
-    jobs = []
-    for seed in range(first_seed, first_seed + num_seeds):
-        arms = [(None, 0.0), *((arm, sparsity) for sparsity in sparsities for arm in ARMS)]
-        for arm, sparsity in arms:
-            name = f"seed{seed}-" + ("dense" if arm is None else f"{arm}-{sparsity}")
-            symbols = base | {
-                "RUN_NAME": f'"{name}"',
-                "RUN_OUTPUT_DIR": f'"{folder / ("quick" if quick else "runs")}"',
-                "RUN_SEED": str(seed),
-            }
-            if arm is not None:
-                symbols |= {"TRAIN_PRUNE": "y", **schedule, **ARMS[arm].symbols}
-                symbols["TRAIN_PRUNE_SPARSITY_PCT"] = str(round(sparsity * 100))
-            path = folder / "configs" / f"{name}.config"
-            write_text("".join(f"CONFIG_{n}={v}\n" for n, v in symbols.items()), path)
-            jobs.append(Job(seed=seed, arm=arm, sparsity=sparsity, config=path))
-    return jobs
-
-
-def train_job(job: Job) -> float:
-    """Train one run, or find it finished; returns its held-out loss in nats per token."""
-    from gpt2.train import train
-
-    result = train(load_config(job.config), job.config)
-    if not result["complete"]:
-        raise KeyboardInterrupt  # a signal stopped it; the next call continues
-    return float(result["heldout_loss_nats"])
-
-
-def prune_once(config_path: Path, sparsities: Sequence[float]) -> dict[float, dict[str, float]]:
-    """Return sparsity -> arm -> held-out perplexity of a finished dense run pruned in one step."""
-    import torch
-    from safetensors.torch import load_file
-
-    from gpt2.checkpoint import HELDOUT_FILE, load_optimizer
-    from gpt2.model import load_model
-    from gpt2.trainer import build_optimizer, token_losses
-    from lib.precision.pruning import (
-        PruneScope,
-        PruneScore,
-        prunable_parameters,
-        score_weights,
-        select_masks,
-    )
-
-    config = load_config(config_path)
-    folder = config.run.directory / "checkpoint"
-    network = load_model(folder, dropout=0.0).eval()
-    optimizer = build_optimizer(network, config.train)
-    load_optimizer(folder, network, optimizer)
-    batches = load_file(folder / HELDOUT_FILE)["tokens"].split(config.train.batch_size)
-    parameters = prunable_parameters(network)
-    weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    scores = {
-        arm: score_weights(
-            parameters, PruneScore(ARMS[arm].score), optimizer=optimizer, seed=config.run.seed
-        )
-        for arm in ARMS
-    }
-
-    @torch.no_grad()
-    def perplexity() -> float:
-        losses = [token_losses(network, rows, rows[:, 1:]).flatten() for rows in batches]
-        return math.exp(torch.cat(losses).mean(dtype=torch.float64).item())
-
-    dense = perplexity()
-    rows: dict[float, dict[str, float]] = {}
-    for sparsity in sparsities:
-        rows[sparsity] = {"dense": dense}
-        for arm in ARMS:
-            masks = select_masks(scores[arm], sparsity, scope=PruneScope(ARMS[arm].scope))
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(weights[name] * masks[name])
-            rows[sparsity][arm] = perplexity()
-    return rows
-
-
 def summarize(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Return means and deviations over seeds, and ours against the better magnitude, seed by seed.
 
-    ``change_pct``: ours' perplexity against magnitude's; ``damage_ratio``: the same of the excess
-    over dense, in nats.
+    ``change_pct``: ours' perplexity against magnitude's; ``lossless_pct``: what that would be if
+    ours were as good as the dense network; ``damage_ratio``: ours' excess over dense against
+    magnitude's, in nats.
     """
     names = ("magnitude_matrix", "magnitude_global")
     best = min(names, key=lambda name: mean(values[name]))
@@ -229,6 +104,10 @@ def summarize(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     changes = [
         100 * (ours / other - 1)
         for ours, other in zip(values["ours"], values["magnitude"], strict=True)
+    ]
+    lossless = [
+        100 * (dense / other - 1)
+        for dense, other in zip(values["dense"], values["magnitude"], strict=True)
     ]
     damage = {
         name: mean(
@@ -244,6 +123,7 @@ def summarize(values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         "damage_nats": {name: round(value, 5) for name, value in damage.items()},
         "magnitude_is": best,
         "change_pct": {"mean": round(mean(changes), 3), "sd": round(stdev(changes), 3)},
+        "lossless_pct": round(mean(lossless), 3),
         "damage_ratio": round(damage["ours"] / damage["magnitude"], 3)
         if damage["magnitude"] > 0
         else None,
@@ -259,7 +139,7 @@ def _method(config: Config, *, quick: bool) -> dict[str, Any]:
         "steps": train.steps,
         "tokens_per_step": train.batch_size * train.accumulation * model.context,
         "heldout_tokens": train.eval_sequences * (model.context - 1),
-        "schedule": f"cubic from step {prune.start_step} to {prune.end_step}, every {prune.every}",
+        "schedule": f"cubic, a rise every {prune.every} steps",
         "quick": quick,
     }
 
@@ -275,10 +155,13 @@ def _print_table(title: str, table: Mapping[str, Any]) -> None:
     print()
 
 
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
+def _schedule(text: str) -> tuple[int, int]:
+    start, separator, end = text.partition("-")
+    if not (separator and start.isdigit() and end.isdigit() and int(start) < int(end) <= 100):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give start and end in percent of the steps, such as 60-90"
+        )
+    return int(start), int(end)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -307,7 +190,16 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=SPARSITIES,
         metavar="SHARE",
-        help=f"of gradual pruning, a run per arm and seed each {default}",
+        help=f"of gradual pruning with the first schedule {default}",
+    )
+    parser.add_argument(
+        "--schedules",
+        type=_schedule,
+        nargs="+",
+        default=SCHEDULES,
+        metavar="START-END",
+        help=f"of gradual pruning, in percent of the steps; all but the first at {SCHEDULES_AT} "
+        f"sparsity alone (default: {' '.join(f'{start}-{end}' for start, end in SCHEDULES)})",
     )
     parser.add_argument(
         "--jobs",

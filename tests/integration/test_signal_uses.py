@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 from tiny_run import tiny_config, write_config
 
 from gpt2.train import train
+from lib.config import load_config
 from lib.errors import InputError
 from lib.hints import Precision
 from lib.kconfig import read_assignments
-from scripts import compare_kv_cache, compare_pruning, rank_layers
+from scripts import compare_kv_cache, compare_pruning, pruning_runs, rank_layers
 from scripts.compare_kv_cache import BITS, allocate_bits, spearman
+from scripts.compare_pruning import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,19 +25,22 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_pruning_scores_are_compared_on_equal_terms(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(compare_pruning._QUICK, "TRAIN_STEPS", 16)
+    monkeypatch.setitem(pruning_runs.QUICK, "TRAIN_STEPS", 16)
     config = write_config(tmp_path, TRAIN_PRUNE=True)
     options = ["--config", str(config), "--work-dir", str(tmp_path / "work"), "--jobs", "1"]
+    options += ["--schedules", "50-90"]
     assert compare_pruning.main([*options, "--seeds", "2", "--quick"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"ours", "magnitude", "random", "dense"} <= result["sparsity"]["0.5"].keys()
-    for table in ("gradual", "one_shot"):
-        row = result[table]["0.5"]
+    assert result["sparsity"]["0.5"]["n"] == 2
+    gradual = result["gradual"]["50-90"]
+    for table in (gradual, result["one_shot"]):
+        row = table["0.5"]
         assert row["n"] == 2 and all(len(values) == 2 for values in row["per_seed"].values())
         means = row["perplexity"]
         assert means["magnitude"] == min(means["magnitude_matrix"], means["magnitude_global"])
     # Training and one-shot evaluation measure the dense network alike.
-    dense = [result[table]["0.5"]["per_seed"]["dense"] for table in ("gradual", "one_shot")]
+    dense = [table["0.5"]["per_seed"]["dense"] for table in (gradual, result["one_shot"])]
     assert dense[0] == pytest.approx(dense[1], rel=1e-4)
 
     runs = tmp_path / "work" / "quick"
@@ -44,15 +49,28 @@ def test_pruning_scores_are_compared_on_equal_terms(
         share = float((zeros == 0).float().mean())
         assert share == 0 if "dense" in run.name else share > 0.1
         assigned = read_assignments(run / ".config")
-        different = {n for n in assigned if n.startswith(("TRAIN_PRUNE", "RUN_"))}
+        free = ("TRAIN_PRUNE", "RUN_", "TRAIN_CHECKPOINT_EVERY", "TRAIN_KEEP_CHECKPOINTS")
+        different = {n for n in assigned if n.startswith(free)}
         same = {n: a.value for n, a in assigned.items() if n not in different}
         other = read_assignments(runs / "seed7-dense" / ".config")
-        assert same == {n: a.value for n, a in other.items() if not n.startswith("RUN_")}
-    losses = {
-        run.name: json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
-        for run in runs.glob("seed7-*")
-    }
-    assert len(set(losses.values())) == 1  # the same weights and batch to begin with
+        assert same == {n: a.value for n, a in other.items() if not n.startswith(free)}
+    arm = runs / "seed7-ours-0.5-50-90"
+    assert len((arm / "metrics.jsonl").read_text().splitlines()) == 17  # of 16 steps, 1 evaluation
+
+    # What branched off the dense run is what training from the start gives, bit for bit.
+    path = tmp_path / "whole.config"
+    path.write_text((arm / ".config").read_text().replace(arm.name, "whole"))
+    train(load_config(path), path)
+    weights, whole = (
+        load_file(runs / name / "checkpoint/model.safetensors") for name in (arm.name, "whole")
+    )
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+def test_the_first_schedule_compared_is_the_default() -> None:
+    prune = load_config(ROOT / "defconfigs" / "gpt2-pruning").train.prune
+    assert prune is not None
+    assert (prune.start_step, prune.end_step) == tuple(10 * pct for pct in SCHEDULES[0])
 
 
 def test_pruning_comparison_refuses_what_it_cannot_answer(tmp_path: Path) -> None:
@@ -60,6 +78,8 @@ def test_pruning_comparison_refuses_what_it_cannot_answer(tmp_path: Path) -> Non
         compare_pruning.main(["--seeds", "1"])
     with pytest.raises(InputError, match=r"--sparsities 1\.5"):
         compare_pruning.main(["--sparsities", "1.5"])
+    with pytest.raises(SystemExit):
+        compare_pruning.main(["--schedules", "90-60"])
 
 
 def test_cache_choices_are_compared_and_layers_ranked(
