@@ -66,7 +66,7 @@ bench-offload: $(STAMP) ## Compare our offload runtime with its peers under memo
 	$(Q)$(BIN)/python scripts/bench_offload.py $(or $(BENCH_OFFLOAD_ARGS),--json runs/offload.json --plot runs/offload.png)
 
 .PHONY: study-signals
-study-signals: $(STAMP) ## Train dozens of small models: is Adam's moment as good as Fisher? (40 min)
+study-signals: $(STAMP) ## Train dozens of small models: is Adam's moment as good as Fisher? (1 hour)
 	$(Q)$(BIN)/python scripts/study_signals.py $(or $(STUDY_SIGNALS_ARGS),--json runs/study/study.json --plot runs/study/study.png)
 
 .PHONY: safety-table

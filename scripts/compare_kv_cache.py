@@ -136,14 +136,14 @@ def keep_full_choices(
         "ours": [damage],
         "trace": [sorted(numbers, key=lambda i: -layers[i].trace)],
         "reverse": [damage[::-1]],
-        "random": _shuffles(numbers, seed),
+        "random": shuffles(numbers, seed),
         "first": [numbers],
         "last": [numbers[::-1]],
     }
     counts = sorted({max(1, len(layers) * share // 6) for share in (2, 3, 4)})
     return {
         str(count): {
-            arm: [_keep(order[:count], len(layers), low) for order in several]
+            arm: [keep_full(order[:count], len(layers), low) for order in several]
             for arm, several in orders.items()
         }
         for count in counts
@@ -159,7 +159,7 @@ def mixed_choices(layers: "Sequence[KvLayer]", *, seed: int) -> dict[str, dict[s
         by_damage = sorted(range(len(ours)), key=lambda side: costs[side][Precision.INT2])
         levels = sorted((level for level in ours if level), key=lambda level: -BITS[level])
         reverse = dict(zip(by_damage, levels, strict=True))
-        shuffled = _shuffles(list(range(len(ours))), seed)
+        shuffled = shuffles(list(range(len(ours))), seed)
         uniform = next(level for level, bits in BITS.items() if bits == budget)
         choices[str(budget)] = {
             "ours": [ours],
@@ -278,11 +278,13 @@ def _single(side: int, level: Precision, count: int) -> Sides:
     return tuple(level if index == side else None for index in range(count))
 
 
-def _keep(full: Sequence[int], count: int, low: Precision) -> Sides:
+def keep_full(full: Sequence[int], count: int, low: Precision) -> Sides:
+    """Return a cache of ``count`` layers of which some stay full and the others don't."""
     return tuple(None if index // 2 in full else low for index in range(2 * count))
 
 
-def _shuffles(numbers: Sequence[int], seed: int) -> list[list[int]]:
+def shuffles(numbers: Sequence[int], seed: int) -> list[list[int]]:
+    """Return random orders of some numbers."""
     generator = random.Random(seed)
     return [generator.sample(list(numbers), len(numbers)) for _ in range(RANDOM_ORDERS)]
 

@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     document: Fields = {
         "quick": args.quick,
         "versions": {name: value for name, value in collect_versions().items() if name in VERSIONS},
-        "summary": summarize(runs),
-        "runs": runs,
+        "summary": _rounded(summarize(runs)),
+        "runs": _rounded(runs),
     }
     if args.plot is not None:
         from lib.report.study_plots import plot_study
@@ -64,7 +64,12 @@ def study_run(run: StudyRun, folder: Path) -> Fields:
             checkpoints.append(json.loads(path.read_text()))
             continue
         begin = time.perf_counter()
-        point = measure_checkpoint(checkpoint, beta2=config.train.beta2, seed=run.seed)
+        point = measure_checkpoint(
+            checkpoint,
+            beta2=config.train.beta2,
+            batch_size=config.train.batch_size,
+            seed=run.seed,
+        )
         point["seconds"] = round(time.perf_counter() - begin, 1)
         write_json(point, path)
         checkpoints.append(point)
@@ -75,6 +80,17 @@ def study_run(run: StudyRun, folder: Path) -> Fields:
         "variant": run.variant,
         "checkpoints": checkpoints,
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Return a nested document with its numbers to five digits: more are noise, and a third of the
+    file.
+    """
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _print(document: Fields) -> None:

@@ -13,9 +13,10 @@ from .drawing import BLUE, DPI, INK, ORANGE, SKY_BLUE, picture
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_GREY = "#888888"
+_GREY, _GREEN = "#888888", "#009E73"
 _SIGNALS: Mapping[str, tuple[str, str, str]] = {
     "adam": ("Adam's moment", ORANGE, "o"),
+    "single_batch": ("one batch's squared gradient", _GREEN, "x"),
     "fisher_empirical": ("empirical Fisher", SKY_BLUE, "s"),
     "fisher_true": ("true Fisher", BLUE, "D"),
     "oracle": ("measured KL", INK, "*"),
@@ -28,6 +29,20 @@ _PAIRS = {
     "fisher_true~fisher_true": ("two halves of the true Fisher", BLUE, "D"),
     "fisher_empirical~fisher_true": ("empirical with true Fisher", SKY_BLUE, "s"),
     "adam~fisher_true": ("Adam's moment with true Fisher", ORANGE, "o"),
+    "single_batch~fisher_true": ("one batch with true Fisher", _GREEN, "x"),
+}
+_CACHES = {
+    "keep_one": "one layer\nfull, others\n2 bits",
+    "keep_half": "half full,\nothers\n2 bits",
+    "mixed": "3 bits on\naverage",
+}
+_CACHE_SIGNALS: Mapping[str, tuple[str, str, str]] = {
+    "adam": ("Adam's moment of W_k, W_v", ORANGE, "o"),
+    "adam_error": ("the same, times the error", _GREEN, "X"),
+    "fisher_again": ("true Fisher, other labels", BLUE, "D"),
+    "error": ("error alone", _GREY, "^"),
+    "random": ("random", "#F0E442", "P"),
+    "reverse": ("reverse", "#CC79A7", "v"),
 }
 _CHANGES = {
     "elements.adam~fisher_true.within": "weights: rank correlation with the true Fisher",
@@ -36,17 +51,17 @@ _CHANGES = {
 
 
 def plot_study(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> None:
-    """Draw four pictures into one PNG; raises InputError for a document without finished runs.
+    """Draw six pictures into one PNG; raises InputError for a document without finished runs.
 
     Above: rank correlations over the training, of blocks with measured KL and of weights with the
-    true Fisher; below: KL of the plans over that of the true Fisher's plan, and what the variants
-    change. Bars are 95 % intervals over runs, for variants the range over seeds.
+    true Fisher, and what the variants change; below: what is decided, measured, of weights, floors
+    and caches. Bars are 95 % intervals over runs, for variants the range over seeds.
     """
     summary = document["summary"]
     if not summary["by_step"]:
         raise InputError("the study has no finished run: there is nothing to draw")
-    with picture(path, (11, 7.6), dpi) as figure:
-        (blocks, weights), (plans, changes) = figure.subplots(2, 2)
+    with picture(path, (16, 8), dpi) as figure:
+        (blocks, weights, changes), (plans, floors, caches) = figure.subplots(2, 3)
         steps = summary["by_step"]
         for signal, style in _SIGNALS.items():
             _draw_course(blocks, steps, f"blocks.{signal}.within", style)
@@ -58,11 +73,15 @@ def plot_study(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> No
             axes.set_xlabel("training step")
             axes.grid(alpha=0.3)
         _draw_plans(plans, summary["final"])
+        _draw_floors(floors, summary["final"])
+        _draw_caches(caches, summary["final"])
         _draw_changes(changes, summary["variants"])
         blocks.set_ylim(top=1.03)
         blocks.legend(frameon=False, fontsize=7, ncols=2, loc=(0.02, 0.3))
         weights.legend(frameon=False, fontsize=7)
         plans.legend(frameon=False, fontsize=7, loc="upper left")
+        floors.legend(frameon=False, fontsize=7, loc="lower left")
+        caches.legend(frameon=False, fontsize=7, loc="upper left")
 
 
 def _draw_course(
@@ -75,16 +94,50 @@ def _draw_course(
 
 def _draw_plans(axes: "Axes", final: Mapping[str, Any]) -> None:
     budgets = sorted({_bits(name) for name in final if name.startswith("allocation.")})
-    for place, (signal, style) in enumerate(_SIGNALS.items()):
-        rows = [final.get(f"allocation.{bits}.{signal}.over_true") for bits in budgets]
-        if signal != "fisher_true" and all(rows):
-            at = [index + (place - len(_SIGNALS) / 2) * 0.09 for index in range(len(budgets))]
-            _draw_bars(axes, at, rows, style, line=False)
+    others = {signal: style for signal, style in _SIGNALS.items() if signal != "fisher_true"}
+    paths = [f"allocation.{bits}.{{}}.over_true" for bits in budgets]
+    _draw_groups(axes, final, paths, [f"{bits} bits" for bits in budgets], others)
     axes.axhline(1, color=BLUE, lw=0.8)
-    axes.set_xticks(range(len(budgets)), [f"{bits} bits" for bits in budgets])
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title("KL of each signal's plan over the true Fisher's, equal bytes", fontsize=9)
+
+
+def _draw_floors(axes: "Axes", final: Mapping[str, Any]) -> None:
+    epsilons = sorted({_epsilon(name) for name in final if name.startswith("floors.")})
+    shares = {name: _scaled(row, 1 / float(_epsilon(name))) for name, row in final.items()
+              if name.startswith("floors.") and name.endswith(".kl")}  # fmt: skip
+    paths = [f"floors.{epsilon}.{{}}.kl" for epsilon in epsilons]
+    _draw_groups(axes, shares, paths, [f"\u03b5 = {epsilon}" for epsilon in epsilons], _SIGNALS)
+    axes.axhline(1, color=INK, lw=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_title("KL over \u03b5 with every block at its floor, on other text", fontsize=9)
+
+
+def _draw_caches(axes: "Axes", final: Mapping[str, Any]) -> None:
+    paths = [f"caches.{name}.{{}}.over_true" for name in _CACHES]
+    _draw_groups(axes, final, paths, list(_CACHES.values()), _CACHE_SIGNALS)
+    axes.axhline(1, color=BLUE, lw=0.8)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(top=100)  # room for the legend
+    axes.set_title("KL of each signal's cache over the true Fisher's, equal bytes", fontsize=9)
+
+
+def _draw_groups(
+    axes: "Axes",
+    final: Mapping[str, Any],
+    paths: Sequence[str],
+    labels: Sequence[str],
+    styles: Mapping[str, tuple[str, str, str]],
+) -> None:
+    """Draw a group of bars per path, whose {} is the signal; leaves out what was not measured."""
+    for place, (signal, style) in enumerate(styles.items()):
+        rows = [final.get(path.format(signal)) for path in paths]
+        if all(rows):
+            at = [index + (place - (len(styles) - 1) / 2) * 0.09 for index in range(len(paths))]
+            _draw_bars(axes, at, rows, style, line=False)
+    axes.set_xticks(range(len(paths)), labels, fontsize=8)
     axes.grid(alpha=0.3, axis="y")
 
 
@@ -143,3 +196,12 @@ def _draw_bars(
 
 def _bits(name: str) -> str:
     return name.removeprefix("allocation.").rsplit(".", 2)[0]
+
+
+def _epsilon(name: str) -> str:
+    return name.removeprefix("floors.").rsplit(".", 2)[0]
+
+
+def _scaled(row: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    interval = row["interval"] and [factor * end for end in row["interval"]]
+    return {"mean": factor * row["mean"], "interval": interval}

@@ -84,7 +84,7 @@ class GradientSampler:
         Sampled labels use all T positions and data labels T - 1. Raises InputError for bad tokens
         and FloatingPointError if logits or gradients aren't finite.
         """
-        _check_batch(batch_BT, self.labels, self.model)
+        check_batch(batch_BT, self.labels, self.model)
         device = next(iter(self.parameters.values())).device
         whole = self.labels is FisherLabels.SAMPLED
         for ids_BT in torch.split(batch_BT, len(batch_BT) if whole else 1):
@@ -142,7 +142,8 @@ def _overflow_hint(model: nn.Module) -> str:
     return f"the weights are corrupt, or {dtype_names(model)} overflows (try float32)"
 
 
-def _check_batch(ids: Tensor, labels: FisherLabels, model: nn.Module) -> None:
+def check_batch(ids: Tensor, labels: FisherLabels, model: nn.Module) -> None:
+    """Raise InputError for token ids that gradients with such labels can't be taken of."""
     check_token_ids(ids, model)
     if labels is FisherLabels.DATA and ids.shape[1] < 2:
         raise InputError(

@@ -7,8 +7,9 @@ distributions of its tokens by, to second order and in nats per token,
 
 where x_i are the cached numbers and y_t are labels drawn from the model at every position: their
 gradients are independent with mean zero, so one backward pass of the summed loss is unbiased (as in
-``fisher``). The trace is the same with delta = 1. ``directional`` is 1/(2T) E[(g . delta)^2], which
-also knows how the errors of one sequence correlate.
+``fisher``, which says what labels of the text give instead). The trace is the same with delta = 1.
+``directional`` is 1/(2T) E[(g . delta)^2], which also knows how the errors of one sequence
+correlate.
 
 Keys and values are seen where the model hands them to its cache: after rotary embedding, before
 grouped heads are repeated, that is, as any cache stores them.
@@ -25,7 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..blocks import BlockKind, partition_model, unwrap_model
 from ..errors import InputError
-from .summary import check_token_ids
+from .gradients import FisherLabels, check_batch
 
 RoundTrip = Callable[[Tensor], Tensor]
 """Keys or values (B, heads, T, dim) to what a compressed cache gives back for them."""
@@ -70,6 +71,7 @@ def collect_kv_fisher(
     batches: Iterable[Tensor],
     *,
     round_trips: Mapping[str, RoundTrip] | None = None,
+    labels: FisherLabels = FisherLabels.SAMPLED,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[KvLayer, ...]:
@@ -92,10 +94,11 @@ def collect_kv_fisher(
     try:
         model.eval()
         for ids in batches:
-            check_token_ids(ids, model)
+            check_batch(ids, labels, model)
             probes = [_ProbeLayer() for _ in blocks]  # type: ignore[no-untyped-call]
-            sums += _measure_batch(model, ids.to(device), probes, round_trips, generator)
-            tokens += ids.numel()
+            # What one sequence stores is read by it alone: gradients don't mix in a batch.
+            sums += _measure_batch(model, ids.to(device), probes, round_trips, labels, generator)
+            tokens += ids.numel() - (0 if labels is FisherLabels.SAMPLED else len(ids))
             if progress is not None:
                 progress(len(ids))
     finally:
@@ -166,15 +169,19 @@ def _measure_batch(
     ids: Tensor,
     probes: list[_ProbeLayer],
     round_trips: Mapping[str, RoundTrip],
+    labels: FisherLabels,
     generator: torch.Generator,
 ) -> Tensor:
     """Return sums over the batch's tokens, (layers, columns)."""
     with torch.enable_grad():
         cache = Cache(layers=list(probes))
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        if labels is FisherLabels.DATA:
+            logits, targets = logits[:, :-1], ids[:, 1:]
         flat = logits.reshape(-1, logits.shape[-1]).float()
-        labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)
-        loss = F.cross_entropy(flat, labels.flatten(), reduction="sum")
+        if labels is FisherLabels.SAMPLED:
+            targets = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)
+        loss = F.cross_entropy(flat, targets.flatten(), reduction="sum")
         unused = [index for index, probe in enumerate(probes) if not probe.is_initialized]
         if unused:
             raise InputError(

@@ -88,7 +88,8 @@ def compare_allocations(
 
 
 def compare_floors(curves: Mapping[str, Curves], sizes: StoredSizes, meter: Meter) -> Fields:
-    """Measure the floors that each signal gives for one epsilon, its scale fitted by one number.
+    """Measure the floors that each signal gives for one epsilon, its scale fitted by one number to
+    the single blocks' KL, which is of other text than what the meter measures on.
 
     ``same`` and ``steps``: share of blocks with the true Fisher's floor, and mean distance to it in
     precisions; ``bits``: bits per weight if every block is held at its floor, ``kl``: what that

@@ -1,10 +1,12 @@
-"""What the study measures at one checkpoint: three signals and three controls against each other
-and against the measured KL.
+"""What the study measures at one checkpoint: four signals and three controls against each other and
+against the measured KL.
 
-The held-out sequences are cut in two: Fisher information is estimated on the first half, KL is
-measured on the second. Signals, all as F per token and put into 1/2 sum F delta^2:
+The held-out sequences are cut in three: Fisher information is estimated on the first half; the KL
+of single blocks, and the scales made of it, come from the next quarter; what is decided is judged
+on the last. Signals, all as F per token and put into 1/2 sum F delta^2:
 
     adam               v_hat * tokens_per_update / mean_clip_sq, as the optimizer left it
+    single_batch       the squared gradient of one batch as large as those of the training
     fisher_empirical   squared gradients of sequences with the text's labels
     fisher_true        squared gradients with labels sampled from the model
 
@@ -38,13 +40,14 @@ from lib.precision.sensitivity import (
 from lib.precision.sizes import StoredSizes, stored_sizes
 from lib.precision.storage import weight_form
 from lib.signals import MomentScale, collect_fisher
+from lib.signals.gradients import FisherLabels, GradientSampler
+from scripts.study.caches import compare_caches
 from scripts.study.decisions import PRECISIONS, Meter, compare_allocations, compare_floors
 
-FISHER = ("adam", "fisher_empirical", "fisher_true")
+FISHER = ("adam", "single_batch", "fisher_empirical", "fisher_true")
 CONTROLS = ("magnitude", "adam_trace", "random")
 LABEL_DRAWS = 2
 """Times that labels are sampled for each sequence, in each half of the true Fisher."""
-MAX_KL_SEQUENCES = 32
 _TOP_ELEMENTS = 0.01
 _TOP_BLOCKS = 1 / 3
 _POOLED = 200_000
@@ -52,13 +55,17 @@ Diagonal = Mapping[str, Tensor]
 Fields = dict[str, Any]
 
 
-def measure_checkpoint(folder: Path, *, beta2: float, seed: int) -> Fields:
-    """Return everything the study wants to know of a checkpoint, ready for JSON."""
+def measure_checkpoint(folder: Path, *, beta2: float, batch_size: int, seed: int) -> Fields:
+    """Return everything the study wants to know of a checkpoint, ready for JSON.
+
+    ``beta2`` and ``batch_size`` (sequences) are those of the training.
+    """
     model = load_model(folder, dropout=0.0).eval()
     state = load_state(folder)
     assert state is not None
     tokens = load_file(folder / HELDOUT_FILE)["tokens"]
-    fisher_text, kl_text = torch.split(tokens, (len(tokens) + 1) // 2)
+    first, second = len(tokens) // 2, len(tokens) * 3 // 4
+    fisher_text, fit_text, judge_text = tokens[:first], tokens[first:second], tokens[second:]
     sizes = stored_sizes(model, PRECISIONS)
     matrices = [
         piece.parameter
@@ -80,6 +87,7 @@ def measure_checkpoint(folder: Path, *, beta2: float, seed: int) -> Fields:
             name: moment * tokens_per_update / mean_clip_sq
             for name, moment in read_moments(folder, beta2=beta2)
         },
+        "single_batch": single_batch(model, fisher_text[:batch_size]),
         "fisher_empirical": data,
         "fisher_true": {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]},
     }
@@ -90,8 +98,8 @@ def measure_checkpoint(folder: Path, *, beta2: float, seed: int) -> Fields:
     curves["magnitude"] = magnitude_curves(model, precisions=PRECISIONS)
     curves["adam_trace"] = _trace_curves(model, diagonals["adam"])
     curves["random"] = random_curves(model, seed=seed, precisions=PRECISIONS)
-    meter = Meter(model, kl_text[:MAX_KL_SEQUENCES])
-    oracle = meter.oracle(sizes)
+    oracle = Meter(model, fit_text).oracle(sizes)
+    judge = Meter(model, judge_text)
     return {
         "step": state.step,
         "heldout_loss_nats": state.heldout_loss,
@@ -102,9 +110,18 @@ def measure_checkpoint(folder: Path, *, beta2: float, seed: int) -> Fields:
         "elements": compare_elements(diagonals, halves, matrices),
         "traces": compare_traces(model, diagonals),
         "blocks": compare_blocks(curves, oracle, sizes),
-        "allocation": compare_allocations({**curves, "oracle": oracle}, sizes, meter, seed=seed),
+        "allocation": compare_allocations({**curves, "oracle": oracle}, sizes, judge, seed=seed),
         "floors": compare_floors(
-            {**{signal: curves[signal] for signal in FISHER}, "oracle": oracle}, sizes, meter
+            {**{signal: curves[signal] for signal in FISHER}, "oracle": oracle}, sizes, judge
+        ),
+        "caches": compare_caches(
+            model,
+            diagonals,
+            fisher_text=fisher_text,
+            fit_text=fit_text,
+            judge_text=judge_text,
+            batch_size=batch_size,
+            seed=seed,
         ),
     }
 
@@ -115,6 +132,19 @@ def true_fisher(model: Any, tokens: Tensor, *, seed: int) -> Diagonal:
     diagonal = collect_fisher(model, batches, keep_diagonal=True, seed=seed).diagonal
     assert diagonal is not None
     return diagonal
+
+
+def single_batch(model: Any, tokens: Tensor) -> Diagonal:
+    """Return the squared gradient of sequences (B, T) together, with the text's labels: what Adam's
+    moment would be if it forgot all other batches.
+    """
+    with GradientSampler(model, labels=FisherLabels.DATA) as sampler:
+        draws = list(sampler.draws(tokens))
+    num_tokens = sum(draw.tokens for draw in draws)
+    return {
+        name: torch.stack([draw.gradients[name] for draw in draws]).sum(0).square() / num_tokens
+        for name in draws[0].gradients
+    }
 
 
 def compare_elements(
@@ -142,6 +172,7 @@ def compare_elements(
     return {
         "adam~fisher_true": compare(diagonals["adam"], diagonals["fisher_true"]),
         "adam~fisher_empirical": compare(diagonals["adam"], diagonals["fisher_empirical"]),
+        "single_batch~fisher_true": compare(diagonals["single_batch"], diagonals["fisher_true"]),
         "fisher_empirical~fisher_true": compare(
             diagonals["fisher_empirical"], diagonals["fisher_true"]
         ),
@@ -150,7 +181,9 @@ def compare_elements(
 
 
 def compare_traces(model: Any, diagonals: Mapping[str, Diagonal]) -> Fields:
-    """Return Spearman's correlation of the blocks' Fisher traces with those of the true Fisher."""
+    """Compare the blocks' Fisher traces: Spearman's correlation, and the share of the largest third
+    that both have in common.
+    """
     traces = {
         signal: [
             sum(float(diagonal[piece.parameter].double().sum()) for piece in block.pieces)
@@ -158,9 +191,13 @@ def compare_traces(model: Any, diagonals: Mapping[str, Diagonal]) -> Fields:
         ]
         for signal, diagonal in diagonals.items()
     }
+    pairs = [(signal, "fisher_true") for signal in FISHER[:-1]] + [("adam", "fisher_empirical")]
     return {
-        f"{signal}~fisher_true": spearman(traces[signal], traces["fisher_true"])
-        for signal in FISHER[:-1]
+        f"{one}~{two}": {
+            "rho": spearman(traces[one], traces[two]),
+            "top": top_overlap(np.array(traces[one]), np.array(traces[two]), share=_TOP_BLOCKS),
+        }
+        for one, two in pairs
     }
 
 

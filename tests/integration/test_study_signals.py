@@ -8,7 +8,7 @@ import pytest
 from scripts import study_signals
 from scripts.study import grid
 
-TINY: dict[str, grid.Value] = {**grid.TOY, "GPT2_LAYERS": 1, "TRAIN_EVAL_SEQUENCES": 8}
+TINY: dict[str, grid.Value] = {**grid.TOY, "GPT2_LAYERS": 2, "TRAIN_EVAL_SEQUENCES": 8}
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import pytest
 
 from scripts.study.grid import SEEDS, VARIANTS, list_runs
 from scripts.study.measure import top_overlap
-from scripts.study.summary import flatten, judge, summarize
+from scripts.study.summary import CACHES, cluster_interval, flatten, judge, summarize
 
 
 def point(step: int, rho: float, loss: float) -> dict[str, object]:
@@ -15,6 +15,7 @@ def point(step: int, rho: float, loss: float) -> dict[str, object]:
         },
         "allocation": {"3.0": {"adam": {"over_true": loss}}},
         "floors": {"0.01": {"adam": {"steps": 0.1}}},
+        "caches": {name: {"adam": {"over_true": 1.0}} for name in CACHES},
     }
 
 
@@ -45,7 +46,7 @@ def test_only_plain_runs_are_in_the_final_figures() -> None:
 
 def test_a_criterion_is_met_only_if_its_whole_interval_is() -> None:
     good, wide = [
-        [flatten(point(1, 0.9, loss)) for loss in losses]
+        [(("python", seed), flatten(point(1, 0.9, loss))) for seed, loss in enumerate(losses)]
         for losses in (
             (1.0, 1.01, 1.02),
             (0.9, 1.0, 1.3),
@@ -55,6 +56,33 @@ def test_a_criterion_is_met_only_if_its_whole_interval_is() -> None:
     assert judge(good)[name]["met"]
     assert not judge(wide)[name]["met"]
     assert all(row["met"] for row in judge(good).values())
+
+
+def test_runs_of_one_cluster_are_no_more_than_one_model() -> None:
+    values, seeds = [1.0, 1.2, 0.9, 1.1, 1.3, 0.8], range(6)
+    apart = [("python", seed) for seed in seeds]
+    low, high = cluster_interval(values, apart)  # type: ignore[misc]
+    spread = 2.571 * np.std(values, ddof=1) / np.sqrt(6)  # Student's, 5 degrees of freedom
+    assert high - low == pytest.approx(2 * spread, rel=0.1)
+    # The same runs thrice, all of one cluster each: not a bit more certain.
+    again = cluster_interval(
+        [v for v in values for _ in range(3)], [c for c in apart for _ in "abc"]
+    )
+    assert again == pytest.approx((low, high))
+    assert cluster_interval(values, [("python", 0)] * 6) is None
+
+
+@pytest.mark.parametrize("true_mean", [0.0, 1.0])
+def test_the_interval_of_six_clusters_covers_the_mean(true_mean: float) -> None:
+    random = np.random.default_rng(0)
+    clusters = [("c", seed) for seed in (0, 0, 0, 1, 1, 1, 2, 3, 4, 5)]
+    covered = 0
+    for _ in range(100):
+        level = dict(enumerate(random.normal(true_mean, 1, size=6)))
+        values = [level[seed] + random.normal(0, 0.3) for _, seed in clusters]
+        low, high = cluster_interval(values, clusters)  # type: ignore[misc]
+        covered += low <= true_mean <= high
+    assert covered >= 90
 
 
 def test_overlap_of_the_largest() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lib.errors import InputError
+from lib.signals.gradients import FisherLabels
 from lib.signals.kv import collect_kv_fisher
 
 
@@ -100,6 +101,22 @@ def test_trace_does_not_depend_on_how_text_is_batched() -> None:
     whole, split = (collect_kv_fisher(model, ids.split(size)) for size in (256, 32))
     for a, b in zip(whole, split, strict=True):
         assert a.trace == pytest.approx(b.trace, rel=0.2)  # other labels, the same expectation
+
+
+def test_labels_of_the_text_give_one_trace_per_text() -> None:
+    model = lively_gpt2()
+    ids = torch.randint(40, (16, 8), generator=torch.Generator().manual_seed(3))
+    whole, split = (
+        collect_kv_fisher(model, ids.split(size), labels=FisherLabels.DATA, seed=size)
+        for size in (16, 1)
+    )
+    sampled = collect_kv_fisher(model, [ids])
+    for a, b, c in zip(whole, split, sampled, strict=True):
+        assert a.keys_trace == pytest.approx(b.keys_trace, rel=1e-4)
+        assert a.values_trace == pytest.approx(b.values_trace, rel=1e-4)
+        assert a.trace != pytest.approx(c.trace, rel=1e-4)
+    with pytest.raises(InputError, match="at least 2 tokens"):
+        collect_kv_fisher(model, [ids[:, :1]], labels=FisherLabels.DATA)
 
 
 def test_what_has_no_cache_is_refused() -> None:
