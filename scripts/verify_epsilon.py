@@ -33,10 +33,10 @@ from tqdm import tqdm
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, load_hints
-from lib.policy.veto import Measured
 from lib.precision.floors import parse_epsilon, read_trust
 from lib.tiering import attach
 from scripts.calibration import calibrate_model, calibrated_hints
+from scripts.canary import CANARY_SEQUENCES, Canary
 from scripts.cli import emit_json, run_main
 from scripts.held_out import read_parts, vocabulary_size
 from scripts.inputs import (
@@ -54,7 +54,6 @@ from scripts.measure import ForwardBench
 
 CALIBRATIONS = 4
 RUNS_PER_CALIBRATION = 5
-CHECK_SEQUENCES = 16
 VERDICT_SEQUENCES = 32
 LEAST_CALIBRATION = 8
 """Sequences of a calibration, half of them for gradients."""
@@ -75,7 +74,7 @@ class Pools:
     def draw(self, seed: int) -> Tensor:
         """Return a run's sequences."""
         generator = torch.Generator().manual_seed(seed)
-        count = CHECK_SEQUENCES + VERDICT_SEQUENCES
+        count = CANARY_SEQUENCES + VERDICT_SEQUENCES
         return self.judging[torch.randperm(len(self.judging), generator=generator)[:count]]
 
 
@@ -159,7 +158,7 @@ def open_pools(args: argparse.Namespace, model: Any, hints: Hints, *, calibratio
         parts = read_parts(args, model)
         judging, source = _cut(parts.judging, length), parts.source
         calibration = _cut(torch.cat([parts.fisher, parts.calibration]), length)
-    count = CHECK_SEQUENCES + VERDICT_SEQUENCES
+    count = CANARY_SEQUENCES + VERDICT_SEQUENCES
     if len(judging) < count or len(calibration) < LEAST_CALIBRATION * calibrations:
         raise InputError(
             f"{source} has {len(judging)} sequences of {length} tokens to judge on, not {count}, "
@@ -199,33 +198,34 @@ def verify(
     model: Any, hints: Hints, epsilon: float, tokens: Tensor, *, device: torch.device
 ) -> dict[str, Any]:
     """Attach the model under epsilon, measure it, and say whether it has kept the bound."""
-
-    def bench(part: Tensor) -> ForwardBench:
-        return ForwardBench(
-            model, part, batch_size=BATCH_SIZE, warmup=0, device=device, progress=False
-        )
-
-    check, verdict = bench(tokens[:CHECK_SEQUENCES]), bench(tokens[CHECK_SEQUENCES:])
+    verdict = ForwardBench(
+        model,
+        tokens[CANARY_SEQUENCES:],
+        batch_size=BATCH_SIZE,
+        warmup=0,
+        device=device,
+        progress=False,
+    )
     with tempfile.TemporaryDirectory() as name:
-        folders = [Path(name) / part for part in ("check", "verdict")]
-        for part, folder in zip((check, verdict), folders, strict=True):
-            folder.mkdir()
-            part.save_reference(folder)
-
-        def measure() -> Measured:
-            quality = check.compare_reference(folders[0])
-            assert quality.kl_interval is not None
-            return Measured(kl_nats=quality.kl_nats, upper_nats=quality.kl_interval[1])
-
+        folder = Path(name)
+        verdict.save_reference(folder)
+        canary = Canary(
+            model,
+            tokens[:CANARY_SEQUENCES],
+            folder / "canary",
+            batch_size=BATCH_SIZE,
+            every=None,
+            device=device,
+        )
         with attach(
             model,
             hints,
             budget={"HBM": None, "SSD": None},  # all in fast memory, the originals beside
             epsilon=epsilon,
-            measure=measure,
+            measure=canary.measure,
             device=device,
         ) as runtime:
-            quality = verdict.compare_reference(folders[1])
+            quality = verdict.compare_reference(folder)
             places = list(runtime.plan.placements.values())
             veto = runtime.veto.to_json()
     precisions = [str(place.precision) for place in places]
