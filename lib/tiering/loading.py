@@ -35,7 +35,8 @@ def load(access: Access, held: Held, stored: Stored) -> None:
             weight.fill(shard.start, buffer[: shard.data_bytes], shard.record)
         access.reside(held, part, weight)
         return
-    if access.device.type == "cpu" and payload.in_place:
+    in_memory = archive.view(stored) is not None
+    if access.device.type == "cpu" and payload.in_place and not in_memory:
         # The buffer that was read into becomes the weights: no second copy, even for a moment.
         for buffer, _ in archive.shards(stored, payload):
             for part in payload.parts:

@@ -21,7 +21,8 @@ from lib.errors import InputError, PlacementError
 from lib.hints import BlockHint, Hints, Precision, Tier
 from lib.tiering import attach, empty_weights
 from lib.tiering.placing import Placing
-from lib.tiering.stores import FileStore
+from lib.tiering.stores import FileStore, NumaStore, numa
+from lib.tiering.stores.numa import page_nodes
 
 IDS = torch.arange(12).reshape(2, 6)
 
@@ -671,3 +672,34 @@ class TestFailedMoves:
                 copy.deepcopy(model.transformer.h[0].mlp.c_fc.weight)
             with pytest.raises(PlacementError, match="detach"):
                 model.load_state_dict(model.state_dict())
+
+
+def test_weights_leave_the_memory_of_a_numa_node_when_they_become_resident(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Node 0 stands for one without CPUs; a store's memory must not become the weights."""
+    if page_nodes(torch.ones(4096, dtype=torch.uint8)) != {0}:
+        pytest.skip("this system does not say that memory is on node 0")
+    allocate = NumaStore._allocate
+    on_node: list[Tensor] = []
+
+    def note(self: NumaStore, num_bytes: int) -> Tensor:
+        on_node.append(allocate(self, num_bytes))
+        return on_node[-1]
+
+    monkeypatch.setattr(numa, "memory_nodes", lambda: [0, 1])
+    monkeypatch.setattr(numa, "far_nodes", lambda: [0])
+    monkeypatch.setattr(NumaStore, "_allocate", note)
+    model = medium()
+    expected, size = logits(model), all_bytes(model)
+    budget = {"HBM": size // 2, "CXL": None}
+    with attach(model, budget=budget, spill_dir=tmp_path) as runtime:
+        assert runtime.plan.bytes_per_tier()[Tier.CXL] > 0
+        assert torch.equal(logits(model), expected)
+        runtime.budget = {"HBM": size * 2, "CXL": None}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        assert on_node and not weights & {buffer.data_ptr() for buffer in on_node}
+        assert torch.equal(logits(model), expected)
+        runtime.budget = budget
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), expected)
