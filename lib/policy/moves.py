@@ -6,14 +6,20 @@ plan's business. Slots are freed before anything moves and made again at the end
 fast memory comes first; otherwise whatever fits moves next, until all have.
 """
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 
 from ..hints import Tier
 from .plan import Placement, Plan
 
+_SHUFFLES = 20
+"""Random orders that are tried where the others got stuck."""
+
 
 class NoRoom(Exception):
-    """No order of moves keeps the budgets: the block that can't come, and what that would take."""
+    """No order of moves was found that keeps the budgets: the block that can't come, and what that
+    would take.
+    """
 
     def __init__(self, block: str, tier: Tier, num_bytes: int, limit: int) -> None:
         super().__init__(block)
@@ -23,21 +29,53 @@ class NoRoom(Exception):
 def order_moves(before: Plan | None, after: Plan) -> tuple[str, ...]:
     """Return the blocks that move, in an order that keeps the budgets of ``after``.
 
+    What leaves fast memory goes first if it can, then whatever has room; where that gets stuck
+    other priorities are tried. It is a search, and may miss an order that exists.
+
     ``before`` is what is held now; None: nothing yet. A tier that is above its new budget to begin
     with gets nothing until it is below. Raises NoRoom where no such order was found.
     """
     held = _kept(before, after)
-    used = dict.fromkeys(Tier, 0)
-    used[Tier.HBM] = after.scratch_bytes
-    used[Tier.SSD] = max(after.original_bytes, before.original_bytes if before else 0)
-    for place in held.values():
-        used[place.tier] += place.held_bytes
     waiting = [
         name
         for name, place in after.placements.items()
         if name not in held or held[name].tier is not place.tier
     ]
     waiting.sort(key=lambda name: after.placements[name].tier is Tier.HBM)
+    first: NoRoom | None = None
+    for priorities in _priorities(waiting, after):
+        try:
+            return _order(priorities, held, before, after)
+        except NoRoom as stuck:
+            first = first or stuck
+    assert first is not None
+    raise first
+
+
+def _priorities(waiting: list[str], after: Plan) -> Iterator[list[str]]:
+    """Yield orders of preference, the usual one first."""
+
+    def size(name: str) -> int:
+        return after.placements[name].held_bytes
+
+    yield waiting
+    yield sorted(waiting, key=size)
+    yield sorted(waiting, key=size, reverse=True)
+    yield waiting[::-1]
+    generator = random.Random(0)
+    for _ in range(_SHUFFLES if len(waiting) > 2 else 0):
+        yield generator.sample(waiting, len(waiting))
+
+
+def _order(
+    waiting: list[str], held: Mapping[str, Placement], before: Plan | None, after: Plan
+) -> tuple[str, ...]:
+    """Move whatever has room, in this order of preference, until all have moved."""
+    used = dict.fromkeys(Tier, 0)
+    used[Tier.HBM] = after.scratch_bytes
+    used[Tier.SSD] = max(after.original_bytes, before.original_bytes if before else 0)
+    for place in held.values():
+        used[place.tier] += place.held_bytes
     order: list[str] = []
     while waiting:
         stuck = []

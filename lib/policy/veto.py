@@ -23,6 +23,10 @@ from .moves import NoRoom, order_moves
 from .plan import Placement, Plan
 from .states import State, Transition, find_path
 
+_ROUNDING_NATS = 1e-6
+"""A KL of what is equal may come out below 0 by so much."""
+_BEYOND = 1e30
+"""By which bounds grow so that nothing compressed is left within any epsilon."""
 _RESIDENT = frozenset({State.FULL, State.REDUCED, State.COMPRESSED})
 
 
@@ -107,15 +111,20 @@ class Veto:
 
         A pending joint check holds the upper bound to epsilon; once that has passed, or where none
         was needed, a measurement counts against the plan only if its value itself is above, since
-        that of a few sequences is uncertain. What is held may be below its floor afterwards
+        that of a few sequences is uncertain. What is no KL (not finite, or below 0 by more than
+        rounding) admits nothing compressed. What is held may be below its floor afterwards
         (``below_floors``).
         """
         pending = self.ledger.joint_check is JointCheck.PENDING
         value = measured.upper_nats if pending else measured.kl_nats
         limit = self.ledger.epsilon
-        accepted = value <= limit
+        is_kl = all(
+            math.isfinite(nats) and nats > -_ROUNDING_NATS
+            for nats in (measured.kl_nats, measured.upper_nats)
+        )
+        accepted = is_kl and value <= limit
         what = "upper bound of the measured KL" if pending else "measured KL"
-        verdict = "within" if accepted else "above"
+        verdict = "within" if accepted else "above" if is_kl else "no KL, which is above"
         reason = f"{what} {value:.4g} is {verdict} epsilon {limit:.4g} nats per token"
         if accepted and pending:
             self.ledger = replace(
@@ -126,7 +135,7 @@ class Veto:
         elif not accepted and self.bound_nats > 0:
             kernels = self.ledger.kernel_nats  # no factor applies to these
             excess = max(measured.upper_nats, value) - kernels
-            ratio = excess / (self.bound_nats - kernels)
+            ratio = excess / (self.bound_nats - kernels) if is_kl else _BEYOND
             raised = tighten(self.ledger, ratio=max(ratio, 1.0))
             self.ledger = replace(raised, joint_check=JointCheck.PENDING) if pending else raised
             self.num_raised += 1
@@ -141,7 +150,7 @@ class Veto:
                 block=WHOLE_PLAN,
                 asked="measurement",
                 accepted=accepted,
-                predicted=value,
+                predicted=_finite(value),
                 limit=_finite(limit),
                 broken=None if accepted else Rule.MEASURED,
                 reason=reason,
@@ -228,7 +237,8 @@ class Veto:
         asked = f"{place.precision} {self._path(stuck.block, place, place.reason)}"
         reason = (
             f"on its way {stuck.num_bytes} bytes would pass the budget of {stuck.limit} for "
-            f"{stuck.tier}, and nothing can leave before: go there by way of a larger budget"
+            f"{stuck.tier}, and no order of moves was found in which something leaves before: go "
+            "there by way of a larger budget"
         )
         return _refuse(stuck.block, asked, Rule.BUDGET, stuck.num_bytes, stuck.limit, reason)
 

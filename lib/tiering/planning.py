@@ -90,7 +90,7 @@ class Planning:
         )
 
     def make_plan(self, budget: Budget | None, schedule: Sequence[Step]) -> Plan:
-        """Plan within a budget, or None (or empty) by the hints.
+        """Plan within a budget, or None: by the hints.
 
         Raises InputError for a budget that is none, or too small, with the smallest that works.
         """
@@ -98,7 +98,7 @@ class Planning:
         kept = 0
         if self._keeps_originals:
             kept = original_bytes(self._model, self.payloads.values())
-        if budget:
+        if budget is not None:
             parsed = parse_budget(budget, self._device, self._mode)
             room = leave_room(parsed, kept)
             plan = make_plan(self._needs, schedule, room, self._machine, scratch)

@@ -23,8 +23,8 @@ from ..policy.veto import Measure, Veto
 from ..units import format_bytes
 from .emulation import EmulatedLink
 from .hooks import Forwards
-from .payload import Group
-from .planning import Planning
+from .payload import Group, Payload
+from .planning import Budget, Planning
 from .residency import Residency
 from .specs import Clock, EmulationSpec
 from .telemetry import BlockStats, Recorder, Stats
@@ -123,24 +123,26 @@ class Runtime:
                 raise PlacementError("the budget can't be changed after detach: attach again")
             self._forwards.refuse_other_processes()
             self._forwards.check_idle()
-            self._carry_out(self._planning.make_plan(budget, self._forwards.schedule))
+            self._carry_out(self._planning.make_plan(budget or {}, self._forwards.schedule))
 
     @contextlib.contextmanager
     def limited(self, budget: Mapping[str, str | int | None]) -> Iterator[Self]:
-        """Run under another budget for a while; the plan before comes back."""
+        """Run under another budget for a while; the plan before comes back.
+
+        Raises PlacementError where its budget doesn't hold floors that a measurement has raised
+        meanwhile: nothing runs then until a larger budget is set, or the model detached.
+        """
         before, labels, payloads = self.plan, self._labels, self._payloads
-        self.budget = dict(budget)
+        self.budget = budget
         try:
             yield self
-        finally:
-            with self._forwards.lock:
-                if not self._detached:
-                    self._forwards.check_idle()
-                    if self._payloads is not payloads:  # a measurement has raised floors meanwhile
-                        schedule = self._forwards.schedule
-                        limits = {str(tier): size for tier, size in before.budget.items()}
-                        before = self._planning.make_plan(limits, schedule)
-                    self._carry_out(before, labels)
+        except BaseException as error:
+            try:
+                self._return_to(before, labels, payloads)
+            except Exception as failure:  # the first error is the one to see
+                error.add_note(str(failure))
+            raise
+        self._return_to(before, labels, payloads)
 
     @property
     def clock(self) -> Clock:
@@ -293,6 +295,25 @@ class Runtime:
             self._residency.resident_bytes() - self._recorder.resident_bytes
         )
 
+    def _return_to(
+        self, plan: Plan, labels: Mapping[str, Tier], payloads: Mapping[str, Payload]
+    ) -> None:
+        """Go back to a plan, or to one of the same budget where floors were raised meanwhile."""
+        with self._forwards.lock:
+            if self._detached:
+                return
+            self._forwards.check_idle()
+            if self._payloads is not payloads:
+                try:
+                    plan = self._planning.make_plan(_limits(plan), self._forwards.schedule)
+                except InputError as error:
+                    self._broken = (
+                        "floors were raised, and the budget before doesn't hold the blocks as they "
+                        f"are now: {error}; set a larger runtime.budget, or detach"
+                    )
+                    raise PlacementError(self._broken) from error
+            self._carry_out(plan, labels)
+
     def _raise_floors(self, record: Record) -> None:
         """Hold blocks at the floors that a measurement has raised, or let nothing run."""
         self._broken = (
@@ -300,7 +321,7 @@ class Runtime:
         )
         self._planning.set_floors(self.veto.ledger.floors)
         try:
-            plan = self._planning.make_plan(self.budget, self._forwards.schedule)
+            plan = self._planning.make_plan(_limits(self.plan), self._forwards.schedule)
             self._carry_out(plan, self._labels)
         except Exception as error:
             self._broken = (
@@ -335,7 +356,8 @@ class Runtime:
     def _plan_again(self) -> None:
         """Give a slot to weights that were used whole, so that they stay within the budget."""
         try:
-            self._carry_out(self._planning.make_plan(self.budget, self._forwards.schedule))
+            plan = self._planning.make_plan(_limits(self.plan), self._forwards.schedule)
+            self._carry_out(plan, self._labels)
         except Exception as refusal:  # the forward itself has gone well
             self._final_plan = self.plan
             warnings.warn(
@@ -355,6 +377,11 @@ class Runtime:
         for name, tier in self._labels.items():
             totals[str(tier)] = totals.get(str(tier), 0) + self._blocks[name].num_bytes
         return totals
+
+
+def _limits(plan: Plan) -> Budget | None:
+    """Return the budget of a plan; None: it is by the hints."""
+    return {str(tier): size for tier, size in plan.budget.items()} or None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -139,6 +139,22 @@ def test_moves_keep_the_budgets_on_the_way_or_are_refused() -> None:
     assert veto.judge(placed(Tier.CPU, Tier.HBM, {**full, Tier.CPU: 2 * MIB})) == ("a", "b")
 
 
+def test_where_the_usual_order_of_moves_gets_stuck_others_are_tried() -> None:
+    sizes = dict(zip("abcde", (3, 2, 7, 6, 1), strict=True))
+    ledger = open_ledger({name: make_curve(1.0, mib=size) for name, size in sizes.items()})
+    budget = {Tier.HBM: 9 * MIB, Tier.CPU: 14 * MIB, Tier.SSD: 8 * MIB}
+
+    def placed(tiers: str) -> Plan:
+        plan = plan_at(ledger, dict.fromkeys(sizes, Precision.FP32))
+        for name, tier in zip(sizes, tiers.split(), strict=True):
+            plan = with_block(plan, ledger, name, Precision.FP32, Tier(tier))
+        return replace(plan, budget=budget)
+
+    veto = Veto(ledger)
+    veto.adopt(placed("CPU CPU SSD HBM HBM"))
+    assert sorted(veto.judge(placed("HBM HBM CPU CPU HBM"))) == ["a", "b", "c", "d"]
+
+
 def test_below_three_bits_is_refused_until_all_blocks_were_measured_together() -> None:
     curves = {"a": make_curve(1e-9), "b": make_curve(1e-9)}
     pending = make_ledger(curves, epsilon=0.01, factor=1.0, joint_check=JointCheck.PENDING)
@@ -187,6 +203,18 @@ def test_the_canary_raises_floors_when_the_measured_value_passes_epsilon() -> No
     veto.adopt(raised)
     assert veto.bound_nats <= 0.02
     assert veto.to_json()["floors_raised"] == 1
+
+
+@pytest.mark.parametrize("nats", [math.nan, math.inf, -math.inf, -0.5])
+@pytest.mark.parametrize("check", JointCheck)
+def test_what_is_no_kl_admits_nothing_compressed(nats: float, check: JointCheck) -> None:
+    ledger = replace(toy_ledger(), joint_check=check)
+    veto = holding(ledger, ledger.floors)
+    for measured in (Measured(kl_nats=nats, upper_nats=nats), Measured(kl_nats=0, upper_nats=nats)):
+        assert not veto.judge_measured(measured).accepted
+    assert set(veto.ledger.floors.values()) == {Precision.FP32}
+    assert "no KL" in veto.audit.rejections[0].reason
+    assert json.dumps(veto.to_json(), allow_nan=False)
 
 
 def test_a_measurement_of_lossless_weights_raises_nothing() -> None:

@@ -674,6 +674,19 @@ class TestFailedMoves:
                 model.load_state_dict(model.state_dict())
 
 
+def test_an_empty_budget_is_refused(tmp_path: Path) -> None:
+    model = medium()
+    with pytest.raises(InputError, match="HBM"):
+        attach(model, budget={}, spill_dir=tmp_path)
+    with attach(model, budget={"HBM": None}, spill_dir=tmp_path) as runtime:
+        for empty in ({}, None):
+            with pytest.raises(InputError, match="HBM"):
+                runtime.budget = empty  # type: ignore[assignment]
+            with pytest.raises(InputError, match="HBM"), runtime.limited(empty):  # type: ignore[arg-type]
+                pass
+        assert runtime.budget == {"HBM": None}
+
+
 def test_weights_leave_the_memory_of_a_numa_node_when_they_become_resident(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

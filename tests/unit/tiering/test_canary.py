@@ -1,5 +1,6 @@
 """The canary: predictions that promised too much are found out in the running model, and mended."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,32 @@ def test_floors_raised_under_a_limit_for_a_while_stay_raised(tmp_path: Path) -> 
         assert runtime.budget == {"HBM": 2**30, "SSD": None}
         assert precisions(runtime) == high
         assert runtime.check_quality(measure_of(full, network)).accepted
+
+
+def test_a_budget_that_the_raised_floors_outgrew_meanwhile_is_not_gone_back_to(
+    saved: Path, tmp_path: Path
+) -> None:
+    full, network = reference(), fresh_model()
+    measured = iter([math.nan, 0.0])
+
+    def measure() -> Measured:
+        nats = next(measured)
+        return Measured(kl_nats=nats, upper_nats=nats)
+
+    arguments = {"weights": saved, "spill_dir": tmp_path}
+    with attach(
+        network, too_hopeful(), budget={"HBM": "1GiB"}, epsilon=EPSILON, **arguments
+    ) as runtime:
+        runtime.budget = {"HBM": runtime.plan.fast_bytes}
+        with (
+            pytest.raises(PlacementError, match="set a larger runtime.budget"),
+            runtime.limited({"HBM": "1GiB"}),
+        ):
+            runtime.check_quality(measure)
+        with pytest.raises(PlacementError, match="doesn't hold the blocks"):
+            logits(network)
+        runtime.budget = {"HBM": "1GiB"}
+        assert torch.equal(logits(network), full)
 
 
 def test_emulated_tiers_are_measured_and_mended_too() -> None:
