@@ -18,7 +18,10 @@ probes than the factor, so that these are drawn like any other pair.
 
 A model may have too few pairs for that. Then all of them are measured and nothing is left to
 chance: the factor is the largest ratio of all, and covers every pair. Ratios have no meaning where
-nothing changes: pairs with a predicted KL of 0 are left out by the caller.
+nothing changes: pairs whose KL is 0 are left out by the caller. Nor have they much where hardly
+anything does: an expert that few tokens reach may be off by orders of magnitude and not matter. So
+no prediction is taken for less than ``NEGLIGIBLE`` nats: a smaller KL is then covered whatever was
+predicted, and N blocks add N times that, times the factor, to a bound.
 """
 
 import math
@@ -38,6 +41,11 @@ PROBES = 80
 LEAST_PROBES = 59
 """For a factor with ``COVERAGE`` and ``CONFIDENCE``."""
 MIN_PROBES = 8
+NEGLIGIBLE = 1e-9
+"""Nats per token, the least that a change of weights is said to cost: a thousand blocks of it are
+less than what kernels cost."""
+LARGEST_TRUSTED_FACTOR = 5.0
+"""Above it predictions say little on this model: a few times is what second order is off at 2 bits."""
 _FIT_SHARE = 0.25
 _BAND = (0.1, 0.9)
 
@@ -76,13 +84,14 @@ def calibrate(
         )
     if min(predicted) <= 0 or min(measured) <= 0:
         raise InputError("a probe's KL is 0: only pairs that change weights can calibrate")
-    ratios = np.asarray(measured) / np.asarray(predicted)
-    num_fit = math.ceil(_FIT_SHARE * len(ratios))
-    exhaustive = all_pairs and len(ratios) - num_fit < LEAST_PROBES
+    true, raw = np.asarray(measured), np.asarray(predicted)
+    num_fit = math.ceil(_FIT_SHARE * len(true))
+    exhaustive = all_pairs and len(true) - num_fit < LEAST_PROBES
     if exhaustive:
-        num_fit = len(ratios)
-    scale = float(np.exp(np.median(np.log(ratios[:num_fit]))))
-    rest = ratios / scale if exhaustive else ratios[num_fit:] / scale
+        num_fit = len(true)
+    scale = float(np.exp(np.median(np.log(true / raw)[:num_fit])))
+    ratios = true / np.maximum(raw * scale, NEGLIGIBLE)
+    rest = ratios if exhaustive else ratios[num_fit:]
     low, high = np.quantile(rest, _BAND)
     return Calibration(
         scale=scale,
@@ -93,6 +102,11 @@ def calibrate(
         conformal_probes=len(rest),
         exhaustive=exhaustive,
     )
+
+
+def in_nats(predicted: float, scale: float) -> float:
+    """Return what a prediction says on its scale: 0, or no less than ``NEGLIGIBLE``."""
+    return max(predicted * scale, NEGLIGIBLE) if predicted > 0 else 0.0
 
 
 def tolerance_limit(ratios: Sequence[float]) -> float:
@@ -106,7 +120,13 @@ def tolerance_rank(count: int) -> int:
     """Return the least k with P(Binomial(count, 0.95) <= k - 1) >= 0.95; ``count`` if none has."""
     rank, above = count, 0.0
     while True:  # above: P(Binomial >= rank), the probability that the rank-th doesn't cover
-        above += math.comb(count, rank) * COVERAGE**rank * (1 - COVERAGE) ** (count - rank)
+        above += math.exp(
+            math.lgamma(count + 1)
+            - math.lgamma(rank + 1)
+            - math.lgamma(count - rank + 1)
+            + rank * math.log(COVERAGE)
+            + (count - rank) * math.log(1 - COVERAGE)
+        )
         if above > 1 - CONFIDENCE:
             return min(rank + 1, count)
         rank -= 1

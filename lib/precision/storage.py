@@ -4,7 +4,8 @@ Only this decides it, for the runtime that stores weights and for the prediction
 costs. Records are made of matrices (rows, cols) with a group's weights along a row, hence along the
 inputs: transformers' Conv1D keeps (in, out) and is stored transposed; packed experts (E, out, in)
 are stored one below the other; the kernel of a convolution belongs to its inputs. Vectors (norms,
-biases) stay raw, and so does a weight that a record would make larger.
+biases) stay raw, and so does a weight that a record would make larger. Routers stay raw as well:
+they take a few KB, and an error that swaps experts costs what no gradient predicts.
 """
 
 import math
@@ -43,12 +44,14 @@ def precision_rank(precision: Precision) -> int:
     return list(Precision).index(precision)
 
 
-def stored_form(weight: Tensor, owner: nn.Module, precision: Precision | None) -> StoredForm | None:
+def stored_form(
+    name: str, weight: Tensor, owner: nn.Module, precision: Precision | None
+) -> StoredForm | None:
     """Say how ``owner``'s parameter (meta will do) is stored at a precision; None: raw, lossless.
 
-    ``precision`` None is lossless for every weight.
+    ``name``: of the parameter in the model. ``precision`` None is lossless for every weight.
     """
-    if precision is None or not is_lossy(weight, precision):
+    if precision is None or not is_lossy(weight, precision) or is_router(name, weight, owner):
         return None
     codec = default_codec(precision)
     transposed = is_transposed(owner)
@@ -63,7 +66,17 @@ def weight_form(model: nn.Module, name: str, precision: Precision) -> StoredForm
     """Say how the parameter of that name is stored at a precision; None: raw, without an error."""
     model = unwrap_model(model)
     owner = model.get_submodule(name.rpartition(".")[0])
-    return stored_form(model.get_parameter(name), owner, precision)
+    return stored_form(name, model.get_parameter(name), owner, precision)
+
+
+def is_router(name: str, weight: Tensor, owner: nn.Module) -> bool:
+    """Say whether a weight chooses experts, by the names that mixture models give it: that of a
+    router, or a gate with fewer outputs than inputs (others scale activations).
+    """
+    path = name.lower().split(".")[:-1]
+    if any("router" in part for part in (*path, type(owner).__name__.lower())):
+        return True
+    return "gate" in path and weight.dim() == 2 and weight.shape[0] < weight.shape[1]
 
 
 def is_lossy(weight: Tensor, precision: Precision) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..hints import Precision
 from ..precision.codecs import Codec, RecordLayout
 from ..precision.kernels import Use
-from ..precision.storage import is_lossy, is_transposed, stored_form
+from ..precision.storage import is_lossy, is_router, is_transposed, stored_form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def make_part(
     """Lay a parameter out. ``owner`` is its module; ``packed``: it holds experts, which are taken
     one at a time. ``precision`` None is lossless.
     """
-    form = stored_form(weight, owner, precision)
+    form = stored_form(name, weight, owner, precision)
     record = form.record if form else None
     native_bytes = weight.numel() * weight.element_size()
     rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1] if weight.shape else 1
@@ -78,7 +78,10 @@ def make_part(
         uses=uses,
         rows=rows,
         columns=columns,
-        incompressible=precision is not None and is_lossy(weight, precision) and record is None,
+        incompressible=precision is not None
+        and is_lossy(weight, precision)
+        and record is None
+        and not is_router(name, weight, owner),
         expanded_bytes=copies * native_bytes,
     )
 

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.precision.calibration import calibrate, spearman, tolerance_limit, tolerance_rank
+from lib.precision.calibration import (
+    NEGLIGIBLE,
+    calibrate,
+    in_nats,
+    spearman,
+    tolerance_limit,
+    tolerance_rank,
+)
 
 
 def probes(count: int, seed: int, spread: float = 0.2) -> tuple[list[float], list[float]]:
@@ -42,6 +49,25 @@ def test_the_order_statistic_is_the_least_that_covers() -> None:
         assert binom.cdf(rank - 1, count, 0.95) >= 0.95 > binom.cdf(rank - 2, count, 0.95)
     assert [tolerance_rank(count) for count in (1, 58, 59, 92, 93)] == [1, 58, 59, 92, 92]
     assert tolerance_limit([3.0, 1.0, 2.0]) == 3.0
+
+
+def test_the_order_statistic_of_a_large_model() -> None:
+    for count in (5_000, 50_000):  # the normal approximation, within a few ranks
+        about = 0.95 * count + 1.645 * (count * 0.95 * 0.05) ** 0.5
+        assert tolerance_rank(count) == pytest.approx(about, abs=3)
+
+
+def test_negligible_pairs_dont_set_the_factor() -> None:
+    predicted, measured = probes(80, 0)
+    usual = calibrate(predicted, measured)
+    # An expert that hardly a token reaches: off by a factor of a million, and worth nothing.
+    off = calibrate([*predicted, 1e-18], [*measured, 1e-12])
+    assert off.scale == pytest.approx(usual.scale, rel=0.1)
+    assert off.conformal_factor == pytest.approx(usual.conformal_factor, rel=0.1)
+    # One that matters does.
+    assert calibrate([*predicted, 1e-18], [*measured, 1e-6]).conformal_factor > 100
+    assert in_nats(0.0, 2.0) == 0
+    assert in_nats(1e-18, 2.0) == NEGLIGIBLE < 2e-3 == in_nats(1e-3, 2.0)
 
 
 def test_few_probes_say_what_they_are_worth() -> None:

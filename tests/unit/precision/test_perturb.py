@@ -8,7 +8,7 @@ from lib.errors import InputError
 from lib.hints import Precision
 from lib.precision.perturb import curve_precisions, lossy_blocks, perturb, round_trip, weight_error
 from lib.precision.quality import measure_perturbations
-from lib.precision.storage import stored_bytes, stored_form
+from lib.precision.storage import stored_bytes, stored_form, weight_form
 from lib.signals.summary import causal_logits
 from lib.tiering import attach
 from lib.tiering.needs import make_payloads
@@ -67,7 +67,7 @@ def test_an_expert_alone_is_perturbed() -> None:
 def test_transposed_weights_are_grouped_along_their_inputs() -> None:
     model = tiny_gpt2()
     owner = model.transformer.h[0].mlp.c_fc  # Conv1D: (in, out)
-    form = stored_form(owner.weight, owner, Precision.INT4)
+    form = stored_form("weight", owner.weight, owner, Precision.INT4)
     assert form is not None and form.transposed
     assert (form.record.rows, form.record.cols) == (64, 16)
     with torch.no_grad():
@@ -75,6 +75,24 @@ def test_transposed_weights_are_grouped_along_their_inputs() -> None:
     decoded = round_trip(owner.weight, form)
     assert decoded.shape == owner.weight.shape
     assert torch.equal(decoded[:, 5], owner.weight[:, 5])
+
+
+def test_routers_stay_raw() -> None:
+    model = tiny_mixtral()
+    router = "model.layers.0.mlp.gate.weight"
+    assert weight_form(model, router, Precision.INT2) is None
+    names = {block.name for block in lossy_blocks(model, Precision.INT2)}
+    assert "model.layers.0.mlp" not in names and "model.layers.0.mlp.experts.0" in names
+    for name, rows, raw in [
+        ("layers.0.mlp.gate.weight", 8, True),
+        ("layers.0.mlp.gate.wg.weight", 8, True),
+        ("layers.0.router.layer.weight", 8, True),
+        ("layers.0.mlp.gate_proj.weight", 8, False),
+        ("layers.0.attn.gate.weight", 64, False),  # as many outputs as inputs: no choice of experts
+    ]:
+        owner = torch.nn.Linear(64, rows, bias=False)
+        form = stored_form(name, owner.weight, owner, Precision.INT4)
+        assert (form is None) == raw, name
 
 
 def test_vectors_and_native_weights_have_no_error() -> None:
