@@ -62,10 +62,16 @@ def plan_arms(
     return arms
 
 
-def hint_curves(hints: Hints, sizes: StoredSizes) -> Curves | None:
-    """Return the hints' calibrated curves; None if they have none for a block."""
-    if hints.quality.get("calibrated") is not True:
+def hint_curves(hints: Hints, sizes: StoredSizes, *, digest: str) -> Curves | None:
+    """Return the hints' curves if they were calibrated on the parts of the text that ``digest``
+    names, whose third part they haven't seen; None if they may have, or lack a block's curve.
+
+    A block that the text doesn't exercise has none.
+    """
+    quality = hints.quality
+    if quality.get("calibrated") is not True or quality.get("text", {}).get("digest") != digest:
         return None
-    curves = {name: hints.blocks[name].kl for name in sizes.num_params if name in hints.blocks}
-    known = all(set(sizes.precisions) <= curves.get(name, {}).keys() for name in sizes.num_params)
+    names = [name for name in sizes.num_params if name not in quality.get("unexercised", ())]
+    curves = {name: hints.blocks[name].kl for name in names if name in hints.blocks}
+    known = all(set(sizes.precisions) <= curves.get(name, {}).keys() for name in names)
     return curves if known else None

@@ -24,6 +24,7 @@ from lib.blocks import parameter_digest, partition_model
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, load_hints, match_hints, save_hints
+from lib.precision.calibration import LARGEST_TRUSTED_FACTOR
 from lib.precision.perturb import curve_precisions
 from lib.precision.quality import Quality
 from lib.precision.sensitivity import find_violations
@@ -178,7 +179,19 @@ def _print(document: Fields) -> None:
             f"{step['signal']} of {step['block']}: {step['coarser']} below {step['finer']}, "
             f"{step['reason']}"
         )
+    if quality["unexercised"]:
+        print(
+            f"not exercised by this text, so they stay as they are under an epsilon: "
+            f"{', '.join(quality['unexercised'])}"
+        )
     print(f"\n{_guarantee(quality)}")
+    if not quality["trustworthy"]:
+        print(
+            "WARNING: predictions say little on this model: bounds are "
+            f"{quality['conformal_factor']:.3g} times what is predicted, where "
+            f"{LARGEST_TRUSTED_FACTOR:g} is a lot. More text and draws may help (--samples, "
+            "--draws); or measure what is placed: attach(..., measure=)."
+        )
     print(
         f"Kernels cost up to {quality['kernels']['nats']:.2g} nats more "
         f"({quality['kernels']['name']}).\n"

@@ -1,9 +1,11 @@
 """The text that a command measures on: its flags, how it is read, and the parts it is cut into."""
 
 import argparse
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lib.errors import InputError
@@ -25,10 +27,20 @@ class TextParts:
     seed: int | None
     """That drew the sequences; the checkpoint's own are taken in their order."""
 
+    @property
+    def digest(self) -> str:
+        """Identify the tokens and how they are cut, wherever they were read from."""
+        digest = hashlib.sha256()
+        for part in (self.fisher, self.calibration, self.judging):
+            digest.update(f"{tuple(part.shape)};".encode())
+            digest.update(part.to(torch.int64).cpu().contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
     def to_json(self) -> dict[str, Any]:
-        """Say what was read: the same of these gives the same parts."""
+        """Say what was read: the same digest, the same parts."""
         return {
             "source": self.source,
+            "digest": self.digest,
             "sequence_length": self.fisher.shape[1],
             "seed": self.seed,
             "fisher_sequences": len(self.fisher),

@@ -73,7 +73,7 @@ def check_additivity(
     (``batches``) beside their sum, and on ``judging``, which nothing was fitted to, beside what
     ``curves`` predict.
     """
-    sizes = stored_sizes(model)
+    sizes = stored_sizes(model, names=curves)
     plans: dict[str, Plan] = {}
     for precision in sizes.precisions:
         plans[f"uniform {precision}"] = sizes.uniform(precision)

@@ -179,11 +179,17 @@ def compare_uses(config: Config, checkpoint: Path) -> None:
 
 
 def calibrate(config: Config, checkpoint: Path) -> None:
-    """Predict and measure what precision costs, unless the hints say it already."""
+    """Predict and measure what precision costs, unless the hints say it already, and all of it:
+    older ones may lack what an epsilon needs.
+    """
     from lib.hints import load_hints
+    from lib.precision.floors import read_trust
 
-    if load_hints(config.hints_path).quality.get("calibrated"):
+    try:
+        read_trust(load_hints(config.hints_path).quality)
         return
+    except InputError:
+        pass
     command = ["scripts.calibrate_hints", "--model", str(checkpoint)]
     command += ["--tier-hints", str(config.hints_path)]
     text, _ = run_command(command)

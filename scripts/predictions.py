@@ -28,6 +28,8 @@ Pair = tuple[str, Precision]
 
 NATS = ("adam", "fisher_empirical", "fisher_true", "directional")
 """Signals that predict nats; the controls, magnitude and random, only rank."""
+UPPER = ("fisher_true", "directional")
+"""Those whose larger one is a block's curve."""
 _LOGITS_AT_ONCE = 1 << 25
 """Values of one batch's logits: 128 MiB in float32, held twice."""
 
@@ -39,6 +41,11 @@ class Predictions:
     curves: Mapping[str, Curves]
     missing: Mapping[str, str]
     true: GradientCurves
+
+    def reaches(self, pair: Pair) -> bool:
+        """Say whether the text's gradients see a pair: no token was routed to some experts."""
+        block, precision = pair
+        return any(self.curves[signal][block][precision] > 0 for signal in UPPER)
 
 
 def predict(
@@ -109,7 +116,7 @@ def calibrate_signals(
             known = [
                 (curves[block][precision], kl)
                 for (block, precision), kl in zip(pairs, measured, strict=True)
-                if block in curves
+                if block in curves and curves[block][precision] > 0
             ]
             if len(known) >= MIN_PROBES:
                 calibrations[signal] = calibrate(*zip(*known, strict=True), all_pairs=all_pairs)
@@ -122,9 +129,7 @@ def upper_curves(predictions: Predictions, calibrations: Mapping[str, Calibratio
     The diagonal is blind to correlated errors and has little noise; the directional estimate is the
     opposite.
     """
-    scaled = [
-        (predictions.curves[s], calibrations[s].scale) for s in ("fisher_true", "directional")
-    ]
+    scaled = [(predictions.curves[signal], calibrations[signal].scale) for signal in UPPER]
     return {
         block: {
             precision: max(curves[block][precision] * scale for curves, scale in scaled)

@@ -45,7 +45,7 @@ NEGLIGIBLE = 1e-9
 """Nats per token, the least that a change of weights is said to cost: a thousand blocks of it are
 less than what kernels cost."""
 LARGEST_TRUSTED_FACTOR = 5.0
-"""Above it predictions say little on this model: a few times is what second order is off at 2 bits."""
+"""Above it predictions say little on this model: second order is off by 2 or 3 at 2 bits."""
 _FIT_SHARE = 0.25
 _BAND = (0.1, 0.9)
 

@@ -5,7 +5,7 @@ records hold. Norms and biases stay raw whatever is chosen: they add the same by
 and are left out on both sides.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -61,10 +61,21 @@ class StoredSizes:
         return options
 
 
-def stored_sizes(model: nn.Module, precisions: Sequence[Precision] | None = None) -> StoredSizes:
-    """Measure a model's records at all precisions below its own, or at some."""
+def stored_sizes(
+    model: nn.Module,
+    precisions: Sequence[Precision] | None = None,
+    *,
+    names: Collection[str] | None = None,
+) -> StoredSizes:
+    """Measure a model's records at all precisions below its own, or at some. ``names``: blocks that
+    may be chosen for, such as those that have a curve; the others stay as they are.
+    """
     precisions = tuple(precisions or curve_precisions(model))
-    blocks = lossy_blocks(model, precisions[-1])
+    blocks = [
+        block
+        for block in lossy_blocks(model, precisions[-1])
+        if names is None or block.name in names
+    ]
     raw = [
         piece
         for block in blocks
