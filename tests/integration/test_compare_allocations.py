@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from gpt2.train import train
 from lib.errors import InputError
 from scripts import allocation_arms, calibrate_hints, calibration, compare_allocations
+from scripts.held_out import TextParts
 
 ARMS = {"ours", "uniform", "magnitude", "depth", "random", "shuffled", "inverse", "oracle"}
 
@@ -67,8 +68,25 @@ def test_calibrated_hints_are_taken(
     capsys.readouterr()
     document = run([*model[:3], hints, "--bits", "4"], capsys)
     assert document["curves"] == "the hints"
-    with pytest.raises(InputError, match="give the same --sequence-length"):
-        compare_allocations.main([*model[:3], hints, "--sequence-length", "8"])
+    # The same text cut in another way, and hints that don't say what they were calibrated on.
+    other = run([*model[:3], hints, "--bits", "4", "--sequence-length", "8"], capsys)
+    assert str(other["curves"]).startswith("computed here")
+    stale = json.loads(Path(hints).read_text())
+    del stale["quality"]["text"]["digest"]
+    Path(hints).write_text(json.dumps(stale))
+    assert str(run([*model[:3], hints, "--bits", "4"], capsys)["curves"]).startswith("computed")
+
+
+def test_the_digest_is_of_the_tokens_and_their_parts() -> None:
+    def parts(tokens: torch.Tensor, source: str) -> TextParts:
+        first, second, third = (tokens[part::3] for part in range(3))
+        return TextParts(fisher=first, calibration=second, judging=third, source=source, seed=None)
+
+    tokens = torch.arange(96).reshape(6, 16)
+    digest = parts(tokens, "README.md").digest
+    assert parts(tokens, "./README.md").digest == digest
+    assert parts(tokens + 1, "README.md").digest != digest
+    assert parts(tokens.reshape(12, 8), "README.md").digest != digest
 
 
 def test_a_budget_outside_the_uniform_widths_is_refused(model: list[str]) -> None:
