@@ -15,7 +15,7 @@ from gpt2.train import main as train
 from lib.errors import InputError
 from lib.hints import Precision, load_hints
 from lib.precision.floors import read_trust
-from scripts import calibrate_hints, evaluate
+from scripts import calibrate_hints, calibration, evaluate
 from tests.integration.tiny_run import write_config
 
 SIGNALS = {"adam", "fisher_empirical", "fisher_true", "directional", "magnitude", "random"}
@@ -107,6 +107,16 @@ def test_without_moments_adam_is_missing_and_says_so(
     assert [document["text"][name] for name in names] == [6, 6, 5]
     assert load_hints(output).quality["calibrated"] is True
     assert load_hints(run.hints).quality == {}
+
+
+def test_a_large_factor_is_warned_of(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "LARGEST_TRUSTED_FACTOR", 0.01)
+    arguments = ["--model", str(run.checkpoint), "--tier-hints", str(run.hints), "--draws", "8"]
+    assert calibrate_hints.main(arguments) == 0
+    assert "WARNING: predictions say little" in capsys.readouterr().out
+    assert load_hints(run.hints).quality["trustworthy"] is False
 
 
 def test_wrong_input_is_refused(run: Run, tmp_path: Path) -> None:

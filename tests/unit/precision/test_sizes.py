@@ -36,6 +36,15 @@ def test_bits_are_those_of_the_records() -> None:
     assert sizes.other_bytes + lossless == total
 
 
+def test_blocks_may_be_left_out() -> None:
+    model = small_gpt2()
+    every = stored_sizes(model)
+    left_out, *names = every.num_params
+    some = stored_sizes(model, names=names)
+    assert list(some.num_params) == names
+    assert some.other_bytes == every.other_bytes + 4 * every.num_params[left_out]
+
+
 def test_options_never_get_worse_with_more_bits() -> None:
     model = small_gpt2()
     sizes = stored_sizes(model)
