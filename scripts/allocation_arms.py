@@ -22,15 +22,26 @@ DRAWS = 10
 DRAWN = ("uniform", "random", "shuffled")
 
 
-def check_budgets(sizes: StoredSizes, budgets: Sequence[float]) -> None:
-    """Raise InputError for a budget outside the uniform widths, which have no chord there."""
-    highest, *_, lowest = [sizes.bits_of(sizes.uniform(p)) for p in sizes.precisions]
-    for bits in budgets:
-        if not lowest <= bits <= highest:
-            raise InputError(
-                f"--bits {bits:g} lies outside this model's uniform widths, {lowest:.3f} to "
-                f"{highest:.3f} bits per weight"
-            )
+def choose_budgets(
+    sizes: StoredSizes, asked: Sequence[float] | None, *, default: Sequence[float]
+) -> list[float]:
+    """Return what is asked for, or those of the default that lie within the uniform widths.
+
+    Outside them there is no chord: InputError for one that is asked for, or if none is left.
+    """
+    widths = [sizes.bits_of(sizes.uniform(precision)) for precision in sizes.precisions]
+    lowest, highest = min(widths, default=0.0), max(widths, default=0.0)
+    within = [bits for bits in asked or default if lowest <= bits <= highest]
+    outside = [bits for bits in asked or default if bits not in within]
+    limits = f"this model's uniform widths, {lowest:.3f} to {highest:.3f} bits per weight"
+    if asked and outside:
+        raise InputError(f"--bits {outside[0]:g} lies outside {limits}")
+    named = " ".join(f"{bits:g}" for bits in outside)
+    if not within:
+        raise InputError(f"the default budgets ({named}) lie outside {limits}: give --bits")
+    if outside:
+        print(f"left out of the default budgets: {named}, outside {limits}")
+    return within
 
 
 def plan_arms(

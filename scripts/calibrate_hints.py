@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hints = load_hints(args.tier_hints)
     quiet_transformers(progress=sys.stderr.isatty())
     model: Any = load_model(args.model)
-    _check_hints(hints, model)
+    check_hints(hints, model)
     text = read_parts(args, model)
     vocab_size = vocabulary_size(model)
     model.to(device)
@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_hints(hints: Hints, model: Any) -> None:
+def check_hints(hints: Hints, model: Any) -> None:
+    """Raise InputError for hints that aren't this model's, or have no place for a curve."""
     names = [block.name for block in partition_model(model)]
     if hints.model is None:
         raise InputError("flat hints have no place for a KL curve: make full ones for this model")

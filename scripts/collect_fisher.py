@@ -65,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         count=args.samples,
         data=args.data,
     )
+    if len(tokens) < args.samples:
+        raise InputError(
+            f"--data {args.data!r} holds {len(tokens)} sequences of {length} tokens, not "
+            f"{args.samples}: give more text, a smaller --samples or a shorter --sequence-length"
+        )
     model.to(device)
     begin = time.perf_counter()
     with tqdm(

@@ -33,7 +33,7 @@ from lib.precision.plans import predicted_kl
 from lib.precision.quality import Quality, bootstrap_statistic
 from lib.precision.sensitivity import Curves, magnitude_curves
 from lib.precision.sizes import Plan, StoredSizes, stored_sizes
-from scripts.allocation_arms import DRAWN, DRAWS, check_budgets, hint_curves, plan_arms
+from scripts.allocation_arms import DRAWN, DRAWS, choose_budgets, hint_curves, plan_arms
 from scripts.calibration import calibrate_model
 from scripts.cli import emit_json, run_main
 from scripts.held_out import add_text_flags, read_parts, vocabulary_size
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cast_weights(model, torch.float32)
     sizes = stored_sizes(model)
     pairs = list_pairs(model, seed=args.seed)
-    budgets = args.bits or BITS
-    check_budgets(replace(sizes, precisions=chord_widths(sizes, pairs)), budgets)
+    chord = replace(sizes, precisions=chord_widths(sizes, pairs))
+    budgets = choose_budgets(chord, args.bits, default=BITS)
     text = read_parts(args, model)
     curves = hint_curves(hints, sizes, digest=text.digest)
     vocab_size = vocabulary_size(model)
@@ -81,9 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             vocab_size=vocab_size,
             seed=args.seed,
         ).curves
-    sizes = stored_sizes(model, names=curves)  # what the text doesn't exercise has no curve
-    pairs = [pair for pair in pairs if pair[0] in curves]
-    check_budgets(replace(sizes, precisions=chord_widths(sizes, pairs)), budgets)
+    if curves.keys() < sizes.num_params.keys():  # what the text doesn't exercise has none
+        sizes = stored_sizes(model, names=curves)
+        pairs = [pair for pair in pairs if pair[0] in curves]
+        chord = replace(sizes, precisions=chord_widths(sizes, pairs))
+        budgets = choose_budgets(chord, args.bits, default=BITS)
     comparison = Comparison(
         model,
         sizes,
@@ -288,7 +290,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         metavar="BITS",
-        help=f"bits per weight of the budgets (default: {' '.join(map(str, BITS))})",
+        help=f"bits per weight of the budgets (default: those of {' '.join(map(str, BITS))} "
+        "that lie within the model's uniform widths)",
     )
     what.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
     add_text_flags(parser, samples=192, use=", the three parts together")

@@ -35,6 +35,7 @@ from scripts.plan import read_budget
 from scripts.predictions import measuring_batches
 
 HARNESS = "lm_eval"
+LEAST_SEQUENCES = 2
 Fields = dict[str, Any]
 
 
@@ -47,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     hints = None if args.tier_hints is None else load_hints(args.tier_hints)
     model: Any = load_model(args.model)
     text = read_held_out(args, model)
+    if len(text.tokens) < LEAST_SEQUENCES:
+        raise InputError(
+            f"{text.source} has {len(text.tokens)} sequences of {text.tokens.shape[1]} tokens, and "
+            f"an interval needs {LEAST_SEQUENCES}: give more text with --data, or a shorter "
+            "--sequence-length"
+        )
     batches = [batch.to(device) for batch in measuring_batches(text.tokens, vocabulary_size(model))]
     model.to(device)
     tasks: dict[str, Fields] = {}
@@ -165,7 +172,7 @@ def _show(batches: Sequence[Tensor], name: str) -> "tqdm[Tensor]":
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, least in (("samples", 1), ("limit", 1), ("seed", 0)):
+    for flag, least in (("samples", LEAST_SEQUENCES), ("limit", 1), ("seed", 0)):
         value = getattr(args, flag)
         if value is not None and value < least:
             raise InputError(f"--{flag} {value} must be at least {least}")

@@ -90,11 +90,7 @@ def read_held_out(args: argparse.Namespace, model: Any) -> HeldOutText:
 
 
 def read_parts(args: argparse.Namespace, model: Any) -> TextParts:
-    """Return what the flags ask for in three parts; InputError for fewer than two sequences each.
-
-    Sequences take turns: neighbours come from the same documents, and what is calibrated on one
-    part holds for another of the same distribution.
-    """
+    """Return what the flags ask for in three parts; InputError for fewer than two each."""
     text = read_held_out(args, model)
     if len(text.tokens) < 2 * PARTS:
         raise InputError(
@@ -102,13 +98,22 @@ def read_parts(args: argparse.Namespace, model: Any) -> TextParts:
             f"gradients, calibration and judging need two each: give more text with --data, a "
             f"larger --samples or a shorter --sequence-length"
         )
+    return cut_parts(text, seed=None if args.data is None else args.seed)
+
+
+def cut_parts(text: HeldOutText, *, seed: int | None) -> TextParts:
+    """Cut a text in three.
+
+    Sequences take turns: neighbours come from the same documents, and what is calibrated on one
+    part holds for another of the same distribution.
+    """
     fisher, calibration, judging = (text.tokens[part::PARTS] for part in range(PARTS))
     return TextParts(
         fisher=fisher,
         calibration=calibration,
         judging=judging,
         source=text.source,
-        seed=None if args.data is None else args.seed,
+        seed=seed,
     )
 
 

@@ -213,7 +213,8 @@ def read_text(
 ) -> HeldOutText:
     """Return at most ``count`` sequences of the user's text, or of ``load_heldout`` without one.
 
-    The user's text is drawn from all over its files by ``seed``, and must have that many.
+    The user's text is drawn from all over its files by ``seed``. What a short one lacks is said on
+    stdout; how few are too few is for the caller to say.
     """
     if data is None:
         text = load_heldout(model, vocab_size=vocab_size, length=length)
@@ -221,6 +222,8 @@ def read_text(
     chunks = read_chunks(find_text_files(data), seed=seed)
     tokenizer = load_tokenizer(model)
     tokens = make_sequences(tokenizer, chunks, length=length, count=count, data=data)
+    if len(tokens) < count:
+        print(f"{data} holds {len(tokens)} sequences of {length} tokens, not {count}: all are used")
     return HeldOutText(tokens=tokens, source=data)
 
 

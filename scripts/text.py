@@ -86,10 +86,10 @@ def _read_chunk(file: Path, offset: int) -> str:
 def make_sequences(
     tokenizer: Any, chunks: Iterable[str], *, length: int, count: int, data: str
 ) -> "torch.Tensor":
-    """Tokenize chunks into (count, length) token ids; chunks are joined by the end-of-text token.
+    """Tokenize chunks into (at most count, length) ids; chunks are joined by the end-of-text token.
 
     Each sequence begins as the model's own inputs do, with its start token if the tokenizer adds
-    one. Raises InputError if the text is empty or too short.
+    one. A short text gives fewer sequences, perhaps none; InputError if it is empty.
     """
     import torch
 
@@ -109,10 +109,7 @@ def make_sequences(
             sequences.append(start + rest[:step])
             rest = rest[step:]
         if len(sequences) == count:
-            return torch.tensor(sequences)
+            break
     if not characters:
         raise InputError(f"--data {data!r} is empty: real text is needed")
-    raise InputError(
-        f"--data {data!r} holds {len(sequences)} sequences of {length} tokens, not {count}: give "
-        f"more text, a smaller --samples or a shorter --sequence-length"
-    )
+    return torch.tensor(sequences, dtype=torch.int64).reshape(len(sequences), length)
