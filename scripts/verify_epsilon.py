@@ -25,7 +25,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,9 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"KL measured on {verdict} of {len(pools.judging)} sequences per run, {canary} others for "
         f"the joint check, {count - 1} calibrations on {len(pools.calibration)}: {pools.source}\n"
     )
-    titles = "  ".join(
-        f"{t:>9}" for t in ("epsilon", "predicted", "bound", "measured", "by ledger")
-    )
+    columns = ("epsilon", "predicted", "bound", "measured", "by ledger")
+    titles = "  ".join(f"{column:>9}" for column in columns)
     print(f"{'':4}  hints  {titles}  raised  held in")
     rows = []
     for seed, epsilon in enumerate(tqdm(epsilons, disable=not sys.stderr.isatty(), leave=False)):
@@ -273,9 +271,13 @@ def verify(
             quality = verdict.compare_reference(folder)
             places = list(runtime.plan.placements.values())
             veto = runtime.veto.to_json()
-        by_ledger = None
-        with suppress(InputError), held():  # refused: the hints' kernels may be another machine's
-            kl_nats = verdict.compare_reference(folder).kl_nats
+        try:
+            alone = held()
+        except InputError:  # the hints' kernels are another machine's: only measured plans stand
+            by_ledger = None
+        else:
+            with alone:
+                kl_nats = verdict.compare_reference(folder).kl_nats
             by_ledger = {"measured": kl_nats, "held": kl_nats <= epsilon}
     precisions = [str(place.precision) for place in places]
     return {

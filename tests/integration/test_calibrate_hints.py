@@ -166,6 +166,28 @@ def test_evaluation_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPat
         )
 
 
+def test_a_short_text_is_used_as_far_as_it_goes(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    arguments = ["--model", str(run.checkpoint), "--tier-hints", str(run.hints)]
+    arguments += ["--data", str(text)]
+    text.write_text("".join(f"line {index} of text\n" for index in range(60)))
+    assert evaluate.main(arguments) == 0
+    note, *_, last = capsys.readouterr().out.splitlines()
+    count = json.loads(last)["sequences"]
+    assert 6 <= count < 64
+    assert note == f"{text} holds {count} sequences of 16 tokens, not 64: all are used"
+    document = call(calibrate_hints.main, capsys, *arguments, "--draws", 8)
+    parts = [document["text"][f"{part}_sequences"] for part in ("fisher", "calibration", "judging")]
+    assert sum(parts) == count
+    text.write_text("too short")
+    with pytest.raises(InputError, match="has 0 sequences of 16 tokens, and an interval needs 2"):
+        evaluate.main(arguments)
+    with pytest.raises(InputError, match="has 0 sequences of 16 tokens, .* need two each"):
+        calibrate_hints.main(arguments)
+
+
 def test_tasks_run_on_the_placed_model(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

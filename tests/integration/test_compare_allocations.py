@@ -94,6 +94,19 @@ def test_a_budget_outside_the_uniform_widths_is_refused(model: list[str]) -> Non
         compare_allocations.main([*model, "--bits", "1"])
 
 
+def test_default_budgets_outside_the_uniform_widths_are_left_out(
+    model: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_allocations, "BITS", (1.0, 4.0, 40.0))
+    assert compare_allocations.main(model) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("left out of the default budgets: 1 40, outside this model's")
+    assert list(json.loads(lines[-1])["bits"]) == ["4.0"]
+    monkeypatch.setattr(compare_allocations, "BITS", (1.0, 40.0))
+    with pytest.raises(InputError, match=r"default budgets \(1 40\) lie outside .* give --bits"):
+        compare_allocations.main(model)
+
+
 def test_a_width_that_holds_the_weights_exactly_is_no_end_of_a_chord(
     model: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -108,6 +108,13 @@ def test_the_bound_is_kept_at_every_epsilon(
     for which in (0, 1):
         sizes = [row["bytes"] for row in rows if row["calibration"] == which]
         assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+    assert document["trivial"] == 0 and all(row["floors_raised"] == 0 for row in rows)
+    # The hints' kernels are no machine's, so near to what those cost only measured plans stand.
+    assert rows[0]["by_ledger"] is None
+    assert document["held_by_ledger"] == document["runs_by_ledger"] == 5
+    for row in rows[1:]:  # below 3 bits the ledger alone doesn't go
+        coarse = "int2" in row["precisions"]
+        assert (row["by_ledger"]["measured"] < row["measured"]) == coarse
     own, anew = document["calibrations"]
     assert own["conformal_factor"] == 1.3 and anew["plan_factor"] > 0
 
@@ -122,3 +129,57 @@ def test_wrong_input_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]
         arguments = [*flags, *more]
         assert run_main(lambda arguments=arguments: verify_epsilon.main(arguments)) == 2
         assert problem in capsys.readouterr().err
+
+
+def run_one(folder: Path, hints: Path, *flags: str) -> int:
+    arguments = ["--model", str(folder), "--tier-hints", str(hints), "--runs", "1", *flags]
+    return run_main(lambda: verify_epsilon.main([*arguments, "--largest", "0.02"]))
+
+
+def test_a_short_text_is_used_as_far_as_it_goes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((folder / "text.txt").read_text()[: 33 * 32])
+    hints = folder / "tier_hints.json"
+    assert run_one(folder, hints, "--smallest", "0.02", "--data", str(text)) == 0
+    out = capsys.readouterr().out
+    assert f"{text} holds 33 sequences of 32 tokens, not 288: all are used" in out
+    document = json.loads(out.splitlines()[-1])
+    names = ("judging_sequences", "canary_sequences", "verdict_sequences")
+    assert [document[name] for name in names] == [11, 4, 7]
+    text.write_text((folder / "text.txt").read_text()[: 10 * 32])
+    assert run_one(folder, hints, "--data", str(text)) == 2
+    error = capsys.readouterr().err
+    assert "3 sequences of 32 tokens to judge on, fewer than 10: give more text with" in error
+    assert "--samples" not in error and "--sequence-length" not in error
+
+
+def test_floors_that_the_joint_check_raises_are_counted_and_the_ledger_is_judged_without(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hopeful = json.loads((folder / "tier_hints.json").read_text())
+    for block in hopeful["blocks"].values():
+        block["kl"] = {precision: nats / 4 for precision, nats in block.get("kl", {}).items()}
+    hints = tmp_path / "hints.json"
+    hints.write_text(json.dumps(hopeful))
+    flags = ("--smallest", "0.02", "--data", str(folder / "text.txt"))
+    assert run_one(folder, hints, *flags) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (row,) = document["rows"]
+    assert row["held"] and row["floors_raised"] > 0
+    assert row["by_ledger"]["measured"] > 0.02 and not row["by_ledger"]["held"]
+    assert (document["held"], document["held_by_ledger"]) == (1, 0)
+
+
+def test_hints_of_another_model_are_refused_before_anything_is_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = json.loads((folder / "tier_hints.json").read_text())
+    other["model"]["parameter_digest"] = "sha256:" + "0" * 64
+    other["quality"]["text"] = {"sequence_length": 128}
+    hints = tmp_path / "hints.json"
+    hints.write_text(json.dumps(other))
+    assert run_one(folder, hints, "--data", str(tmp_path / "no such text")) == 2
+    error = capsys.readouterr().err
+    assert "digest" in error and "--sequence-length" not in error and "no file" not in error
