@@ -24,7 +24,7 @@ from ..units import format_bytes
 from .emulation import EmulatedLink
 from .hooks import Forwards
 from .payload import Group, Payload
-from .planning import Budget, Planning
+from .planning import Planning
 from .residency import Residency
 from .specs import Clock, EmulationSpec
 from .telemetry import BlockStats, Recorder, Stats
@@ -114,7 +114,7 @@ class Runtime:
         model. Raises InputError for a budget that is too small (nothing has moved then), and
         PlacementError during a forward.
         """
-        return {str(tier): size for tier, size in self.plan.budget.items()}
+        return _limits(self.plan)
 
     @budget.setter
     def budget(self, budget: Mapping[str, str | int | None]) -> None:
@@ -305,7 +305,7 @@ class Runtime:
             self._forwards.check_idle()
             if self._payloads is not payloads:
                 try:
-                    plan = self._planning.make_plan(_limits(plan), self._forwards.schedule)
+                    plan = self._planning.make_plan(_limits(plan) or None, self._forwards.schedule)
                 except InputError as error:
                     self._broken = (
                         "floors were raised, and the budget before doesn't hold the blocks as they "
@@ -321,7 +321,7 @@ class Runtime:
         )
         self._planning.set_floors(self.veto.ledger.floors)
         try:
-            plan = self._planning.make_plan(_limits(self.plan), self._forwards.schedule)
+            plan = self._planning.make_plan(self.budget or None, self._forwards.schedule)
             self._carry_out(plan, self._labels)
         except Exception as error:
             self._broken = (
@@ -332,7 +332,7 @@ class Runtime:
 
     def _step_down(self, error: BaseException) -> None:
         """Take less fast memory after an out-of-memory, so that the next forward has room."""
-        tiers = {str(tier): size for tier, size in self.plan.budget.items()} or {"SSD": None}
+        tiers = self.budget or {"SSD": None}
         smaller = int(self.plan.fast_bytes * _STEP_DOWN)
         try:
             self._carry_out(
@@ -356,7 +356,7 @@ class Runtime:
     def _plan_again(self) -> None:
         """Give a slot to weights that were used whole, so that they stay within the budget."""
         try:
-            plan = self._planning.make_plan(_limits(self.plan), self._forwards.schedule)
+            plan = self._planning.make_plan(self.budget or None, self._forwards.schedule)
             self._carry_out(plan, self._labels)
         except Exception as refusal:  # the forward itself has gone well
             self._final_plan = self.plan
@@ -379,9 +379,9 @@ class Runtime:
         return totals
 
 
-def _limits(plan: Plan) -> Budget | None:
-    """Return the budget of a plan; None: it is by the hints."""
-    return {str(tier): size for tier, size in plan.budget.items()} or None
+def _limits(plan: Plan) -> dict[str, int | None]:
+    """Return the budget of a plan; empty: it is by the hints."""
+    return {str(tier): size for tier, size in plan.budget.items()}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
