@@ -7,7 +7,8 @@ Trainer. Importing this package doesn't import transformers.
 
 from typing import TYPE_CHECKING, Any
 
-from .adam import AdamSignal, AdamStateTierAnalyzer, adam_hints, collect_adam_signal
+from .adam import AdamSignal, adam_hints, collect_adam_signal
+from .analyzer import AdamStateTierAnalyzer
 from .attention import attention_fim_trace
 from .fisher import FisherResult, collect_fisher, fisher_hints, save_fisher_diagonal
 from .gradients import FisherLabels

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..blocks import Block, partition_model, unique_parameters
-from ..config import parse_thresholds
 from ..errors import InputError
-from ..hints import Hints, Tier, assign_tiers
+from ..hints import Hints
 from .optimizers import (
     couples_weight_decay,
     implementation,
@@ -39,6 +38,7 @@ from .summary import (
     sum_elements,
 )
 
+_FROZEN = "frozen, so Adam keeps no moment"
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -54,7 +54,7 @@ class AdamSignal:
     steps: Mapping[str, tuple[int, int]]
     """Block with a moment -> smallest and largest update count of its parameters."""
     reasons: Mapping[str, str]
-    """Block -> why it has no moment, or only a part of one."""
+    """Block -> why it has no moment, only a part of one, or one that was left behind."""
     optimizer: str
     foreign: bool
     implementation: str
@@ -101,12 +101,10 @@ def collect_adam_signal(optimizer: Optimizer, model: nn.Module) -> AdamSignal:
     for name, parameter in parameters.items():
         group = groups.get(id(parameter))
         state = optimizer.state.get(parameter, {})
-        if not parameter.requires_grad:
-            missing[name] = "frozen, so Adam keeps no moment"
-        elif group is None:
-            missing[name] = "not in the optimizer"
+        if group is None:
+            missing[name] = "not in the optimizer" if parameter.requires_grad else _FROZEN
         elif not state:
-            missing[name] = "without a gradient so far"
+            missing[name] = "without a gradient so far" if parameter.requires_grad else _FROZEN
         else:
             moment = second_moment(optimizer, name, parameter, state)
             steps[name] = moment_step(optimizer, name, state, group)
@@ -119,8 +117,14 @@ def collect_adam_signal(optimizer: Optimizer, model: nn.Module) -> AdamSignal:
                 )
             dtypes.add(moment.dtype)
             read_groups.append(group)
-    if not sums:
+    if not sums or not any(parameter.requires_grad for parameter in parameters.values()):
         raise InputError(_nothing_read(optimizer, parameters, groups))
+    last = max(steps.values())
+    stopped = {
+        name: seen
+        for name, seen in steps.items()
+        if seen < last and not parameters[name].requires_grad
+    }
     signal = AdamSignal(
         blocks=blocks,
         mass=block_masses(blocks, sums),
@@ -129,12 +133,12 @@ def collect_adam_signal(optimizer: Optimizer, model: nn.Module) -> AdamSignal:
             for block in blocks
         },
         steps=_block_steps(blocks, steps),
-        reasons=_reasons(blocks, missing),
+        reasons=_reasons(blocks, missing, stopped),
         optimizer=type(optimizer).__name__,
         foreign=is_foreign(optimizer),
         implementation="+".join(sorted({implementation(group) for group in read_groups})),
         beta2=tuple(sorted({moment_beta2(optimizer, group) for group in read_groups})),
-        step=max(steps.values()),
+        step=last,
         amsgrad=any(bool(group.get("amsgrad")) for group in read_groups),
         coupled_weight_decay=not is_foreign(optimizer)
         and any(couples_weight_decay(group) for group in read_groups),
@@ -234,31 +238,6 @@ def adam_hints(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class AdamStateTierAnalyzer:
-    """Tiers straight from an optimizer's state.
-
-    Thresholds are cumulative fractions of weight bytes in [0, 1], HBM <= CPU.
-    """
-
-    hbm_threshold: float = 0.4
-    cpu_threshold: float = 0.6
-
-    def __post_init__(self) -> None:
-        parse_thresholds(self.hbm_threshold, self.cpu_threshold)
-
-    def analyze_optimizer_states(self, optimizer: Optimizer, model: nn.Module) -> dict[str, Tier]:
-        """Return block -> tier, ordered by mean v_hat per weight; as ``collect_adam_signal``."""
-        hbm_threshold, cpu_threshold = parse_thresholds(self.hbm_threshold, self.cpu_threshold)
-        signal = collect_adam_signal(optimizer, model)
-        return assign_tiers(
-            {block.name: block.num_bytes for block in signal.blocks},
-            signal.density,
-            hbm_threshold=hbm_threshold,
-            cpu_threshold=cpu_threshold,
-        )
-
-
 def _check_scale(
     tokens_per_update: float | None, mean_clip_sq: float | None, clip: float | None
 ) -> None:
@@ -314,12 +293,21 @@ def _block_steps(blocks: tuple[Block, ...], steps: Mapping[str, int]) -> dict[st
     return found
 
 
-def _reasons(blocks: tuple[Block, ...], missing: Mapping[str, str]) -> dict[str, str]:
-    """Explain blocks of which not every parameter has a moment."""
+def _reasons(
+    blocks: tuple[Block, ...], missing: Mapping[str, str], stopped: Mapping[str, int]
+) -> dict[str, str]:
+    """Explain blocks of which not every parameter has a moment, or not one that goes on.
+
+    ``stopped``: parameter that was frozen in mid-training -> updates that its moment has seen.
+    """
     reasons: dict[str, str] = {}
     for block in blocks:
         without = [piece for piece in block.pieces if piece.parameter in missing]
         if not without:
+            seen = sorted({stopped[p.parameter] for p in block.pieces if p.parameter in stopped})
+            if seen:
+                counts = " and ".join(map(str, seen))
+                reasons[block.name] = f"frozen after {counts} updates: the moment is of that time"
             continue
         why = ", ".join(dict.fromkeys(missing[piece.parameter] for piece in without))
         trained = block.num_params - sum(piece.num_params for piece in without)
@@ -355,6 +343,6 @@ def _warn(signal: AdamSignal, *, low_precision: bool) -> None:
         warnings.warn(
             f"{len(behind)} blocks ({behind[0]}, ...) have moments of fewer than {signal.step} "
             "updates: they were "
-            "reset, or had no gradient in some steps",
+            "reset, frozen, or had no gradient in some steps",
             stacklevel=3,
         )

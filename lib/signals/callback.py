@@ -5,11 +5,15 @@ to no callback: how many tokens the loss averaged, and by how much gradients wer
 measures both; the coefficient is also compared with the gradient norm that the Trainer logs. Where
 that can't be right (sharded gradients, fp16, another loss) the scale is recorded as unknown, with
 the reason: the ranking stands, no Fisher trace is given.
+
+From the first step on nothing here may end the user's run: what fails is said in a warning, and the
+hints, or their scale, are missing.
 """
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +29,7 @@ from ..config import parse_thresholds
 from ..files import check_writable
 from ..hints import Hints, save_hints
 from .adam import adam_hints
-from .meter import UpdateMeter
+from .meter import UpdateMeter, explain, warn_safely
 from .optimizers import moment_beta2, unwrap_optimizer
 from .scale import MomentScale
 from .summary import refuse_fsdp1
@@ -45,8 +49,9 @@ class TierHintsCallback(TrainerCallback, ExportableState):
     ``hub_model_id`` or ``output_dir``, and the step).
 
     Raises InputError before the first step for thresholds out of range, a path that can't be
-    written, and optimizers without an elementwise second moment. A resumed run continues the
-    measurement from its checkpoint.
+    written, and optimizers without an elementwise second moment. After it, what can't be measured
+    or written (moments that are no longer finite, a full disk) is a warning: training goes on. A
+    resumed run continues the measurement from its checkpoint.
     """
 
     def __init__(
@@ -134,7 +139,8 @@ class TierHintsCallback(TrainerCallback, ExportableState):
         """Measure the update's tokens and clip coefficient; gradients are clipped by now."""
         if self._meter is not None:
             self._meter.micro_batches += 1
-            self._pending = self._meter.measure()
+            with self._measuring(state):
+                self._pending = self._meter.measure()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -143,7 +149,8 @@ class TierHintsCallback(TrainerCallback, ExportableState):
         skipped = getattr(kwargs["optimizer"], "step_was_skipped", False)
         if self._scale is not None and not skipped:
             tokens, coefficient = self._pending
-            self._scale.update(tokens=tokens, clip_coefficient=coefficient)
+            with self._measuring(state):
+                self._scale.update(tokens=tokens, clip_coefficient=coefficient)
 
     def on_log(
         self,
@@ -157,13 +164,13 @@ class TierHintsCallback(TrainerCallback, ExportableState):
         norm, coefficient = (logs or {}).get("grad_norm"), self._pending[1]
         if self._obstacle or norm is None or coefficient is None or not args.max_grad_norm:
             return
-        expected = min(1.0, args.max_grad_norm / (float(norm) + 1e-6))
-        if not math.isclose(coefficient, expected, rel_tol=_CLIP_TOLERANCE):
-            self._obstacle = (
-                f"the measured clip coefficient {coefficient:.4g} disagrees with the logged "
-                f"gradient norm {float(norm):.4g} (step {state.global_step})"
-            )
-            self._scale = None  # nor may a resumed run trust it
+        with self._measuring(state):
+            expected = min(1.0, args.max_grad_norm / (float(norm) + 1e-6))
+            if not math.isclose(coefficient, expected, rel_tol=_CLIP_TOLERANCE):
+                self._drop_scale(
+                    f"the measured clip coefficient {coefficient:.4g} disagrees with the logged "
+                    f"gradient norm {float(norm):.4g} (step {state.global_step})"
+                )
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -171,7 +178,9 @@ class TierHintsCallback(TrainerCallback, ExportableState):
         """Write the hints of a checkpoint beside its weights."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if self.with_checkpoints:
-            self._write(folder / Path(self.path).name, args, state, **kwargs)
+            path = folder / Path(self.path).name
+            with self._writing(path, state):
+                self._write(path, args, state, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -180,7 +189,36 @@ class TierHintsCallback(TrainerCallback, ExportableState):
         if self._meter is not None:
             self._meter.remove()
             self._meter = None
-        self._write(Path(self.path), args, state, final=True, **kwargs)
+        with self._writing(Path(self.path), state):
+            self._write(Path(self.path), args, state, final=True, **kwargs)
+
+    @contextmanager
+    def _measuring(self, state: TrainerState) -> Iterator[None]:
+        """Let a failure cost the scale, not the run; the meter goes on, as other ranks await it."""
+        try:
+            yield
+        except Exception as error:  # whatever the cause, training must go on
+            reason = f"measuring failed at step {state.global_step}: {explain(error)}"
+            self._drop_scale(reason)
+            warn_safely(f"the scale of the tier hints will be unknown, {reason}")
+
+    @contextmanager
+    def _writing(self, path: Path, state: TrainerState) -> Iterator[None]:
+        """Let a failure cost the hints, not the run."""
+        try:
+            yield
+        except Exception as error:  # whatever the cause, training must go on
+            message = f"no tier hints of step {state.global_step} are written: {explain(error)}"
+            if os.path.exists(path):
+                message += f" ({path} is an older file)"
+            best = Path(state.best_model_checkpoint or "") / path.name
+            if state.best_model_checkpoint and best != path and best.exists():
+                message += f"; the best checkpoint has hints of its own, {best}"
+            warn_safely(message)
+
+    def _drop_scale(self, reason: str) -> None:
+        """Record the scale as unknown; a resumed run may not trust it either."""
+        self._obstacle, self._scale = reason, None
 
     def _write(
         self,

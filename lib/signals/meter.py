@@ -6,10 +6,13 @@
   before it (hooks after gradient accumulation) and after it (when ``measure`` is called) *is* the
   coefficient. Under DDP the "before" is averaged over the ranks first, as DDP does.
 
-The loop is that of the Hugging Face Trainer; ``callback`` connects them.
+The loop is that of the Hugging Face Trainer; ``callback`` connects them. The hooks run inside its
+forward and backward passes, so that nothing in them may raise: what fails counts as unknown.
 """
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import unique_parameters
+from ..errors import InputError
 
 _NUM_PROBES = 8
 """Parameters whose gradients show the clipping; the smallest, so that copies cost nothing."""
@@ -61,12 +65,19 @@ class UpdateMeter:
 
     def measure(self) -> tuple[float | None, float | None]:
         """Return (tokens, clip coefficient) of the finished update; collective under DDP."""
-        inverse_tokens = self._inverse_tokens()
         device = self._probes[0].device if self._probes else _collective_device()
-        raw = _flatten((self._raw.get(id(p), torch.zeros_like(p)) for p in self._probes), device)
-        clipped = _flatten(
-            (torch.zeros_like(p) if p.grad is None else p.grad for p in self._probes), device
-        )
+        try:
+            inverse_tokens = self._inverse_tokens()
+            raw = _flatten(
+                (self._raw.get(id(p), torch.zeros_like(p)) for p in self._probes), device
+            )
+            clipped = _flatten(
+                (torch.zeros_like(p) if p.grad is None else p.grad for p in self._probes), device
+            )
+        except Exception as error:  # the other ranks wait in the collective below
+            warn_safely(f"an update could not be measured: {explain(error)}")
+            inverse_tokens = math.nan
+            raw = clipped = torch.zeros(sum(p.numel() for p in self._probes), device=device)
         self.reset()
         if self._world_size > 1:
             # One small collective per step; every rank gets here, also one that could not count.
@@ -89,15 +100,23 @@ class UpdateMeter:
         if not (model.training and torch.is_grad_enabled()):
             return
         labels = kwargs.get("labels")
-        targets = kwargs.get("shift_labels", None if labels is None else labels[..., 1:])
-        if labels is None or targets is None:
+        try:
+            targets = kwargs.get("shift_labels", None if labels is None else labels[..., 1:])
+            if labels is None or targets is None:
+                self._calls.append(None)
+            else:
+                self._calls.append((targets.ne(-100).sum(), kwargs.get("num_items_in_batch")))
+        except Exception as error:  # the model itself may make sense of such labels
             self._calls.append(None)
-        else:
-            self._calls.append((targets.ne(-100).sum(), kwargs.get("num_items_in_batch")))
+            warn_safely(f"labels of {type(labels).__name__} can't be counted: {explain(error)}")
 
     def _keep_raw(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._raw[id(parameter)] = parameter.grad.detach().clone()
+        try:
+            if parameter.grad is not None:
+                self._raw[id(parameter)] = parameter.grad.detach().clone()
+        except Exception as error:
+            self._calls.append(None)  # without it the coefficient would be another
+            warn_safely(f"a gradient could not be kept for comparison: {explain(error)}")
 
     def _inverse_tokens(self) -> float:
         """Return this process's part of 1 / B, NaN if unknown.
@@ -120,6 +139,19 @@ class UpdateMeter:
                 weight = 1 / float(items) / (1 if self._global_items else self._world_size)
             inverse += weight**2 * count
         return inverse
+
+
+def explain(error: Exception) -> str:
+    """Return what an error says, with its class unless it is our own."""
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+
+
+def warn_safely(message: str) -> None:
+    """Warn, also where warnings are errors: those would end the user's training run."""
+    try:
+        warnings.warn(message, stacklevel=3)
+    except UserWarning:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _pick_probes(model: nn.Module) -> list[nn.Parameter]:

@@ -1,11 +1,15 @@
 """TierHintsCallback in a real Hugging Face Trainer."""
 
 import json
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -13,6 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -20,6 +25,7 @@ from lib.blocks import parameter_digest, partition_model
 from lib.errors import InputError
 from lib.hints import Hints, load_hints, match_hints
 from lib.signals import TierHintsCallback, collect_adam_signal
+from lib.signals.meter import UpdateMeter
 
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 
@@ -251,6 +257,135 @@ def test_a_measurement_that_disagrees_with_the_log_is_not_used(tmp_path: Path) -
     trainer(llama(), tmp_path, callback, save_strategy="no", max_steps=2).train()
     assert callback.hints is not None
     assert "disagrees with the logged" in callback.hints.provenance["scale_unknown"]
+
+
+class AtStep(TrainerCallback):
+    """Does something to the run just before a step."""
+
+    def __init__(self, step: int, act: Callable[[Any, Any], None]) -> None:
+        self.step, self.act = step, act
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.act(kwargs["model"], kwargs["optimizer"])
+
+
+def spoil_a_weight(model: Any, optimizer: Any) -> None:
+    model.lm_head.weight.data[0, 0] = float("nan")
+
+
+def spoil_a_moment(model: Any, optimizer: Any) -> None:
+    optimizer.state[model.lm_head.weight]["exp_avg_sq"][0, 0] = float("inf")
+
+
+def lose_a_moment(model: Any, optimizer: Any) -> None:
+    def drop(*_: Any) -> None:
+        del optimizer.state[model.lm_head.weight]["exp_avg_sq"]
+
+    optimizer.optimizer.register_step_post_hook(drop)
+    optimizer.optimizer.register_step_pre_hook(lambda *_: optimizer.state.clear())
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (spoil_a_weight, "isn't finite"),
+        (spoil_a_moment, "isn't finite"),
+        (lose_a_moment, "no exp_avg_sq"),
+    ],
+)
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_whose_moments_are_lost_goes_on_without_hints(
+    tmp_path: Path, act: Callable[[Any, Any], None], reason: str, best: bool
+) -> None:
+    path = tmp_path / "hints.json"
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": best}
+    run = trainer(llama(), tmp_path, TierHintsCallback(path), save_steps=2, **options)
+    run.add_callback(AtStep(3, act))
+    with pytest.warns(UserWarning, match=f"no tier hints of step 6 are written: .*{reason}"):
+        run.train()
+    assert run.state.global_step == 6 and not path.exists()
+    assert (tmp_path / "checkpoint-2" / "hints.json").exists()
+    assert not (tmp_path / "checkpoint-4" / "hints.json").exists()
+    assert not any(module._forward_pre_hooks for module in run.model.model.modules())
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["warnings", "errors"])
+@pytest.mark.parametrize(
+    ("target", "message", "written"),
+    [
+        ("lib.signals.callback.save_hints", "no tier hints of step 6.*No space left", False),
+        ("lib.signals.callback.adam_hints", "no tier hints of step 6.*No space left", False),
+        ("lib.signals.meter.UpdateMeter.measure", "scale .* unknown.*No space left", True),
+        ("lib.signals.meter.UpdateMeter._inverse_tokens", "could not be measured.*left", True),
+        ("lib.signals.scale.MomentScale.update", "scale .* unknown.*No space left", True),
+    ],
+)
+def test_no_failure_after_the_first_step_ends_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    message: str,
+    written: bool,
+    strict: bool,
+) -> None:
+    callback = TierHintsCallback(tmp_path / "hints.json")
+    monkeypatch.setattr(target, fail)
+    run = trainer(llama(), tmp_path, callback)
+    if strict:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*No space left", category=UserWarning)
+            run.train()
+        assert re.search(message, capsys.readouterr().err)
+    else:
+        with pytest.warns(UserWarning, match=message):
+            run.train()
+    assert run.state.global_step == 6
+    assert (tmp_path / "hints.json").exists() == written
+    if written:
+        assert callback.hints is not None and callback.hints.provenance["scale_unknown"]
+        assert all("fisher_trace" not in hint.signals for hint in callback.hints.blocks.values())
+
+
+def test_an_older_file_is_called_so_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "hints.json"
+    path.write_text("{}")
+    run = trainer(llama(), tmp_path, TierHintsCallback(path), save_strategy="no")
+    run.add_callback(AtStep(3, spoil_a_weight))
+    with pytest.warns(UserWarning, match=r"hints\.json is an older file"):
+        run.train()
+    assert path.read_text() == "{}"
+
+
+def test_a_folder_that_vanishes_or_closes_costs_the_hints_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "hints"
+    callback = TierHintsCallback(folder / "hints.json", with_checkpoints=False)
+    run = trainer(llama(), tmp_path / "run", callback, save_strategy="no")
+
+    def replace_folder(*_: Any) -> None:
+        folder.rmdir()
+        folder.write_text("")
+
+    run.add_callback(AtStep(3, replace_folder))
+    with pytest.warns(UserWarning, match="no tier hints of step 6 are written: .*can't be written"):
+        run.train()
+    assert run.state.global_step == 6
+
+
+@pytest.mark.parametrize("labels", [{"a": 1}, object(), "labels"])
+def test_labels_that_cannot_be_counted_are_unknown(labels: Any) -> None:
+    model = nn.Linear(2, 2)
+    model.forward = lambda x, labels: x  # type: ignore[method-assign]
+    meter = UpdateMeter(model, world_size=1, global_items=True, clips=False)
+    with pytest.warns(UserWarning, match="can't be counted"):
+        model(torch.ones(1, 2), labels=labels)
+    meter.micro_batches = 1
+    assert meter.measure() == (None, 1.0)
 
 
 def test_errors_come_before_the_first_step(tmp_path: Path) -> None:

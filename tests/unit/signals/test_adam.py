@@ -112,6 +112,31 @@ def test_frozen_blocks_have_no_importance_and_say_what_to_do() -> None:
     assert "fisher_trace" in blocks["embed"].signals
 
 
+@pytest.mark.parametrize("part", ["layers.0.mlp", "layers.0", "embed", "layers.1.mlp.bias"])
+def test_a_part_frozen_in_mid_training_keeps_the_moment_of_that_time(part: str) -> None:
+    model = toy_lm()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, steps=2)
+    before = collect_adam_signal(optimizer, model)
+    parameters = dict(model.named_parameters())
+    frozen = {name for name in parameters if name.startswith(part)}
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    train(model, optimizer, steps=3)
+    with pytest.warns(UserWarning, match="reset, frozen, or had no gradient"):
+        hints = make_hints(optimizer, model, tokens_per_update=12, clip=0)
+    touched = {b.name for b in partition_model(model) for p in b.pieces if p.parameter in frozen}
+    for name in touched:
+        hint = hints.blocks[name]
+        assert hint.importance is not None and "fisher_trace" not in hint.signals
+        assert "frozen after 2 updates" in hint.reason and "no moment" not in hint.reason
+        if part != "layers.1.mlp.bias":
+            assert hint.signals["adam_exp_avg_sq"] == before.density[name]
+    for name in hints.blocks.keys() - touched:
+        assert "frozen" not in hints.blocks[name].reason
+        assert "fisher_trace" in hints.blocks[name].signals
+
+
 def test_nothing_to_read_says_why() -> None:
     model, optimizer = trained()
     with pytest.raises(InputError, match="holds none of this model's parameters"):
