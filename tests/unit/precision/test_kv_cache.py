@@ -1,18 +1,29 @@
 """The compressed cache of keys and values: what it gives back, keeps, and refuses."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import tiny_gpt2, tiny_llama
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from lib.errors import InputError
 from lib.hints import Precision
 from lib.precision import kv_cache
 from lib.precision.codecs import Codec
-from lib.precision.kv_cache import EncodedStates, LayerCodecs, cache_bytes, make_cache, round_trip
+from lib.precision.kv_cache import (
+    EncodedLayer,
+    EncodedStates,
+    LayerCodecs,
+    cache_bytes,
+    make_cache,
+    round_trip,
+)
 
 INT8, INT4, INT2 = (Codec(p) for p in (Precision.INT8, Precision.INT4, Precision.INT2))
 IDS = torch.randint(40, (3, 30), generator=torch.Generator().manual_seed(0))
@@ -90,3 +101,145 @@ def test_states_come_back_within_half_a_step_and_records_stay() -> None:
 def test_beam_search_is_refused() -> None:
     with pytest.raises(InputError, match="num_beams=1"):
         make_cache([INT4]).reorder_cache(torch.tensor([0]))
+
+
+class PlainLayer:
+    """A ``DynamicLayer`` that is given each state as the codec gives it back."""
+
+    def __init__(self, codecs: tuple[Codec | None, Codec | None]) -> None:
+        self.codecs = codecs
+        self.layer = DynamicLayer()
+
+    def update(self, *states: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = zip(states, self.codecs, strict=True)
+        return self.layer.update(*(s if c is None else round_trip(s, c) for s, c in pairs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(1, 20)),
+        st.tuples(st.just("crop"), st.integers(0, 25)),
+        st.tuples(st.just("select"), st.lists(st.integers(-1, 1), min_size=1, max_size=3)),
+        st.tuples(st.just("mask"), st.integers(0, 3)),
+        st.tuples(st.just("repeat"), st.integers(1, 2)),
+        st.tuples(st.just("deepcopy"), st.just(0)),
+        st.tuples(st.just("reset"), st.just(0)),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    operations=OPERATIONS,
+    codecs=st.tuples(*[st.sampled_from([None, INT8, INT4, INT2, Codec(Precision.BF16)])] * 2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_every_operation_does_what_a_plain_cache_does(
+    operations: list[tuple[str, Any]],
+    codecs: tuple[Codec | None, Codec | None],
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours: Any = EncodedLayer(codecs)
+    plain: Any = PlainLayer(codecs)
+    batch = 2
+    for operation, value in [("update", 11), *operations, ("update", 1)]:
+        held = plain.get_seq_length()
+        batch = plain.layer.keys.shape[0] if held else max(batch, 2)
+        if operation == "update":
+            size = (batch, 2, value, 16)
+            states = [torch.randn(size, generator=generator).to(dtype) for _ in "kv"]
+            for mine, theirs in zip(ours.update(*states), plain.update(*states), strict=True):
+                assert torch.equal(mine, theirs)
+        elif operation == "crop":
+            ours.crop(-value)
+            plain.crop(-value)
+            if not plain.get_seq_length():  # which keeps the shape of its empty tensors
+                plain = PlainLayer(codecs)
+        elif operation == "repeat":
+            if batch <= 4:
+                ours.batch_repeat_interleave(value)
+                plain.batch_repeat_interleave(value)
+        elif operation in ("select", "mask"):
+            index = torch.tensor(value) if operation == "select" else torch.arange(batch) != value
+            if operation == "mask" and (batch == 1 or not index.any()):
+                continue
+            index = index.clamp(-batch, batch - 1) if operation == "select" else index
+            ours.batch_select_indices(index)
+            plain.batch_select_indices(index)
+        elif operation == "deepcopy":
+            ours = copy.deepcopy(ours)
+        else:
+            ours.reset()
+            plain = PlainLayer(codecs)
+        assert ours.get_seq_length() == plain.get_seq_length()
+        assert ours.get_mask_sizes(3) == plain.get_mask_sizes(3)
+        assert ours.get_max_length() == plain.get_max_length()
+
+
+@pytest.mark.parametrize("codec", [None, INT8, INT2])
+def test_what_is_taken_away_takes_no_memory(codec: Codec | None) -> None:
+    stored = EncodedStates(codec)
+    states = torch.randn(2, 2, 21, 32, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    for length in (3, 13, 21):
+        once = EncodedStates(codec)
+        once.append(states[..., :length, :])
+        sizes.append(once.num_bytes)
+    stored.append(states)
+    for length, size in ((13, sizes[1]), (3, sizes[0])):
+        stored.crop(stored.length - length)
+        assert stored.length == length
+        assert stored.num_bytes <= size * 1.6, "records of rows that are gone are still held"
+    stored.crop(99)
+    assert (stored.length, stored.num_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("make_model", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("way", ["prompt lookup", "assistant"])
+@pytest.mark.parametrize("codec", [None, INT8, INT4])
+def test_generation_that_takes_tokens_back_gives_the_same_tokens(
+    make_model: Callable[[], Any], way: str, codec: Codec | None
+) -> None:
+    model = make_model().eval()
+    prompt = torch.arange(1, 8).repeat(2)[None]
+    options: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False}
+    expected = model.generate(prompt, past_key_values=make_cache([codec] * 2), **options)
+    if way == "prompt lookup":
+        options["prompt_lookup_num_tokens"] = 3
+    else:
+        options["assistant_model"] = make_model().eval()
+    cache = make_cache([codec] * 2)
+    found = model.generate(prompt, past_key_values=cache, **options)
+    assert torch.equal(found, expected)
+    assert cache.get_seq_length() <= found.shape[1]
+
+
+@pytest.mark.parametrize("make_model", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("given_codecs", [0, 1])
+def test_too_few_codecs_are_named(make_model: Callable[[], Any], given_codecs: int) -> None:
+    model = make_model().eval()
+    with pytest.raises(
+        InputError, match=f"layer {given_codecs} .* no codec: .* given {given_codecs}, .*"
+    ):
+        model.generate(IDS, max_new_tokens=2, past_key_values=make_cache([INT8] * given_codecs))
+
+
+def test_states_that_cannot_be_stored_name_their_layer() -> None:
+    cache = make_cache([INT8, INT4])
+    states = torch.randn(1, 2, 9, 32)
+    cache.update(states, states, 0)
+    with pytest.raises(InputError, match="keys or values of layer 1: .*NaN"):
+        cache.update(states, states * float("nan"), 1)
+
+
+def test_a_positive_crop_and_beams_are_refused() -> None:
+    with pytest.raises(InputError, match=r"crop\(5\): .*negative"):
+        make_cache([INT8]).crop(5)
+    model = tiny_llama().eval()
+    with pytest.raises(InputError, match="num_beams=1"):
+        model.generate(IDS, max_new_tokens=3, num_beams=2, past_key_values=make_cache([INT8] * 2))
