@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 from lib.config import DataConfig
 from lib.errors import InputError
+from lib.text.formats import TextFormat, find_format, normalize_newlines, read_records
 from lib.units import MIB
 
 from .distributed import show_progress
@@ -133,7 +135,7 @@ def _local_source(name: str, entries: list[_Entry], data: DataConfig) -> Source:
     held-out ones.
     """
     cap = data.max_mib * MIB
-    entries.sort(key=lambda entry: hashlib.blake2b(entry.name.encode()).digest())
+    entries.sort(key=lambda entry: _place(entry.name))
     chosen: list[tuple[_Entry, int]] = []
     fingerprint = hashlib.blake2b(digest_size=16)
     total_bytes = 0
@@ -173,6 +175,11 @@ def _local_source(name: str, entries: list[_Entry], data: DataConfig) -> Source:
         total_bytes=total_bytes,
         documents=documents,
     )
+
+
+def _place(name: str) -> bytes:
+    """Return a name's place in the fixed pseudo-random order of files."""
+    return hashlib.blake2b(name.encode()).digest()
 
 
 def _stdlib_entries() -> Iterator[_Entry]:
@@ -237,7 +244,7 @@ def _documentation(module_name: str) -> str:
 
 def _file_entries(pattern: str, max_characters: int) -> Iterator[_Entry]:
     """List the user's files: a file, a folder (all files below it but hidden ones) or a glob. One
-    single file is cut into sections.
+    single file is cut into sections; each record of JSON Lines is a document.
     """
     if not pattern:
         raise InputError(
@@ -260,20 +267,45 @@ def _file_entries(pattern: str, max_characters: int) -> Iterator[_Entry]:
         raise InputError(
             f"DATA_FILES_GLOB={pattern!r} matches no file: give an existing file, folder or glob"
         )
-    if len(paths) == 1:
+    names = {
+        path: (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+        for path in paths
+    }
+    forms: dict[TextFormat, list[Path]] = {form: [] for form in TextFormat}
+    for path in paths:
+        with _reading(path):
+            forms[find_format(path)].append(path)
+    plain = forms[TextFormat.PLAIN]
+    if len(paths) == len(plain) == 1:
         text = _read_text(paths[0], max_characters)
         for index, section in enumerate(cut_sections(text)):
             yield _text_entry(str(index), section)
         return
-    for path in paths:
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
-        yield _Entry(name, path.stat().st_size, partial(_read_text, path))
+    for path in plain:
+        yield _Entry(names[path], path.stat().st_size, partial(_read_text, path))
+    # No more of the records than the cap is read; in an order that favours no name.
+    left = max_characters
+    for path in sorted(forms[TextFormat.RECORDS], key=lambda path: _place(names[path])):
+        with _reading(path):
+            for number, text in enumerate(read_records(path)):
+                left -= len(text)
+                if left < 0:
+                    return
+                yield _text_entry(f"{names[path]}:{number}", text)
 
 
 def _read_text(path: Path, max_characters: int = -1) -> str:
+    with _reading(path), path.open(encoding="utf-8-sig") as file:
+        return file.read(max_characters)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of a user's file that can't be read what to do about it."""
     try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(max_characters)
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; or leave it out of DATA_FILES_GLOB") from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is no UTF-8 text (byte {error.start}): leave it out of DATA_FILES_GLOB, or "
@@ -351,7 +383,7 @@ def _hub_texts(name: str, hub: HubDataset, revision: str, split: str) -> Iterato
         raise InputError(
             f"dataset {name!r} ({hub.path}, split {split!r}) can't be loaded: {error}"
         ) from error
-    texts = (row[hub.column] for row in rows)
+    texts = (normalize_newlines(row[hub.column]) for row in rows)
     return join_articles(texts) if hub.articles else texts
 
 

@@ -165,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     default = "(default: %(default)s)"
     what = parser.add_argument_group("what is measured")
     what.add_argument("--model", required=True, help="hub id or folder of a causal LM checkpoint")
-    what.add_argument("--data", required=True, help="UTF-8 text: a file, a folder or a glob")
+    what.add_argument(
+        "--data", required=True, help="UTF-8 text or JSON Lines: a file, a folder or a glob"
+    )
     what.add_argument(
         "--samples", type=int, default=64, metavar="N", help=f"sequences of text {default}"
     )

@@ -56,8 +56,8 @@ def add_text_flags(parser: argparse.ArgumentParser, *, samples: int, use: str) -
     text.add_argument(
         "--data",
         metavar="TEXT",
-        help="UTF-8 text: a file, a folder or a glob (default: the checkpoint's held-out text, "
-        "else the standard library's)",
+        help="UTF-8 text or JSON Lines: a file, a folder or a glob (default: the checkpoint's "
+        "held-out text, else the standard library's)",
     )
     text.add_argument(
         "--samples",

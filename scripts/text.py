@@ -1,6 +1,7 @@
 """Text that a user names on a command line, as token sequences drawn from all over it.
 
-Only as much is read as is needed, so the text may be of any size. Errors speak of ``--data``.
+Only as much is read as is needed, so the text may be of any size (a file of DOS lines is scanned
+once). ``lib.text.formats`` says what can be read. Errors speak of ``--data``.
 """
 
 import codecs
@@ -8,10 +9,20 @@ import glob
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lib.errors import InputError
+from lib.text.formats import (
+    LINE_END,
+    TextFormat,
+    check_binary,
+    find_format,
+    normalize_newlines,
+    parse_record,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -45,42 +56,121 @@ def find_text_files(data: str) -> list[Path]:
 def read_chunks(files: Sequence[Path], *, seed: int) -> Iterator[str]:
     """Yield the text of the files once, in chunks, in an order shuffled by ``seed``.
 
-    Nothing but the chunks asked for is read, so the corpus may be of any size. Files that aren't
-    UTF-8 text are skipped with a warning; if it is the only file, that is an InputError.
+    A record of JSON Lines is a chunk of its own. Nothing but the chunks asked for is read, so the
+    corpus may be of any size. Files that aren't UTF-8 text are skipped with a warning; if there is
+    no other, that is an InputError.
     """
-    places = [
-        (file, offset) for file in files for offset in range(0, file.stat().st_size, _CHUNK_BYTES)
-    ]
-    random.Random(seed).shuffle(places)
-    skipped: set[Path] = set()
-    for file, offset in places:
-        if file in skipped:
-            continue
+    skipped: dict[Path, InputError] = {}
+    places: list[_Place] = []
+    found = False
+
+    def skip(file: Path, error: InputError) -> None:
+        if len(files) == 1:
+            raise InputError(f"--data {error}") from error
+        if file.suffix not in {other.suffix for other in skipped}:
+            print(f"warning: skipped {error} (and any like it)", file=sys.stderr)
+        skipped[file] = error
+
+    for file in files:
         try:
-            yield _read_chunk(file, offset)
-        except UnicodeDecodeError as error:
-            if len(files) == 1:
-                raise InputError(f"--data {file} is no UTF-8 text: {error}") from error
-            if not skipped:
-                print(f"warning: skipped {file} and any like it: no UTF-8 text", file=sys.stderr)
-            skipped.add(file)
+            places += _places(file)
+        except InputError as error:
+            skip(file, error)
         except OSError as error:
             raise InputError(f"--data {file} can't be read: {error.strerror}") from error
+    random.Random(seed).shuffle(places)
+    for place in places:
+        if place.file in skipped:
+            continue
+        try:
+            for chunk in place.read():
+                found = True
+                yield chunk
+        except InputError as error:
+            skip(place.file, error)
+        except OSError as error:
+            raise InputError(f"--data {place.file} can't be read: {error.strerror}") from error
+    if skipped and not found:
+        raise InputError(f"--data holds no text: {next(iter(skipped.values()))}")
 
 
-def _read_chunk(file: Path, offset: int) -> str:
-    """Read one chunk; a character cut by its start or end belongs to neither chunk."""
-    with file.open("rb") as stream:
-        stream.seek(offset)
-        data = stream.read(_CHUNK_BYTES)
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A part of a file that is read at once: bytes [start, end)."""
+
+    file: Path
+    form: TextFormat
+    start: int
+    end: int
+
+    def read(self) -> list[str]:
+        """Return the chunks that lie here; raises InputError, beginning with the path."""
+        try:
+            with self.file.open("rb") as stream:
+                if self.form is TextFormat.RECORDS:
+                    return self._records(stream)
+                return [self._text(stream)]
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.file} is no UTF-8 text: {error}") from error
+
+    def _text(self, stream: BinaryIO) -> str:
+        """Read a chunk; a character cut by its start or end belongs to neither chunk."""
+        stream.seek(self.start)
+        data = stream.read(self.end - self.start)
         last = not stream.read(1)
-    if b"\0" in data:
-        position = data.index(b"\0")
-        raise UnicodeDecodeError("utf-8", data, position, position + 1, "binary data")
-    if offset:
-        start = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
-        data = data[start:]
-    return codecs.getincrementaldecoder("utf-8")().decode(data, final=last)
+        check_binary(data, self.file)
+        if self.start:
+            start = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)
+            data = data[start:]
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=last)
+        return normalize_newlines(text)
+
+    def _records(self, stream: BinaryIO) -> list[str]:
+        """Read the records whose lines begin here, the last one to its end."""
+        stream.seek(max(self.start - 1, 0))
+        data = bytearray(stream.read(self.end - stream.tell()))
+        if self.start > 0:
+            cut = LINE_END.search(data)  # the line before belongs to another place
+            if cut is None:
+                return []
+            del data[: cut.end()]
+        while data and data[-1:] not in (b"\n", b"\r") and (more := stream.read(_CHUNK_BYTES)):
+            cut = LINE_END.search(more)
+            data += more if cut is None else more[: cut.end()]
+        lines = LINE_END.split(data.removeprefix(codecs.BOM_UTF8))
+        where = f"{self.file}, after byte {self.start},"
+        return [parse_record(line.decode("utf-8"), where) for line in lines if line.strip()]
+
+
+def _places(file: Path) -> list[_Place]:
+    """Cut a file into places of ``_CHUNK_BYTES``, a DOS line end counted as the one byte that is
+    read: the same text gives the same chunks whatever ends its lines.
+    """
+    form = find_format(file)
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = len(codecs.BOM_UTF8) if stream.read(3) == codecs.BOM_UTF8 else 0
+        stream.seek(first)
+        if form is TextFormat.RECORDS or b"\r\n" not in stream.read(_CHUNK_BYTES):
+            starts = list(range(first, size, _CHUNK_BYTES))
+        else:
+            starts = list(_dos_starts(stream, first))
+    if form is TextFormat.RECORDS and starts:
+        starts[0] = 0
+    return [_Place(file, form, *ends) for ends in pairwise([*starts, size])]
+
+
+def _dos_starts(stream: BinaryIO, first: int) -> Iterator[int]:
+    """Yield where chunks begin that have ``_CHUNK_BYTES`` once their line ends are one byte."""
+    start = first
+    stream.seek(start)
+    while data := stream.read(2 * _CHUNK_BYTES):
+        yield start
+        length, seen = 0, -1
+        while seen != length:  # each line end that comes in makes room for one more byte
+            seen, length = length, _CHUNK_BYTES + data.count(b"\r\n", 0, length)
+        start += length + (data[length - 1 : length + 1] == b"\r\n")
+        stream.seek(start)
 
 
 def make_sequences(

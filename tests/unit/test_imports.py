@@ -16,6 +16,7 @@ LAYERS = [
     {"hints"},
     {"machine"},
     {"signals"},
+    {"text"},
     {"precision"},
     {"policy"},
     {"tiering"},

@@ -1,0 +1,1 @@
+"""Text: what a user's files hold, read the same whatever program wrote them."""
