@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.errors import InputError
+from lib.faults import find_fault
 from lib.files import check_writable
 from lib.hints import Precision, load_hints
 from lib.precision.floors import parse_epsilon
@@ -102,6 +103,9 @@ def save_reference(model: torch.nn.Module, batches: Sequence[Tensor], folder: Pa
     with torch.inference_mode():
         for index, ids_BT in enumerate(_show(batches, "full model")):
             logits_BTV = causal_logits(model, ids_BT).cpu().contiguous()
+            if not bool(logits_BTV.isfinite().all()):
+                fault = find_fault(model) or "they overflow in this dtype"
+                raise FloatingPointError(f"the full model's logits aren't finite: {fault}")
             save_file({"logits": logits_BTV}, folder / f"{index}.safetensors")
 
 

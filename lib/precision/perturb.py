@@ -16,7 +16,14 @@ from ..blocks import Block, partition_model, select_piece, unique_parameters, un
 from ..errors import InputError
 from ..hints import Precision
 from .codecs import decode, encode
-from .storage import StoredForm, as_matrix, native_precision, precision_rank, weight_form
+from .storage import (
+    StoredForm,
+    as_matrix,
+    name_weights,
+    native_precision,
+    precision_rank,
+    weight_form,
+)
 
 CURVE_PRECISIONS = (
     Precision.BF16,
@@ -58,7 +65,11 @@ def weight_error(model: nn.Module, name: str, precision: Precision) -> Tensor | 
         return None
     weight = unwrap_model(model).get_parameter(name).detach()
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return round_trip(weight, form).to(dtype) - weight.to(dtype)
+    try:
+        decoded = round_trip(weight, form)
+    except InputError as error:
+        raise name_weights(error, name, partition_model(model), weight, form.codec) from error
+    return decoded.to(dtype) - weight.to(dtype)
 
 
 def lossy_blocks(model: nn.Module, precision: Precision) -> tuple[Block, ...]:
@@ -76,7 +87,8 @@ def perturb(model: nn.Module, precisions: Mapping[str, Precision]) -> Iterator[N
     on leaving.
 
     ``precisions``: block -> precision; other blocks stay. Holds a copy of the weights replaced.
-    Raises InputError for a name that is no block, and for weights that aren't in memory.
+    Raises InputError for a name that is no block, for weights that aren't in memory, and for those
+    that the precision can't hold.
     """
     blocks = {block.name: block for block in partition_model(model)}
     unknown = sorted(set(precisions) - blocks.keys())
@@ -96,8 +108,20 @@ def perturb(model: nn.Module, precisions: Mapping[str, Precision]) -> Iterator[N
                 if form is None:
                     continue
                 weight = select_piece(parameter.data, piece)
+                try:
+                    decoded = round_trip(weight, form)
+                except InputError as error:
+                    whole = weight if piece.expert is None else weight.unsqueeze(0)
+                    raise name_weights(
+                        error,
+                        piece.parameter,
+                        [blocks[name]],
+                        whole,
+                        form.codec,
+                        first_row=piece.expert or 0,
+                    ) from error
                 kept.append((weight, weight.clone()))
-                weight.copy_(round_trip(weight, form))
+                weight.copy_(decoded)
         yield
     finally:
         for weight, original in kept:

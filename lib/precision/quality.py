@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import InputError
+from ..faults import blaming_weights
 from ..hints import Precision
 from ..signals.summary import causal_logits
 from .perturb import perturb
@@ -195,7 +196,8 @@ def measure_perturbations(
         for meter, choice in zip(meters, choices, strict=True):
             with perturb(model, choice):
                 other_BTV = causal_logits(model, ids_BT)
-            meter.compare(reference, other_BTV)
+            with blaming_weights(model):
+                meter.compare(reference, other_BTV)
             if progress is not None:
                 progress(1)
     return [meter.result() for meter in meters]

@@ -9,6 +9,7 @@ they take a few KB, and an error that swaps experts costs what no gradient predi
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..blocks import Block, unique_parameters, unwrap_model
+from ..errors import InputError
+from ..faults import describe_fault
 from ..hints import Precision
-from .codecs import Codec, RecordLayout, default_codec
+from .codecs import LARGEST_WEIGHT, RAW_DTYPES, Codec, RecordLayout, default_codec
 
 _TRANSPOSED = {"Conv1D"}
 """Module classes whose weight is (in, out)."""
@@ -108,6 +111,32 @@ def as_matrix(weight: Tensor, form: StoredForm) -> Tensor:
     no view exists).
     """
     return weight.t() if form.transposed else weight.reshape(-1, form.record.cols)
+
+
+def name_weights(
+    error: InputError,
+    name: str,
+    blocks: Iterable[Block],
+    weights: Tensor,
+    codec: Codec,
+    *,
+    first_row: int = 0,
+) -> InputError:
+    """Return a codec's error with the parameter, its block and the place of the weight in it.
+
+    ``weights``: the parameter as it is, or its rows from ``first_row`` on.
+    """
+    raw = RAW_DTYPES.get(codec.precision)
+    if raw is not None:
+        bad = ~weights.to(raw).isfinite()
+    else:
+        bad = ~(weights.float().abs() <= LARGEST_WEIGHT)  # True for NaN too
+    if not bool(bad.any()):
+        return InputError(f"parameter {name!r}: {error}")
+    return InputError(
+        f"{describe_fault(name, blocks, bad, first_row=first_row)} NaN, infinite or too large for "
+        f"{codec.precision}: mend it, or keep its block as it is"
+    )
 
 
 def stored_bytes(model: nn.Module, block: Block, precision: Precision) -> int:

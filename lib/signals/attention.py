@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..blocks import Block, BlockKind, partition_model, unique_parameters, unwrap_model
 from ..errors import InputError
+from ..faults import find_fault
 from .summary import causal_logits, check_token_ids
 
 
@@ -55,6 +56,10 @@ def attention_fim_trace(model: nn.Module, batches: Iterable[Tensor]) -> dict[str
             module.training = True
     if not sums:
         raise InputError("no text to measure attention on: give at least one batch")
+    for name, total in sums.items():
+        if not bool(total.isfinite().all()):
+            fault = find_fault(model) or "activations overflow (try float32)"
+            raise FloatingPointError(f"attention of {name!r} isn't finite: {fault}")
     return {
         block.name: (sums[block.name] / queries[block.name]).tolist()
         for block in blocks

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from ..blocks import unique_parameters, unwrap_model
 from ..errors import InputError
+from ..faults import find_fault
 from .summary import causal_logits, check_token_ids, dtype_names, refuse_fsdp1
 
 
@@ -139,7 +140,8 @@ def _no_autocast(device_types: list[str]) -> Iterator[None]:
 
 
 def _overflow_hint(model: nn.Module) -> str:
-    return f"the weights are corrupt, or {dtype_names(model)} overflows (try float32)"
+    fault = find_fault(model)
+    return fault or f"the weights are finite, so {dtype_names(model)} overflows (try float32)"
 
 
 def check_batch(ids: Tensor, labels: FisherLabels, model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..blocks import BlockKind, partition_model, unwrap_model
 from ..errors import InputError
+from ..faults import find_fault
 from .gradients import FisherLabels, check_batch
 
 RoundTrip = Callable[[Tensor], Tensor]
@@ -179,6 +180,10 @@ def _measure_batch(
         if labels is FisherLabels.DATA:
             logits, targets = logits[:, :-1], ids[:, 1:]
         flat = logits.reshape(-1, logits.shape[-1]).float()
+        if not bool(flat.detach().isfinite().all()):
+            raise FloatingPointError(
+                f"the logits aren't finite: {find_fault(model) or 'try float32 weights'}"
+            )
         if labels is FisherLabels.SAMPLED:
             targets = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)
         loss = F.cross_entropy(flat, targets.flatten(), reduction="sum")

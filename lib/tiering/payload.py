@@ -18,10 +18,11 @@ import xxhash
 from torch import Tensor, nn
 
 from ..blocks import Block, BlockKind
+from ..errors import InputError
 from ..hints import Precision
 from ..precision.codecs import RecordLayout, encode_from
 from ..precision.kernels import Use
-from ..precision.storage import native_precision, precision_rank
+from ..precision.storage import name_weights, native_precision, precision_rank
 from .parts import Part, make_part
 from .stores import CHUNK_BYTES
 
@@ -178,13 +179,13 @@ def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
             if shard.record is None:
                 yield _flat_bytes(weights)
             else:
-                yield encode_from(_slicer(weights), shard.record, part.dtype)
+                yield _encode_shard(payload, shard, shard.record, weights)
             end = shard.offset + shard.data_bytes
     else:
         for part in payload.parts:
             yield from _padding(part.offset - end)
             if part.record is not None:
-                yield _encode_part(part, part.record, read)
+                yield _encode_part(payload, part, part.record, read)
             elif part.is_contiguous:
                 for start, stop in _row_steps(part):
                     yield _flat_bytes(read(part.parameter, start, stop))
@@ -205,14 +206,14 @@ def payload_pieces(
         for shard in payload.shards:
             data = read(part.parameter, shard.start, shard.end)
             if shard.record is not None:
-                data = encode_from(_slicer(data), shard.record, part.dtype)
+                data = _encode_shard(payload, shard, shard.record, data)
             yield part, shard.start, data, shard.record
         return
     for part in payload.parts:
         if part.record is None:
             yield part, 0, read(part.parameter, None, None), None
         else:
-            yield part, 0, _encode_part(part, part.record, read), part.record
+            yield part, 0, _encode_part(payload, part, part.record, read), part.record
 
 
 def content_key(payload: Payload, identities: Mapping[str, str]) -> str:
@@ -250,17 +251,28 @@ def _flat_bytes(weights: Tensor) -> Tensor:
     return flat.view(torch.uint8)
 
 
-def _encode_part(part: Part, layout: RecordLayout, read: Reader) -> Tensor:
+def _encode_part(payload: Payload, part: Part, layout: RecordLayout, read: Reader) -> Tensor:
     """Return a parameter's record, made from its native weights a few rows at a time."""
-    if len(part.shape) == 2 and not part.transposed:
-        return encode_from(lambda a, b: read(part.parameter, a, b), layout, part.dtype)
-    weights = read(part.parameter, None, None)
-    matrix = weights.t() if part.transposed else weights.reshape(-1, layout.cols)
-    return encode_from(_slicer(matrix), layout, part.dtype)
+    name, blocks = part.parameter, payload.group.blocks
+    try:
+        if len(part.shape) == 2 and not part.transposed:
+            return encode_from(lambda a, b: read(name, a, b), layout, part.dtype)
+        weights = read(name, None, None)
+        matrix = weights.t() if part.transposed else weights.reshape(-1, layout.cols)
+        return encode_from(lambda a, b: matrix[a:b], layout, part.dtype)
+    except InputError as error:
+        whole = read(name, None, None)
+        raise name_weights(error, name, blocks, whole, layout.codec) from error
 
 
-def _slicer(matrix: Tensor) -> Callable[[int, int], Tensor]:
-    return lambda start, end: matrix[start:end]
+def _encode_shard(payload: Payload, shard: Shard, layout: RecordLayout, weights: Tensor) -> Tensor:
+    """Return the record of a shard's rows."""
+    (part,) = payload.parts
+    try:
+        return encode_from(lambda a, b: weights[a:b], layout, part.dtype)
+    except InputError as error:
+        name, blocks, codec = part.parameter, payload.group.blocks, layout.codec
+        raise name_weights(error, name, blocks, weights, codec, first_row=shard.start) from error
 
 
 def _cut_rows(part: Part) -> Iterator[Shard]:

@@ -13,7 +13,7 @@ LAYERS = [
     {"files", "units"},
     {"kconfig"},
     {"config", "blocks"},
-    {"hints"},
+    {"hints", "faults"},
     {"machine"},
     {"signals"},
     {"text"},
