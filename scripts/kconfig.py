@@ -5,6 +5,7 @@ Kconfiglib's own tools only warn of a mistake; these stop at it. They start from
 
 import argparse
 import difflib
+import locale
 import os
 import re
 import sys
@@ -58,6 +59,7 @@ def edit_config(path: Path) -> None:
         check_effective(kconf, load_assignments(kconf, path))
     kconf.config_header = HEADER
     os.environ["KCONFIG_CONFIG"] = str(path)
+    use_installed_locale()
     try:
         menuconfig.menuconfig(kconf)
     except curses.error as error:
@@ -67,6 +69,24 @@ def edit_config(path: Path) -> None:
         ) from error
     if path.exists():
         load_config(path)
+
+
+def use_installed_locale() -> None:
+    """Replace a locale of the environment that isn't installed: kconfiglib stops at one."""
+    try:
+        locale.setlocale(locale.LC_ALL, "")
+    except locale.Error:
+        names = [name for name in os.environ if name == "LANG" or name.startswith("LC_")]
+        asked = " ".join(f"{name}={os.environ.pop(name)}" for name in sorted(names))
+        os.environ["LC_ALL"] = "C.UTF-8"
+        try:
+            locale.setlocale(locale.LC_ALL, "")
+        except locale.Error:
+            os.environ["LC_ALL"] = "C"
+        print(
+            f"{asked}: a locale that isn't installed, {os.environ['LC_ALL']} is used instead",
+            file=sys.stderr,
+        )
 
 
 def write_defconfig(name: str, path: Path) -> None:

@@ -7,6 +7,7 @@ rest, and reports what it achieved. On a GPU the wait is a spin kernel in the cu
 launches stay asynchronous.
 """
 
+import random
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -25,6 +26,48 @@ _SPIN_SECONDS = 2e-3
 sleeper.
 """
 _CALIBRATION_CYCLES = 20_000_000
+_SAMPLE = 4_096
+"""Waits that the p95 of their errors is taken of."""
+_MAX_OPEN_WAITS = 4_096
+"""Waits on a device that are kept before their events are read."""
+
+
+class Overshoot:
+    """By how much waits were too long, in memory that doesn't grow with their number.
+
+    Number, mean and largest are of all waits; p95 is of a uniform sample of them, all at first
+    (reservoir sampling: Vitter 1985, algorithm R).
+    """
+
+    def __init__(self) -> None:
+        self.sample: list[float] = []
+        """Microseconds."""
+        self._count = 0
+        self._total = 0.0
+        self._largest = 0.0
+        self._dice = random.Random(0)
+
+    def add(self, error_us: float) -> None:
+        """Count one wait."""
+        self._count += 1
+        self._total += error_us
+        self._largest = error_us if self._count == 1 else max(self._largest, error_us)
+        if len(self.sample) < _SAMPLE:
+            self.sample.append(error_us)
+        elif (place := self._dice.randrange(self._count)) < _SAMPLE:
+            self.sample[place] = error_us
+
+    def summary(self) -> dict[str, float] | None:
+        """Return mean, p95 and largest in microseconds, and the number of waits; None of none."""
+        if not self._count:
+            return None
+        ordered = sorted(self.sample)
+        return {
+            "mean_us": self._total / self._count,
+            "p95_us": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+            "max_us": self._largest,
+            "n": self._count,
+        }
 
 
 class Waiter(Protocol):
@@ -33,8 +76,8 @@ class Waiter(Protocol):
     def wait(self, seconds: float) -> None:
         """Spend the time."""
 
-    def errors_us(self) -> list[float]:
-        """Return overshoot per wait, in microseconds."""
+    def overshoot(self) -> Overshoot:
+        """Return the errors of the waits since the last reset."""
 
     def reset(self) -> None:
         """Forget the errors."""
@@ -44,7 +87,7 @@ class HostWaiter:
     """Waits on the CPU."""
 
     def __init__(self) -> None:
-        self._errors_us: list[float] = []
+        self._overshoot = Overshoot()
 
     def wait(self, seconds: float) -> None:
         """Block the calling thread for the time, to within about a microsecond."""
@@ -53,15 +96,19 @@ class HostWaiter:
             time.sleep(seconds - _SPIN_SECONDS)
         while (now := time.perf_counter()) < deadline:
             pass
-        self._errors_us.append((now - deadline) * 1e6)
+        self._overshoot.add((now - deadline) * 1e6)
 
     def errors_us(self) -> list[float]:
-        """Return overshoot per wait, in microseconds."""
-        return self._errors_us
+        """Return overshoot per wait, in microseconds, of a sample of the waits."""
+        return self._overshoot.sample
+
+    def overshoot(self) -> Overshoot:
+        """Return the errors of the waits since the last reset."""
+        return self._overshoot
 
     def reset(self) -> None:
         """Forget the errors."""
-        self._errors_us = []
+        self._overshoot = Overshoot()
 
 
 class DeviceWaiter:
@@ -71,26 +118,34 @@ class DeviceWaiter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
+        self._overshoot = Overshoot()
+        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
         self._spin(_CALIBRATION_CYCLES)  # the first launch pays for loading the kernel
         start, end = self._spin(_CALIBRATION_CYCLES)
         end.synchronize()
         self._cycles_per_second = _CALIBRATION_CYCLES / (start.elapsed_time(end) * 1e-3)
 
     def wait(self, seconds: float) -> None:
-        """Enqueue the wait; returns at once."""
-        self._waits.append((*self._spin(round(seconds * self._cycles_per_second)), seconds))
+        """Enqueue the wait; returns at once, but for one time in ``_MAX_OPEN_WAITS``."""
+        self._open.append((*self._spin(round(seconds * self._cycles_per_second)), seconds))
+        if len(self._open) >= _MAX_OPEN_WAITS:
+            self._settle()
 
-    def errors_us(self) -> list[float]:
-        """Return overshoot per wait, in microseconds; waits for the device."""
-        torch.cuda.synchronize(self._device)
-        return [
-            start.elapsed_time(end) * 1e3 - seconds * 1e6 for start, end, seconds in self._waits
-        ]
+    def overshoot(self) -> Overshoot:
+        """Return the errors of the waits since the last reset; waits for the device."""
+        self._settle()
+        return self._overshoot
 
     def reset(self) -> None:
         """Forget the errors."""
-        self._waits = []
+        self._open, self._overshoot = [], Overshoot()
+
+    def _settle(self) -> None:
+        """Read the events of the waits so far."""
+        torch.cuda.synchronize(self._device)
+        for start, end, seconds in self._open:
+            self._overshoot.add(start.elapsed_time(end) * 1e3 - seconds * 1e6)
+        self._open = []
 
     def _spin(self, cycles: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         with torch.cuda.device(self._device):
@@ -184,15 +239,7 @@ class EmulatedLink:
         """Return mean, p95 and largest overshoot in microseconds, and the number of waits; None on
         a virtual clock.
         """
-        if self._waiter is None or not (errors := self._waiter.errors_us()):
-            return None
-        ordered = sorted(errors)
-        return {
-            "mean_us": sum(errors) / len(errors),
-            "p95_us": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-            "max_us": ordered[-1],
-            "n": len(errors),
-        }
+        return None if self._waiter is None else self._waiter.overshoot().summary()
 
     def close(self) -> None:
         """Nothing to end."""

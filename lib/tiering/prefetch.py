@@ -40,6 +40,8 @@ class Prefetcher:
         self._free = list(range(num_slots))
         self._live: dict[Unit, _Live] = {}
         self._trace: list[Unit] = []
+        self._tracing = False
+        """Uses between two forwards are none of the schedule, and may be any number."""
         self._set_schedule([unit for unit in schedule if unit.num_bytes <= slot_bytes])
 
     def acquire(self, unit: Unit) -> Tensor | None:
@@ -48,7 +50,8 @@ class Prefetcher:
         Blocks until they are there. Raises PlacementError where they are not sound, and where the
         slots are all held.
         """
-        self._trace.append(unit)
+        if self._tracing:
+            self._trace.append(unit)
         live = self._live.get(unit)
         if live is None:
             live = self._submit(unit, self._take_slot(unit, for_use=True))
@@ -76,14 +79,14 @@ class Prefetcher:
 
     def begin_forward(self) -> None:
         """Start a trace; the schedule is expected from its beginning."""
-        self._trace = []
+        self._trace, self._tracing = [], True
         self._cursor = 0
 
     def end_forward(self) -> None:
         """Expect the next forward to use what this one used."""
         if self._trace and self._trace != self._schedule:
             self._set_schedule(self._trace)
-        self._trace = []
+        self._trace, self._tracing = [], False
         self._cursor = 0
         self._prefetch()
 
@@ -96,6 +99,7 @@ class Prefetcher:
                 live.holds = 0
                 if not self._link.done_with(live.ticket.slot, shared=True):
                     self._drop(unit)
+        self._tracing = False
         taken = {live.ticket.slot for live in self._live.values()}
         self._free = [slot for slot in range(self._num_slots) if slot not in taken]
 

@@ -1,6 +1,8 @@
 """Presets, the lint of Kconfig files, and what make says and does."""
 
+import contextlib
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -102,6 +104,54 @@ def test_olddefconfig_drops_what_is_no_more_and_says_so(
     for name in ("NOPE", "GPT2_LAYERS", "TIERING_REAL_OFFLOAD"):
         assert re.search(rf"^dropped: .*{name}", errors, re.M)
     assert "TRAIN_STEPS" not in errors
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"LC_ALL": "xx_YY.UTF-8"},
+        {"LANG": "xx_YY.UTF-8"},
+        {"LC_CTYPE": "UTF-8", "LC_COLLATE": "UTF-8"},
+        {"LC_TIME": "xx_YY", "LANG": "C.UTF-8"},
+        {"LC_ALL": "de_XX@euro", "LC_NUMERIC": "nonsense"},
+        {"LC_ALL": "C.UTF-8"},
+        {},
+    ],
+    ids=str,
+)
+def test_menuconfig_opens_under_any_locale(tmp_path: Path, setting: dict[str, str]) -> None:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "LANG" and not name.startswith("LC_")
+    }
+    environment |= {"TERM": "xterm", "PYTHONPATH": str(ROOT)} | setting
+    command = [sys.executable, "-m", "scripts.kconfig", "--config", str(tmp_path / "config")]
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "menuconfig"],
+        cwd=ROOT,
+        env=environment,
+        stdin=inside,
+        stdout=inside,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(inside)
+    os.write(terminal, b"qn")  # quit, save nothing
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while data := os.read(terminal, 65536):
+            shown += data
+    os.close(terminal)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert b"Tierhints" in shown or b"[Space/Enter]" in shown
+    sound = set(setting.values()) <= {"C.UTF-8"}
+    assert errors.count("\n") == (0 if sound else 1)
+    named = {name: value for name, value in setting.items() if name != "LC_CTYPE"}
+    # Python itself mends LC_CTYPE as it starts.
+    assert sound or ("isn't installed, C" in errors and all(v in errors for v in named.values()))
 
 
 def test_menuconfig_without_a_terminal_is_refused(

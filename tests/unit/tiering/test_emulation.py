@@ -1,3 +1,8 @@
+import random
+from collections import deque
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +10,7 @@ from torch import nn
 from lib.errors import InputError
 from lib.hints import Tier
 from lib.tiering import Clock, EmulationSpec, TierSpec, attach
-from lib.tiering.emulation import HostWaiter
+from lib.tiering.emulation import HostWaiter, Overshoot
 
 pytestmark = pytest.mark.filterwarnings("ignore:flat hints")
 
@@ -89,6 +94,64 @@ def test_a_wait_is_never_too_short() -> None:
     for seconds in (5e-6, 1e-4, 3e-3):
         waiter.wait(seconds)
     assert all(error >= 0 for error in waiter.errors_us())
+
+
+@pytest.mark.parametrize("count", [1, 20, 5_000, 60_000])
+def test_what_is_kept_of_waits_stays_small_and_right(count: int) -> None:
+    dice = random.Random(1)
+    errors = [dice.expovariate(1.0) for _ in range(count)]
+    overshoot = Overshoot()
+    for error in errors:
+        overshoot.add(error)
+    found = overshoot.summary()
+    assert found is not None and len(overshoot.sample) <= 4_096
+    assert found["n"] == count and found["max_us"] == max(errors)
+    assert found["mean_us"] == pytest.approx(sum(errors) / count)
+    exact = sorted(errors)[min(count - 1, int(0.95 * count))]
+    assert found["p95_us"] == (exact if count <= 4_096 else pytest.approx(exact, rel=0.1))
+    assert Overshoot().summary() is None
+
+
+def grown(thing: Any, seen: set[int]) -> int:
+    """Count the items of all lists, dicts, sets and deques below an object of ours."""
+    if id(thing) in seen or isinstance(thing, type | nn.Module | torch.Tensor):
+        return 0
+    seen.add(id(thing))
+    if isinstance(thing, dict):
+        return len(thing) + sum(grown(item, seen) for item in thing.values())
+    if isinstance(thing, list | tuple | set | frozenset | deque):
+        return len(thing) + sum(grown(item, seen) for item in thing)
+    if not type(thing).__module__.startswith(("lib.", "tierhints")):
+        return 0
+    slots = [name for cls in type(thing).__mro__ for name in getattr(cls, "__slots__", ())]
+    parts = [getattr(thing, name, None) for name in slots]
+    return grown(getattr(thing, "__dict__", {}), seen) + sum(grown(part, seen) for part in parts)
+
+
+@pytest.mark.parametrize("clock", [Clock.WALL, Clock.VIRTUAL, None])
+def test_a_runtime_holds_no_more_after_many_forwards(
+    clock: Clock | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lib.tiering.emulation._SAMPLE", 16)
+    monkeypatch.setattr("lib.tiering.telemetry._TIMELINE_LIMIT", 16)
+    model = toy()
+    if clock is None:
+        runtime = attach(model, HINTS, budget={"HBM": None, "SSD": None}, spill_dir=tmp_path)
+    else:
+        specs = {tier: TierSpec(str(tier), 1, 1000) for tier in (Tier.HBM, Tier.CPU, Tier.SSD)}
+        emulation = EmulationSpec(specs=specs, clock=clock)
+        runtime = attach(model, HINTS, mode="emulated", emulation=emulation)
+    with runtime, torch.no_grad():
+        sizes = []
+        for _ in range(3):
+            for _ in range(30):
+                model(torch.ones(1, 8))
+            for _ in range(30):
+                model[2](torch.ones(1, 8))  # a part, by itself
+                model[3].weight.sum()  # between two forwards
+            sizes.append(grown(runtime, set()))
+        assert sizes[0] == sizes[1] == sizes[2]
+        assert runtime.stats().forwards == 180
 
 
 def test_a_tier_without_a_spec_is_refused() -> None:

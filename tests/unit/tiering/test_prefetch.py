@@ -131,3 +131,25 @@ def test_whatever_the_order_each_use_finds_its_own_bytes(
         run(prefetcher, order)  # the link asserts that slots are never given away too early
     assert len(set(link.slots)) <= num_slots
     prefetcher.drain()
+
+
+def test_uses_between_forwards_are_not_kept() -> None:
+    prefetcher, _ = make(2, "abc")
+    for _ in range(2):
+        run(prefetcher, "abc")
+        for _ in range(500):
+            prefetcher.acquire(unit("c"))
+            prefetcher.release(unit("c"), shared=True)
+        assert not prefetcher._trace
+    assert prefetcher._schedule == [unit(name) for name in "abc"]
+
+
+def test_uses_after_an_interrupted_forward_are_not_kept() -> None:
+    prefetcher, _ = make(2, "abc")
+    prefetcher.begin_forward()
+    prefetcher.acquire(unit("a"))
+    prefetcher.end_holds()
+    for _ in range(500):
+        prefetcher.acquire(unit("c"))
+        prefetcher.release(unit("c"), shared=True)
+    assert len(prefetcher._trace) == 1
