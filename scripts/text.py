@@ -32,14 +32,15 @@ _CHUNK_BYTES = 16 * 1024
 
 
 def find_text_files(data: str) -> list[Path]:
-    """Return the files that a path, a folder or a glob names; raises InputError if there are none.
+    """Return the files that a path, a folder or a glob names; raises InputError if there are none,
+    and where the only one holds no text.
 
     A folder is searched to any depth; hidden files and folders are left out.
     """
     path = Path(data)
     if path.is_file():
-        return [path]
-    if path.is_dir():
+        found = [path]
+    elif path.is_dir():
         found = [
             file
             for file in sorted(path.rglob("*"))
@@ -50,7 +51,18 @@ def find_text_files(data: str) -> list[Path]:
         found = [file for file in found if file.is_file()]
     if not found:
         raise InputError(f"--data {data!r} names no file: give a text file, a folder or a glob")
+    if len(found) == 1:
+        _check_text(found[0])
     return found
+
+
+def _check_text(file: Path) -> None:
+    try:
+        find_format(file)
+    except InputError as error:
+        raise InputError(f"--data {error}") from error
+    except OSError as error:
+        raise InputError(f"--data {file} can't be read: {error.strerror}") from error
 
 
 def read_chunks(files: Sequence[Path], *, seed: int) -> Iterator[str]:

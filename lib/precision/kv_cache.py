@@ -86,8 +86,7 @@ class EncodedStates:
 
     def crop(self, num_tokens: int) -> None:
         """Take away the last tokens, all of them if there are fewer."""
-        kept = max(0, self.length - num_tokens)
-        self.length = kept
+        kept = self.length = max(0, self.length - num_tokens)
         if not kept:
             self._records, self._tail = [], None
             return
@@ -176,6 +175,7 @@ class EncodedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take away tokens from the end: so many as the number, 0 or negative, says."""
+        tokens_to_remove = int(tokens_to_remove)  # generate() of transformers 5.17 gives a tensor
         if tokens_to_remove > 0:
             raise InputError(
                 f"crop({tokens_to_remove}): give the number of tokens to take away as a negative "
