@@ -27,8 +27,6 @@ from lib.errors import InputError
 from lib.text.formats import TextFormat, find_format, normalize_newlines, read_records
 from lib.units import MIB
 
-from .distributed import show_progress
-
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 _WIKITEXT_TITLE = re.compile(r"^ = [^=].* = \n?$")
 _SECTION_BYTES = (2_048, 65_536)
@@ -373,7 +371,7 @@ def _resolve_revision(hub: HubDataset) -> str:
 def _hub_texts(name: str, hub: HubDataset, revision: str, split: str) -> Iterator[str]:
     import datasets
 
-    if not show_progress():
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(
