@@ -81,6 +81,12 @@ def parse_json(text: str) -> Any:
         raise InputError(f"no complete JSON (truncated?): {error}; make it anew") from error
 
 
+def drop_cached_pages(descriptor: int, offset: int = 0, num_bytes: int = 0) -> None:
+    """Keep a file's pages from staying in memory; 0 bytes: all from the offset on."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document: dict[str, Any] = {}
     for key, value in pairs:

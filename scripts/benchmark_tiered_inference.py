@@ -26,6 +26,7 @@ import torch
 import transformers
 
 from lib.blocks import parameter_digest, partition_model, storage_bytes, tied_modules
+from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, Precision, load_hints, match_hints
@@ -44,13 +45,7 @@ from lib.tiering import (
 )
 from scripts.canary import Canary
 from scripts.cli import emit_json, run_main
-from scripts.inputs import (
-    cast_weights,
-    load_heldout,
-    load_model,
-    parse_device,
-    quiet_transformers,
-)
+from scripts.inputs import load_heldout, parse_device
 from scripts.measure import ForwardBench, latency_to_json
 from scripts.plan import read_budget
 

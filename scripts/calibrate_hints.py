@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from lib.blocks import parameter_digest, partition_model
+from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, load_hints, match_hints, save_hints
@@ -31,7 +32,7 @@ from lib.precision.sensitivity import find_violations
 from scripts.calibration import DRAWS, CalibratedModel, calibrate_model, calibrated_hints
 from scripts.cli import emit_json, run_main
 from scripts.held_out import add_text_flags, read_parts, vocabulary_size
-from scripts.inputs import cast_weights, load_model, parse_device, quiet_transformers
+from scripts.inputs import parse_device
 from scripts.kernel_error import measure_kernels
 from scripts.oracle import check_additivity, progress_bar, rank_signals
 from scripts.predictions import Pair, Predictions, measuring_batches

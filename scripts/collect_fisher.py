@@ -41,15 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from tqdm import tqdm
 
+    from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
     from lib.signals import collect_fisher, fisher_hints, save_fisher_diagonal
-    from scripts.inputs import (
-        cast_weights,
-        load_model,
-        load_tokenizer,
-        parse_device,
-        quiet_transformers,
-        sequence_length,
-    )
+    from scripts.inputs import load_tokenizer, parse_device, sequence_length
 
     device = parse_device(args.device)
     quiet_transformers(progress=sys.stderr.isatty())

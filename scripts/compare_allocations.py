@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lib.blocks import parameter_digest, partition_model
+from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
 from lib.files import check_writable
 from lib.hints import Precision, load_hints, match_hints
 from lib.precision.controls import log_chord
@@ -37,7 +38,7 @@ from scripts.allocation_arms import DRAWN, DRAWS, choose_budgets, hint_curves, p
 from scripts.calibration import calibrate_model
 from scripts.cli import emit_json, run_main
 from scripts.held_out import add_text_flags, read_parts, vocabulary_size
-from scripts.inputs import cast_weights, load_model, parse_device, quiet_transformers
+from scripts.inputs import parse_device
 from scripts.oracle import measure
 from scripts.predictions import Pair, list_pairs, measuring_batches
 

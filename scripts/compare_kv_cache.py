@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable(args.json)
     if args.sequences < 4:
         raise InputError(f"--sequences {args.sequences} must be at least 4")
-    from scripts.inputs import quiet_transformers
+    from lib.checkpoint.models import quiet_transformers
 
     quiet_transformers(progress=False)
     rows = [compare_model(model, args.sequences, seed=args.seed) for model in args.model]
@@ -77,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare_model(name: str, num_sequences: int, *, seed: int) -> dict[str, Any]:
     """Return what one model's cache loses under every way of choosing."""
+    from lib.checkpoint.models import load_model
     from lib.signals.kv import collect_kv_fisher
-    from scripts.inputs import load_heldout, load_model
+    from scripts.inputs import load_heldout
 
     model: Any = load_model(name)
     text = load_heldout(name, vocab_size=model.config.vocab_size, length=context_length(model))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.checkpoint.models import load_model, quiet_transformers
 from lib.errors import InputError
 from lib.faults import find_fault
 from lib.files import check_writable
@@ -31,7 +32,7 @@ from lib.signals.summary import causal_logits, dtype_names
 from lib.tiering import attach
 from scripts.cli import emit_json, run_main
 from scripts.held_out import add_text_flags, read_held_out, vocabulary_size
-from scripts.inputs import load_model, load_tokenizer, parse_device, quiet_transformers
+from scripts.inputs import load_tokenizer, parse_device
 from scripts.plan import read_budget
 from scripts.predictions import measuring_batches
 

@@ -96,8 +96,8 @@ def _model_of(hints: Hints) -> str:
 def _read_outline(name: str, hints: Hints) -> tuple[Outline, str]:
     """Return the outline of a model whose weights are those of the hints, and their digest."""
     from lib.blocks import parameter_digest
+    from lib.checkpoint.models import load_model, quiet_transformers
     from lib.export.model import outline_model
-    from scripts.inputs import load_model, quiet_transformers
 
     quiet_transformers(progress=False)
     model, digest = _read_checkpoint(name)
@@ -113,9 +113,8 @@ def _read_checkpoint(name: str) -> "tuple[nn.Module | None, str | None]":
     None for a checkpoint that isn't safetensors of the model's own names.
     """
     from lib.blocks import digest_parameters, unique_parameters
-    from lib.tiering.sources import CheckpointSource
-    from scripts.inputs import build_empty_model
-    from scripts.plan import match_checkpoint
+    from lib.checkpoint.models import build_empty_model, match_checkpoint
+    from lib.checkpoint.source import CheckpointSource
 
     folder = Path(name)
     if not folder.is_dir() or not any(folder.glob("*.safetensors*")):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lib.blocks import partition_model, tied_modules
+from lib.checkpoint.models import build_empty_model, match_checkpoint, quiet_transformers
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, Precision, Tier, load_hints, match_hints
@@ -29,10 +30,8 @@ from lib.precision.floors import Ledger
 from lib.tiering.admission import ledger_of, may_stream
 from lib.tiering.needs import PrecisionChoice, model_needs
 from lib.tiering.planning import parse_budget
-from lib.tiering.sources import open_checkpoint
 from lib.units import GB, format_bytes
 from scripts.cli import emit_json, run_main
-from scripts.inputs import build_empty_model, quiet_transformers
 
 MACHINE_FILE = Path("machine.json")
 
@@ -166,25 +165,6 @@ def quality_to_json(veto: Veto, plan: Plan) -> dict[str, Any]:
             for name, place in plan.placements.items()
         },
     }
-
-
-def match_checkpoint(model: torch.nn.Module, folder: Path) -> None:
-    """Give a model without weights the dtypes of its safetensors checkpoint, from the headers.
-
-    Without such a checkpoint the dtypes of config.json stay. Raises InputError for a checkpoint of
-    another model, or one that isn't whole.
-    """
-    if not any(folder.glob("*.safetensors*")):
-        return
-    source = open_checkpoint(model, folder)
-    for name, parameter in model.named_parameters():
-        shape = source.shape(name)
-        if shape != parameter.shape:
-            raise InputError(
-                f"checkpoint {folder}: {name!r} is {tuple(shape)}, the model of config.json wants "
-                f"{tuple(parameter.shape)}: give the folder of one model"
-            )
-        parameter.data = parameter.data.to(source.dtype(name))
 
 
 def limit_seconds(needs: Sequence[BlockNeed], plan: Plan, machine: MachineProfile) -> float:

@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable(args.output)
     check_writable(args.json)
 
+    from lib.checkpoint.models import load_model, quiet_transformers
     from lib.signals.kv import collect_kv_fisher
-    from scripts.inputs import load_heldout, load_model, parse_device, quiet_transformers
+    from scripts.inputs import load_heldout, parse_device
 
     quiet_transformers(progress=sys.stderr.isatty())
     device = parse_device(args.device)

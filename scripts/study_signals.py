@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.rundir import collect_versions
+from lib.checkpoint.models import quiet_transformers
 from lib.files import check_writable, write_json
 from scripts.cli import emit_json, run_main
-from scripts.inputs import quiet_transformers
 from scripts.study.grid import StudyRun, kept_checkpoint, kept_steps, list_runs, train_run
 from scripts.study.measure import measure_checkpoint
 from scripts.study.summary import summarize

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lib.checkpoint.models import build_empty_model
 from lib.errors import InputError, PlacementError
 from lib.files import check_writable
 from lib.hints import Tier
@@ -30,7 +31,6 @@ from lib.tiering.probe import FileProbe
 from lib.tiering.stores import default_spill_folder
 from lib.units import MIB, format_bytes
 from scripts.cli import emit_json, run_main
-from scripts.inputs import build_empty_model
 from scripts.offload.checkpoint import GPT2_MEDIUM, TOY, make_checkpoint
 
 _SHARES = ((None, 0.3), (None, 0.5), (None, 0.7), (None, 0.85), ("int8", 0.5), ("int4", 0.5))

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, load_hints
@@ -47,12 +48,9 @@ from scripts.cli import emit_json, run_main
 from scripts.held_out import cut_parts, read_held_out, vocabulary_size
 from scripts.inputs import (
     HELDOUT_FILE,
-    cast_weights,
     load_heldout,
     load_library_text,
-    load_model,
     parse_device,
-    quiet_transformers,
     sequence_length,
 )
 from scripts.kernel_error import measure_kernels

@@ -2,10 +2,10 @@
 to a module.
 """
 
+from ..checkpoint.empty import empty_weights
 from ..machine import DEFAULT_SPECS, TierSpec
 from ..signals import AdamStateTierAnalyzer
 from .attach import attach
-from .empty import empty_weights
 from .runtime import Runtime
 from .specs import Clock, EmulationSpec, load_specs, save_specs, specs_to_json
 from .telemetry import BlockStats, Stats

@@ -17,6 +17,7 @@ from ..blocks import (
     unique_parameters,
     unwrap_model,
 )
+from ..checkpoint.source import CheckpointSource, open_checkpoint
 from ..errors import InputError
 from ..hints import Hints, Tier, hints_from_json, load_hints, match_hints
 from ..machine import DEFAULT_SPECS, MachineProfile, TierSpec, load_machine
@@ -34,7 +35,6 @@ from .progress import placing_bar
 from .reserve import warn_of_incompressible
 from .residency import Residency
 from .runtime import Runtime
-from .sources import CheckpointSource, open_checkpoint
 from .specs import EmulationSpec
 from .stores import DeviceStore, FileStore, HostStore, NumaStore, Store
 

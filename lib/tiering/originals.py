@@ -14,9 +14,9 @@ import xxhash
 from torch import Tensor, nn
 
 from ..blocks import unique_parameters
+from ..checkpoint.source import CheckpointSource
 from ..errors import InputError, PlacementError
 from .offloaded import OffloadedParameter, set_weights, swap_contents
-from .sources import CheckpointSource
 from .stores import byte_view
 
 _OWN_TENSORS = {"_parameters", "_buffers", "_modules"}

@@ -17,7 +17,7 @@ def _load_on_host(task: Task) -> Any:
     """Load the whole model into host memory, out of the mapped file."""
     from transformers import AutoModelForCausalLM
 
-    from scripts.inputs import own_memory
+    from lib.checkpoint.models import own_memory
 
     model = AutoModelForCausalLM.from_pretrained(task.checkpoint, dtype="auto")
     own_memory(model)
@@ -29,7 +29,7 @@ def _load_resident(task: Task) -> Loaded:
 
 
 def _load_ours(task: Task, precision: str | None) -> Loaded:
-    from scripts.inputs import build_empty_model
+    from lib.checkpoint.models import build_empty_model
 
     model = build_empty_model(task.checkpoint)
     below = "SSD" if task.device == "cpu" else "CPU"

@@ -26,10 +26,11 @@ def main() -> None:
 @torch.no_grad()
 def measure_quality(checkpoint: Path, spill_dir: Path) -> dict[str, Any]:
     """Return perplexity, and mean KL(full || ours) in nats per token, of each precision."""
+    from lib.checkpoint.models import load_model
     from lib.precision.quality import QualityMeter
     from lib.signals.summary import causal_logits
     from lib.tiering import attach
-    from scripts.inputs import load_heldout, load_model
+    from scripts.inputs import load_heldout
 
     model = load_model(str(checkpoint))
     config = model.config.get_text_config()

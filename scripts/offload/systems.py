@@ -156,7 +156,7 @@ def _prepare_airllm(task: Task) -> None:
 
 def _load_ours(task: Task, precision: str | None) -> Loaded:
     """Under a limit, weights get what the process has not taken already, less the reserve."""
-    from scripts.inputs import build_empty_model
+    from lib.checkpoint.models import build_empty_model
 
     model = build_empty_model(task.checkpoint)
     budget = task.budget_bytes

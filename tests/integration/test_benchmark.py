@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lib.blocks import parameter_digest, partition_model
+from lib.checkpoint.models import cast_weights, load_model
 from lib.errors import InputError
 from lib.hints import ModelInfo, Precision, build_hints, load_hints, save_hints
 from scripts.benchmark_tiered_inference import main
 from scripts.cli import run_main
-from scripts.inputs import cast_weights, load_model
 from scripts.measure import ForwardBench, peak_rss, reset_peak_rss
 
 CONTEXT, VOCABULARY = 16, 64

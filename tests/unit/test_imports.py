@@ -15,6 +15,7 @@ LAYERS = [
     {"config", "blocks"},
     {"hints", "faults"},
     {"machine"},
+    {"checkpoint"},
     {"signals"},
     {"text"},
     {"precision"},

@@ -6,7 +6,6 @@ written once and never copied back.
 
 import contextlib
 import mmap
-import os
 from collections.abc import Iterable
 from typing import ClassVar, Protocol
 
@@ -87,12 +86,6 @@ def byte_view(buffer: Tensor) -> memoryview:
     """Return the memory of a contiguous 1-D uint8 tensor, without a copy."""
     assert buffer.dtype == torch.uint8 and buffer.dim() == 1 and buffer.is_contiguous()
     return memoryview(buffer.detach().numpy())  # type: ignore[arg-type]
-
-
-def drop_cached_pages(descriptor: int, offset: int = 0, num_bytes: int = 0) -> None:
-    """Keep a file's pages from staying in memory; 0 bytes: all from the offset on."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def check_range(num_bytes: int, start: int, out: Tensor) -> None:

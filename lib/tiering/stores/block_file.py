@@ -18,7 +18,8 @@ from pathlib import Path
 
 import xxhash
 
-from .base import CHUNK_BYTES, SECTOR_BYTES, aligned_buffer, byte_view, drop_cached_pages
+from ...files import drop_cached_pages
+from .base import CHUNK_BYTES, SECTOR_BYTES, aligned_buffer, byte_view
 
 _MAGIC = b"TIERBLK\n"
 _VERSION = 1

@@ -21,6 +21,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...errors import PlacementError
+from ...files import drop_cached_pages
 from ...hints import Tier
 from ...units import format_bytes
 from .base import (
@@ -29,7 +30,6 @@ from .base import (
     aligned_buffer,
     byte_view,
     check_range,
-    drop_cached_pages,
     lost,
 )
 from .block_file import (

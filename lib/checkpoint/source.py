@@ -1,7 +1,7 @@
 """Where weights come from: safetensors checkpoints, read by name and by rows, never as a whole.
 
 Names and layouts are the model's: tensors that the checkpoint has under another name, or in parts,
-are found and put together (``packed``). The files themselves are in ``tensor_files``.
+are found and put together (``packed``). The files themselves are in ``files``.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,8 +14,8 @@ import xxhash
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .files import Entry, open_files
 from .packed import packed_layouts
-from .tensor_files import Entry, open_files
 
 
 @dataclass(frozen=True, slots=True)

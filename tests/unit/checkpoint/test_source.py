@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lib.checkpoint import files
+from lib.checkpoint.source import CheckpointSource
 from lib.errors import InputError, PlacementError
-from lib.tiering import tensor_files
-from lib.tiering.sources import CheckpointSource
 
 TENSORS = {
     "transformer.wte.weight": torch.arange(24, dtype=torch.float32).reshape(6, 4),
@@ -90,7 +90,7 @@ def test_rows_are_read_alone(
         asked.append(sum(len(buffer) for buffer in buffers))
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(tensor_files.os, "preadv", count)
+    monkeypatch.setattr(files.os, "preadv", count)
     rows = source.read(name, start, end)
     assert same(rows, TENSORS[name][start:end])
     assert sum(asked) == rows.numel() * rows.itemsize
@@ -168,7 +168,7 @@ def test_a_read_error_names_tensor_and_file(
         raise OSError(errno.EIO, "Input/output error")
 
     source = CheckpointSource(save(tmp_path))
-    monkeypatch.setattr(tensor_files.os, "preadv", fail)
+    monkeypatch.setattr(files.os, "preadv", fail)
     with pytest.raises(PlacementError, match=rf"'flags' can't be read from .*{FILE} .Input/output"):
         source.read("flags")
 

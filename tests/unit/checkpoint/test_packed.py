@@ -15,9 +15,9 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
+from lib.checkpoint.source import open_checkpoint
 from lib.errors import InputError
 from lib.tiering import attach, empty_weights
-from lib.tiering.sources import open_checkpoint
 
 IDS = torch.arange(12).reshape(2, 6)
 

@@ -19,8 +19,7 @@ import xxhash
 from torch import Tensor
 
 from ..errors import InputError, PlacementError
-from ..files import parse_json
-from .stores.base import drop_cached_pages
+from ..files import drop_cached_pages, parse_json
 
 _DTYPES = {
     "F64": torch.float64,
