@@ -113,13 +113,13 @@ def _read_checkpoint(name: str) -> "tuple[nn.Module | None, str | None]":
     None for a checkpoint that isn't safetensors of the model's own names.
     """
     from lib.blocks import digest_parameters, unique_parameters
-    from lib.checkpoint.models import build_empty_model, match_checkpoint
+    from lib.checkpoint.load import load
     from lib.checkpoint.source import CheckpointSource
 
     folder = Path(name)
     if not folder.is_dir() or not any(folder.glob("*.safetensors*")):
         return None, None
-    model: Any = build_empty_model(folder)
+    model: Any = load(folder)
     names: dict[int, list[str]] = {}
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(parameter_name)
@@ -129,7 +129,6 @@ def _read_checkpoint(name: str) -> "tuple[nn.Module | None, str | None]":
     own = sorted(unique_parameters(model))
     if not all(parameter in source for parameter in own):
         return None, None
-    match_checkpoint(model, folder)
     return model, digest_parameters((parameter, source.read(parameter)) for parameter in own)
 
 

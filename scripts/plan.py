@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from lib.blocks import partition_model, tied_modules
-from lib.checkpoint.models import build_empty_model, match_checkpoint, quiet_transformers
+from lib.checkpoint.load import build_empty_model, load
+from lib.checkpoint.models import quiet_transformers
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.hints import Hints, Precision, Tier, load_hints, match_hints
@@ -124,9 +125,11 @@ def read_machine(path: Path | None) -> MachineProfile:
 
 
 def read_model(args: argparse.Namespace) -> tuple[torch.nn.Module, Hints | None]:
-    """Build the model without weights, in the dtypes of its checkpoint, and load its hints."""
-    model = build_empty_model(args.model)
-    match_checkpoint(model, args.model)
+    """Build the model without weights, by its checkpoint's headers where there is one, and load its
+    hints.
+    """
+    saved = any(args.model.glob("*.safetensors*"))
+    model = load(args.model) if saved else build_empty_model(args.model)
     return model, _read_hints(args.hints, model)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lib.checkpoint.models import build_empty_model
+from lib.checkpoint.load import load
 from lib.errors import InputError, PlacementError
 from lib.files import check_writable
 from lib.hints import Tier
@@ -93,7 +93,7 @@ def _compare(
         # As in real mode: the plan must be the same.
         "machine": machine or UNMEASURED,
     }
-    real_model, emulated_model = (build_empty_model(checkpoint) for _ in range(2))
+    real_model, emulated_model = (load(checkpoint) for _ in range(2))
     with (
         attach(real_model, mode="real", spill_dir=spill, **common) as real,
         attach(emulated_model, mode="emulated", emulation=_machine(_NO_DISK, 0), **common) as other,
@@ -196,7 +196,7 @@ def _mean(first: TierSpec, second: TierSpec) -> TierSpec:
 
 def _resident_bytes(checkpoint: Path, precision: str | None) -> int:
     """Return the fast memory that the whole model takes at a precision, slots apart."""
-    model = build_empty_model(checkpoint)
+    model = load(checkpoint)
     needs, scratch = model_needs(
         model,
         precision=precision,

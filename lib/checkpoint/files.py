@@ -40,6 +40,10 @@ _DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+"""Weights as they are; whatever else stands for a weight is a code, worth nothing without its
+scale.
+"""
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -51,7 +55,7 @@ _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".bin.index.json")
 class Entry:
     """A tensor in a file, by its place in the data."""
 
-    file: "_File"
+    file: "File"
     dtype: torch.dtype
     shape: torch.Size
     start: int
@@ -73,7 +77,7 @@ class Entry:
         self.file.read_into(start, memoryview(flat.numpy()), name)  # type: ignore[arg-type]
 
 
-class _File:
+class File:
     """One safetensors file, open for as long as somebody refers to it."""
 
     def __init__(self, path: Path) -> None:
@@ -191,11 +195,11 @@ def open_files(path: Path) -> dict[str, Entry]:
     """
     file = _find_file(path)
     if not file.name.endswith(".json"):
-        return _File(file).entries()
+        return File(file).entries()
     weight_map = _load_index(file)
     entries: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
-        declared = _File(file.parent / shard).entries()
+        declared = File(file.parent / shard).entries()
         for name in (name for name, holder in weight_map.items() if holder == shard):
             if name not in declared:
                 raise InputError(

@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import InputError
-from .empty import empty_weights
-from .source import open_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,46 +44,6 @@ def load_model(model: str, checkpoint: Path | None = None) -> "PreTrainedModel":
     _check_report(report, str(checkpoint or model))
     own_memory(loaded)
     return cast("PreTrainedModel", loaded.eval())
-
-
-def build_empty_model(folder: str | Path) -> "PreTrainedModel":
-    """Build a causal language model from a folder's config.json, without memory for its weights.
-
-    ``lib.tiering.attach(model, weights=folder)`` gives them. InputError for a folder without one.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model_class: Any = AutoModelForCausalLM
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(
-            f"model folder {str(folder)!r} has no config.json: give a checkpoint's folder"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with empty_weights():
-            model = model_class.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"model {str(folder)!r} can't be built: {first_line(error)}") from error
-    return cast("PreTrainedModel", model.eval())
-
-
-def match_checkpoint(model: torch.nn.Module, folder: Path) -> None:
-    """Give a model without weights the dtypes of its safetensors checkpoint, from the headers.
-
-    Without such a checkpoint the dtypes of config.json stay. Raises InputError for a checkpoint of
-    another model, or one that isn't whole.
-    """
-    if not any(folder.glob("*.safetensors*")):
-        return
-    source = open_checkpoint(model, folder)
-    for name, parameter in model.named_parameters():
-        shape = source.shape(name)
-        if shape != parameter.shape:
-            raise InputError(
-                f"checkpoint {folder}: {name!r} is {tuple(shape)}, the model of config.json wants "
-                f"{tuple(parameter.shape)}: give the folder of one model"
-            )
-        parameter.data = parameter.data.to(source.dtype(name))
 
 
 def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .files import Entry, open_files
+from .files import PLAIN_DTYPES, Entry, open_files
 from .packed import packed_layouts
 
 
@@ -64,7 +64,10 @@ class CheckpointSource:
         self.path = Path(path)
         self._prefix = f"{base_model_prefix}." if base_model_prefix else ""
         self._tied = {name: tuple(group) for group in tied for name in group}
-        self._entries: dict[str, Entry | _Stack] = dict(open_files(self.path))
+        self._files = open_files(self.path)
+        self._entries: dict[str, Entry | _Stack] = dict(self._files)
+        self._origins: dict[str, tuple[str, ...]] = {name: (name,) for name in self._files}
+        """The files' tensors that each is made of."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,6 +76,27 @@ class CheckpointSource:
 
     def __contains__(self, name: str) -> bool:
         return self._resolve(name) is not None
+
+    def own_name(self, name: str) -> str | None:
+        """Return what the checkpoint calls a tensor, other names of a tied weight left aside."""
+        return next((found for found in self._spellings(name) if found in self._entries), None)
+
+    def taken(self, names: Iterable[str]) -> set[str]:
+        """Return the files' tensors that are behind some of the model's names."""
+        found = (self._resolve(name) for name in names)
+        return {origin for name in found if name is not None for origin in self._origins[name]}
+
+    def in_files(self) -> dict[str, torch.dtype]:
+        """Return the files' own tensors with their dtypes."""
+        return {name: entry.dtype for name, entry in self._files.items()}
+
+    def first_dtype(self) -> torch.dtype:
+        """Return the dtype of the first tensor of plain floats, files and names in order; float32
+        where there is none. transformers takes it where config.json names no dtype.
+        """
+        order = sorted(self._files, key=lambda name: (self._files[name].file.path.name, name))
+        dtypes = (self._files[name].dtype for name in order)
+        return next((dtype for dtype in dtypes if dtype in PLAIN_DTYPES), torch.float32)
 
     def resolve(self, name: str) -> str:
         """Return the checkpoint's name of a tensor; raises InputError where it has none."""
@@ -134,6 +158,7 @@ class CheckpointSource:
         found = dict(self._entries)
         for name, source in renamed.items():
             self._entries[name] = found[source]
+            self._origins[name] = (source,)
         for name, rows in stacked.items():
             parts = tuple(tuple(cast(Entry, found[source]) for source in row) for row in rows)
             shapes = {tuple(part.shape for part in row) for row in parts}
@@ -144,16 +169,14 @@ class CheckpointSource:
                     f"{rows[0][0]!r}, differ in shape or dtype: give a whole checkpoint"
                 )
             self._entries[name] = _Stack(parts)
+            self._origins[name] = tuple(source for row in rows for source in row)
 
     def _entry(self, name: str) -> Entry | _Stack:
         return self._entries[self.resolve(name)]
 
     def _resolve(self, name: str) -> str | None:
-        for candidate in (name, *self._tied.get(name, ())):
-            for spelling in self._spellings(candidate):
-                if spelling in self._entries:
-                    return spelling
-        return None
+        found = (self.own_name(each) for each in (name, *self._tied.get(name, ())))
+        return next((spelling for spelling in found if spelling is not None), None)
 
     def _spellings(self, name: str) -> Iterator[str]:
         yield name

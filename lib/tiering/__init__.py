@@ -3,6 +3,7 @@ to a module.
 """
 
 from ..checkpoint.empty import empty_weights
+from ..checkpoint.load import load
 from ..machine import DEFAULT_SPECS, TierSpec
 from ..signals import AdamStateTierAnalyzer
 from .attach import attach
@@ -21,6 +22,7 @@ __all__ = [
     "TierSpec",
     "attach",
     "empty_weights",
+    "load",
     "load_specs",
     "save_specs",
     "specs_to_json",

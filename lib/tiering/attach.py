@@ -17,6 +17,7 @@ from ..blocks import (
     unique_parameters,
     unwrap_model,
 )
+from ..checkpoint.fit import check_fit
 from ..checkpoint.source import CheckpointSource, open_checkpoint
 from ..errors import InputError
 from ..hints import Hints, Tier, hints_from_json, load_hints, match_hints
@@ -82,15 +83,16 @@ def attach(
     of the fewest bytes, and without a ``precision`` every block is held at its floor. ``measure``
     runs the attached model on held-out text: precisions are raised until the upper bound of the
     measured KL is within epsilon, and only with it may a block go below 3 bits. ``weights`` is the
-    safetensors checkpoint of a model on the meta device (``empty_weights()``), which is then never
-    in memory as a whole. ``machine`` (machine.json) tells the planner, and an emulated run, how
-    fast the tiers are. ``spill_dir`` holds the SSD tier and keeps it for the next run (default: a
-    temporary folder on a disk). ``device`` is where the model computes (default: where its first
-    parameter is). ``forward`` and ``generate`` keep their signatures; the model is for inference
-    while attached.
+    safetensors checkpoint of a model on the meta device (``load(folder)``, or built inside
+    ``empty_weights()``), which is then never in memory as a whole. ``machine`` (machine.json) tells
+    the planner, and an emulated run, how fast the tiers are. ``spill_dir`` holds the SSD tier and
+    keeps it for the next run (default: a temporary folder on a disk). ``device`` is where the model
+    computes (default: where its first parameter is). ``forward`` and ``generate`` keep their
+    signatures; the model is for inference while attached.
 
     Raises InputError for hints that don't fit the model, a tier that the mode can't serve, a budget
-    that is too small (with the smallest that would do) and a spill folder that is memory;
+    that is too small (with the smallest that would do), a checkpoint that is quantized or another
+    model's, and a spill folder that is memory;
     PlacementError for a model that this or another offloader manages already, and for a plan that
     the veto refuses. The model is then as it was.
     """
@@ -100,7 +102,10 @@ def attach(
     refuse_managed(model)
     model = unwrap_model(model)
     blocks = partition_model(model)
-    checkpoint = open_checkpoint(model, weights) if weights is not None else None
+    checkpoint = None
+    if weights is not None:
+        checkpoint = open_checkpoint(model, weights)
+        check_fit(model, checkpoint)
     compute_device = _resolve_device(model, device)
     loaded = _load_hints(hints, model, blocks, checkpoint)
     if isinstance(machine, str | Path):

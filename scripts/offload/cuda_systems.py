@@ -29,9 +29,9 @@ def _load_resident(task: Task) -> Loaded:
 
 
 def _load_ours(task: Task, precision: str | None) -> Loaded:
-    from lib.checkpoint.models import build_empty_model
+    from lib.checkpoint.load import load
 
-    model = build_empty_model(task.checkpoint)
+    model = load(task.checkpoint)
     below = "SSD" if task.device == "cpu" else "CPU"
     budget = _budget_bytes(task)
     return attach_ours(model, task, precision, budget_bytes=budget, below=below)

@@ -156,9 +156,9 @@ def _prepare_airllm(task: Task) -> None:
 
 def _load_ours(task: Task, precision: str | None) -> Loaded:
     """Under a limit, weights get what the process has not taken already, less the reserve."""
-    from lib.checkpoint.models import build_empty_model
+    from lib.checkpoint.load import load
 
-    model = build_empty_model(task.checkpoint)
+    model = load(task.checkpoint)
     budget = task.budget_bytes
     used = anonymous_bytes()
     if budget is None and task.limit_bytes is not None:

@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lib.blocks import partition_model
-from lib.checkpoint.models import build_empty_model
+from lib.checkpoint.load import build_empty_model
 from lib.hints import ModelInfo, Precision, Tier, build_hints, load_hints, save_hints
 from lib.machine import MachineProfile, TierSpec, save_machine
 from scripts import plan, what_if
