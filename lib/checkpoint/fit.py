@@ -62,10 +62,21 @@ def check_fit(model: nn.Module, source: CheckpointSource) -> None:
 
 
 def check_weights(model: nn.Module, source: CheckpointSource) -> None:
-    """Refuse a quantized checkpoint, and one with tensors that change what the model's own mean;
-    warn of others that the model doesn't take.
-    """
+    """Refuse a quantized checkpoint, and warn of tensors that the model doesn't take."""
     refuse_quantized_config(source.path)
+    spare = refuse_codes(model, source)
+    if spare:
+        warnings.warn(
+            f"checkpoint {source.path} has tensors that the model doesn't take, and they are left "
+            f"out ({_some(spare)})",
+            stacklevel=2,
+        )
+
+
+def refuse_codes(model: nn.Module, source: CheckpointSource) -> dict[str, torch.dtype]:
+    """Refuse a checkpoint with codes in place of weights, or with tensors that change what the
+    model's own mean, such as scales; return others that the model doesn't take, with their dtypes.
+    """
     tensors = dict(_state(model))
     codes = {
         source.resolve(name): source.dtype(name)
@@ -93,27 +104,27 @@ def check_weights(model: nn.Module, source: CheckpointSource) -> None:
         raise _quantized(
             source.path, "tensors beside weights of the model, which no parameter takes", scales
         )
-    if spare:
-        warnings.warn(
-            f"checkpoint {source.path} has tensors that the model doesn't take, and they are left "
-            f"out ({_some(spare)})",
-            stacklevel=2,
-        )
+    return spare
 
 
 def refuse_quantized_config(path: str | Path) -> None:
     """Refuse a checkpoint whose config.json says that it is quantized; InputError with the kind."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    try:
-        document = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, InputError):
-        return  # a checkpoint needs none; who builds a model from it says what is wrong with it
-    for config in _quantization_configs(document):
-        kind = config.get("quant_method") or config.get("format") or "no quant_method"
+    kind, folder = quantization_kind(path), _folder(path)
+    if kind is not None:
         raise InputError(
             f"checkpoint {folder} is quantized (quantization_config in its config.json: {kind}), "
             f"and its scales would be ignored: {_DEQUANTIZE}"
         )
+
+
+def quantization_kind(path: str | Path) -> str | None:
+    """Return how a checkpoint is quantized by its config.json, None where that says nothing."""
+    try:
+        document = parse_json((_folder(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, InputError):
+        return None  # who builds a model from it says what is wrong with it
+    config = next(_quantization_configs(document), None)
+    return None if config is None else str(config.get("quant_method") or config.get("format"))
 
 
 def separate_ties(model: nn.Module, source: CheckpointSource) -> None:
@@ -181,7 +192,7 @@ def _check_dtypes(model: nn.Module, source: CheckpointSource) -> None:
 
 def _compare_generation(model: nn.Module, path: Path) -> None:
     """Warn where a model generates by defaults, and the folder has settings for that."""
-    folder = path if path.is_dir() else path.parent
+    folder = _folder(path)
     settings: Any = getattr(model, "generation_config", None)
     if settings is None or not (folder / "generation_config.json").is_file():
         return
@@ -244,6 +255,11 @@ def _give_own_parameter(model: nn.Module, name: str) -> None:
     tied = model.get_parameter(name)
     own = nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad)
     setattr(model.get_submodule(path), key, own)
+
+
+def _folder(path: str | Path) -> Path:
+    """Return the folder that a checkpoint is in."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
 def _quantization_configs(document: Any) -> Iterator[Mapping[str, Any]]:

@@ -97,8 +97,7 @@ def build_empty_model(
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"model {str(folder)!r} can't be built: {reason}") from error
+        raise InputError(f"model {str(folder)!r} can't be built: {first_line(error)}") from error
     for _, tensor in kept_in_fp32(model, model.config.dtype):
         tensor.data = tensor.data.to(torch.float32)
     for parameter in model.parameters():  # from_pretrained makes new ones, whatever flags they had
@@ -106,6 +105,28 @@ def build_empty_model(
     if model.can_generate():
         model.generation_config = _read_generation_config(folder)
     return cast("PreTrainedModel", model.eval())
+
+
+def read_config(model: str | Path, config_class: Any = None) -> Any:
+    """Read a folder's or a Hub id's configuration; OSError, ValueError and KeyError are
+    transformers' own, InputError is for a file whose values aren't valid.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return (config_class or AutoConfig).from_pretrained(model)
+    except (OSError, ValueError, KeyError):
+        raise  # the caller says what is wrong with the name or the folder
+    except Exception as error:  # what a field may raise is up to each model's configuration
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"model {str(model)!r} has a config.json that is not valid, correct it: {reason}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _find_class(folder: str | Path, given: Any) -> tuple[Any, Any]:
@@ -120,8 +141,8 @@ def _find_class(folder: str | Path, given: Any) -> tuple[Any, Any]:
             raise InputError(f"model_class {given!r} is no class of transformers: give one")
         given = found
     if hasattr(given, "_from_config"):
-        return given, given.config_class.from_pretrained(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
+        return given, read_config(folder, given.config_class)
+    config = read_config(folder)
     if given is None:
         names = getattr(config, "architectures", None) or ["AutoModelForCausalLM"]
         given = getattr(transformers, names[0], None)
