@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2.sources import open_source
-from lib.checkpoint.models import first_line
+from lib.checkpoint.load import first_line
 from lib.config import DataConfig
 from lib.errors import InputError
 from scripts.text import find_text_files, make_sequences, read_chunks

@@ -69,7 +69,7 @@ def check_weights(model: nn.Module, source: CheckpointSource) -> None:
         warnings.warn(
             f"checkpoint {source.path} has tensors that the model doesn't take, and they are left "
             f"out ({_some(spare)})",
-            stacklevel=2,
+            stacklevel=1,  # one place for load and attach: said once
         )
 
 

@@ -4,7 +4,9 @@ Whatever is wrong with what the user names raises InputError with one line. Mode
 CPU, in the checkpoint's own dtype, in evaluation mode (no dropout).
 """
 
-from logging import ERROR, getLogger
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import ERROR, LogRecord, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import InputError
+from .files import PLAIN_DTYPES
+from .fit import quantization_kind, refuse_codes
+from .load import first_line, read_config
+from .source import open_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,15 +32,16 @@ def load_model(model: str, checkpoint: Path | None = None) -> "PreTrainedModel":
     """Load a causal language model; its weights from ``checkpoint`` if one is given.
 
     A weight that is missing or of another shape is an error, and in ``checkpoint`` so is one that
-    the model does not know; a tied weight may be absent. The weights' memory is the process's own,
-    no mapping of the file.
+    the model does not know; a tied weight may be absent. Quantized weights and encoders are
+    refused. The weights' memory is the process's own, no mapping of the file.
     """
     _check_model_name(model)
     try:
-        loaded, report = _load(model, checkpoint)
+        with _held_log() as held:
+            loaded, report = _load(model, checkpoint)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         problem = (
             "can't be loaded" if Path(model).is_dir() else "is neither a folder nor on the Hub"
         )
@@ -42,8 +49,13 @@ def load_model(model: str, checkpoint: Path | None = None) -> "PreTrainedModel":
     if checkpoint is None:
         report["unexpected_keys"] = ()  # published checkpoints carry spare heads and old buffers
     _check_report(report, str(checkpoint or model))
+    _refuse_quantized(loaded, model, checkpoint)
     own_memory(loaded)
-    return cast("PreTrainedModel", loaded.eval())
+    loaded.eval()
+    _refuse_encoder(loaded, model)
+    for record in held:
+        getLogger(record.name).handle(record)
+    return cast("PreTrainedModel", loaded)
 
 
 def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -68,15 +80,36 @@ def own_memory(model: torch.nn.Module) -> None:
 
 
 def quiet_transformers(*, progress: bool) -> None:
-    """Silence the warnings of transformers, and its progress bars unless ``progress``."""
+    """Silence the progress bars of transformers unless ``progress``, and torchao's warnings."""
     from transformers import utils
 
     logging: Any = utils.logging
-    logging.set_verbosity_error()
     (logging.enable_progress_bar if progress else logging.disable_progress_bar)()
     # Where torchao is installed, transformers imports it, and it warns of other machines' kernels.
     for name in ("torchao", "torch.utils._pytree"):
         getLogger(name).setLevel(ERROR)
+
+
+@contextmanager
+def _held_log() -> Iterator[list[LogRecord]]:
+    """Keep what transformers logs back: where loading fails, one error says why."""
+    from transformers import utils
+
+    utils.logging.get_logger()  # makes the handler
+    held: list[LogRecord] = []
+
+    def keep(record: LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    handlers = [*getLogger("transformers").handlers, *getLogger().handlers]
+    for handler in handlers:
+        handler.addFilter(keep)
+    try:
+        yield held
+    finally:
+        for handler in handlers:
+            handler.removeFilter(keep)
 
 
 def _check_model_name(model: str) -> None:
@@ -103,7 +136,7 @@ def _load(model: str, checkpoint: Path | None) -> _Loaded:
     # Other shapes are listed instead of raised, so that one place words all that is wrong.
     report: Any = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     state = None if checkpoint is None else _read_state(checkpoint)
-    config = _load_config(model)
+    config = read_config(model)
     if state is None:
         model_class: Any = AutoModelForCausalLM
         loaded = model_class.from_pretrained(model, config=config, dtype="auto", **report)
@@ -118,18 +151,38 @@ def _load(model: str, checkpoint: Path | None) -> _Loaded:
     )
 
 
-def _load_config(model: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError):
-        raise  # load_model says what is wrong with the name or the folder
-    except Exception as error:  # what a field may raise is up to each model's configuration
-        reason = " ".join(str(error).split())
+def _refuse_quantized(loaded: Any, model: str, checkpoint: Path | None) -> None:
+    """Refuse what transformers has not dequantized, and codes that it took for weights."""
+    kinds = {parameter.dtype for parameter in loaded.parameters()} - PLAIN_DTYPES
+    if kinds or getattr(loaded, "hf_quantizer", None) is not None:
         raise InputError(
-            f"model {model!r} has a config.json that is not valid, correct it: {reason}"
-        ) from error
+            f"model {model!r} is quantized ({quantization_kind(model)}): dequantize() it with "
+            "transformers, save it to another folder, and give that one"
+        )
+    saved = checkpoint or Path(model)
+    if quantization_kind(model) is None and (
+        saved.suffix == ".safetensors" or any(saved.glob("*.safetensors*"))
+    ):
+        refuse_codes(loaded, open_checkpoint(loaded, saved))
+
+
+def _refuse_encoder(loaded: Any, model: str) -> None:
+    """Refuse a model whose outputs depend on later tokens: it predicts what it has seen."""
+    count = loaded.get_input_embeddings().num_embeddings
+    ids = torch.arange(count - 1, count - 9, -1)[None] % count  # padding is at the other end
+    other = ids.clone()
+    other[0, -1] = (count - 9) % count
+    with torch.inference_mode():
+        first, second = (loaded(input_ids=each).logits[:, :-1].float() for each in (ids, other))
+    moved = float((first - second).abs().max() / first.std())
+    # Experts that get one token more may round otherwise; attention to it does more than that.
+    noise = 1e-4 if loaded.dtype == torch.float32 else 0.05
+    if moved > (0.0 if getattr(loaded.config, "is_decoder", True) is False else noise):
+        raise InputError(
+            f"model {model!r} ({type(loaded).__name__}) is no causal language model: its outputs "
+            "change with later tokens, as an encoder's do; give a decoder (one of an encoder's "
+            "class has is_decoder in its config.json)"
+        )
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -192,8 +245,3 @@ def _check_report(report: dict[str, Any], origin: str) -> None:
             raise InputError(
                 f"{origin} {problem} ({len(names)}: {some}): give a checkpoint of this model"
             )
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says first, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
