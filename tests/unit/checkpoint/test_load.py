@@ -134,6 +134,34 @@ def blocks(model: nn.Module) -> list[str]:
     return [block.name for block in partition_model(model)]
 
 
+def qwen3_5() -> Any:
+    """Its language model alone is what AutoModelForCausalLM gives."""
+    return build(
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "text_config": {
+                **SMALL,
+                "num_hidden_layers": 4,
+                "head_dim": 8,
+                "num_key_value_heads": 2,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 2,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 8,
+                "eos_token_id": 2,
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "patch_size": 8,
+            },
+        },
+    )
+
+
 def words(model: Any) -> Tensor:
     return model(input_ids=IDS).logits
 
@@ -165,6 +193,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
     "mixtral": (tiny_mixtral, words),
     "deepseek": (deepseek, words),
     "gemma3": (gemma3, words),
+    "qwen3.5": (qwen3_5, words),
     "t5": (t5, both),
     "bart": (lambda: build("BartForConditionalGeneration", HALVED), both),
     "whisper": (whisper, heard),
@@ -367,6 +396,7 @@ def test_what_transformers_keeps_in_fp32_is_refused_in_another_dtype(
 
 CLASSES = {
     "gpt2": ["AutoModelForCausalLM", transformers.AutoModel, "GPT2Model", None],
+    "qwen3.5": ["AutoModelForCausalLM", None],
     "gemma3": ["AutoModelForCausalLM", "AutoModelForImageTextToText", None],
     "bert": [transformers.AutoModelForMaskedLM, "BertForMaskedLM"],
     "bart": ["AutoModelForSeq2SeqLM", transformers.BartModel],
