@@ -104,6 +104,8 @@ class EncodedWeight:
     device. The record isn't checked here (``codecs.check_record``).
     """
 
+    looks_up = True
+
     def __init__(
         self, record: Tensor, layout: RecordLayout, *, dtype: torch.dtype, scratch: Scratch
     ) -> None:

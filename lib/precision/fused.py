@@ -35,6 +35,8 @@ class Int8Weight:
     codes in the compute dtype, which holds them exactly, and scale the product.
     """
 
+    looks_up = True
+
     def __init__(
         self,
         layout: RecordLayout,
@@ -115,6 +117,8 @@ class Int4Weight:
     Both compute (code - 8) * scale + zero by groups of a row. A prefix of a longer code is held
     with its zero rounded to bfloat16. ``rows`` needs the record: see ``kernels.Use``.
     """
+
+    looks_up = False
 
     def __init__(
         self,

@@ -45,10 +45,11 @@ _INT4_GROUPS = {32, 64, 128, 256}
 
 
 class Use(StrEnum):
-    """What a module does with a weight."""
+    """What a module does with a weight. ``WHOLE``: anything else, for which it is expanded."""
 
     LINEAR = "linear"
     EMBEDDING = "embedding"
+    WHOLE = "whole"
 
 
 class CompressedWeight(Protocol):
@@ -57,6 +58,8 @@ class CompressedWeight(Protocol):
     shape: tuple[int, int]
     dtype: torch.dtype
     """The weight's own, in which ``rows`` and ``expand`` return it."""
+    looks_up: bool
+    """It has ``rows``."""
 
     @property
     def num_bytes(self) -> int:
@@ -79,6 +82,8 @@ class CompressedWeight(Protocol):
 
 class PairedWeight:
     """A tied weight held twice: packed for Linear, as its record for rows."""
+
+    looks_up = True
 
     def __init__(self, packed: CompressedWeight, record: CompressedWeight) -> None:
         self.shape, self.dtype = packed.shape, packed.dtype
@@ -190,6 +195,6 @@ def _form(
         and layout.cols % layout.group_size == 0
         and (device.type == "cpu" or inner_tiles(layout.cols) > 0)
     )
-    if fits_int4_kernel and Use.LINEAR in uses:
-        return PairedWeight if Use.EMBEDDING in uses else Int4Weight
-    return EncodedWeight
+    if not fits_int4_kernel or Use.LINEAR not in uses or Use.WHOLE in uses:
+        return EncodedWeight  # whose rows decode at once; packed codes must be multiplied for it
+    return PairedWeight if Use.EMBEDDING in uses else Int4Weight

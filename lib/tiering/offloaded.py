@@ -57,6 +57,9 @@ NO_GRADIENTS = (
 class WeightOps(Protocol):
     """What can be computed with weights that are not there as a tensor: W is (rows, columns)."""
 
+    looks_up: bool
+    """It has ``rows``; where it doesn't, the weight is expanded for a lookup."""
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x @ W.T + bias: (..., columns) -> (..., rows), in x's dtype."""
 
@@ -191,7 +194,8 @@ def _own_operation(
         named = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False))
         named |= kwargs
         weight, ids = named["weight"], named["input"]
-        if (ops := _ops(weight)) and not weight._tierhints_transposed and not named.get("max_norm"):
+        ops = _ops(weight)
+        if ops and ops.looks_up and not (weight._tierhints_transposed or named.get("max_norm")):
             return weight, lambda: ops.rows(ids)
     elif func is Tensor.__getitem__ and (index := _as_index(args[1])) is not None:
         weight = args[0]

@@ -1,6 +1,7 @@
 """Parts: one parameter in a payload, raw or as a codec's record, and what its uses need."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +47,16 @@ def make_part(
     name: str,
     weight: Tensor,
     precision: Precision | None,
-    owner: nn.Module,
-    uses: frozenset[Use],
+    owners: Sequence[nn.Module],
     offset: int,
     *,
     packed: bool,
 ) -> Part:
-    """Lay a parameter out. ``owner`` is its module; ``packed``: it holds experts, which are taken
-    one at a time. ``precision`` None is lossless.
+    """Lay a parameter out. ``owners`` are the modules that it is registered in, the one of that
+    name first; ``packed``: it holds experts, which are taken one at a time. ``precision`` None is
+    lossless.
     """
+    owner = owners[0]
     form = stored_form(name, weight, owner, precision)
     record = form.record if form else None
     native_bytes = weight.numel() * weight.element_size()
@@ -62,7 +64,7 @@ def make_part(
     if record is not None:
         rows, columns = record.rows, record.cols
     copies = 0
-    if record is not None and not _computes_compressed(owner, packed):
+    if record is not None and not all(_computes_compressed(each, packed) for each in owners):
         in_order = torch.empty(weight.shape, device="meta").stride() == weight.stride()
         copies = 1 if in_order and form is not None and not form.transposed else 2
     return Part(
@@ -75,7 +77,7 @@ def make_part(
         codec=form.codec if form else None,
         record=record,
         transposed=form is not None and form.transposed,
-        uses=uses,
+        uses=frozenset(map(_use, owners)),
         rows=rows,
         columns=columns,
         incompressible=precision is not None
@@ -84,6 +86,16 @@ def make_part(
         and not is_router(name, weight, owner),
         expanded_bytes=copies * native_bytes,
     )
+
+
+def _use(owner: nn.Module) -> Use:
+    """Say what a module does with a weight of its own."""
+    if isinstance(owner, nn.Embedding):
+        return Use.EMBEDDING
+    plain = type(owner).forward is nn.Linear.forward
+    if isinstance(owner, NonDynamicallyQuantizableLinear) or not (plain or is_transposed(owner)):
+        return Use.WHOLE
+    return Use.LINEAR
 
 
 def _computes_compressed(owner: nn.Module, packed: bool) -> bool:

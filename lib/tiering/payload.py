@@ -21,7 +21,6 @@ from ..blocks import Block, BlockKind
 from ..errors import InputError
 from ..hints import Precision
 from ..precision.codecs import RecordLayout, encode_from
-from ..precision.kernels import Use
 from ..precision.storage import name_weights, native_precision, precision_rank
 from .parts import Part, make_part
 from .stores import CHUNK_BYTES
@@ -146,12 +145,9 @@ def make_payload(
     for name in group.parameters:
         end = parts[-1].offset + parts[-1].num_bytes if parts else 0
         offset = -(-end // _PIECE_ALIGNMENT) * _PIECE_ALIGNMENT
-        owner = model.get_submodule(name.rpartition(".")[0])
         packed = group.kind is BlockKind.EXPERT and shapes[name].dim() == 3
-        part = make_part(
-            name, shapes[name], precision, owner, _uses(modules), offset, packed=packed
-        )
-        parts.append(part)
+        owners = _owners(name, group, model)
+        parts.append(make_part(name, shapes[name], precision, owners, offset, packed=packed))
     lossless = min((native_precision(part.dtype) for part in parts), key=precision_rank)
     by_rows = _moves_by_rows(parts, modules)
     return Payload(
@@ -308,10 +304,15 @@ def _whole(parts: list[Part]) -> Shard:
     )
 
 
-def _uses(modules: list[nn.Module]) -> frozenset[Use]:
-    return frozenset(
-        Use.EMBEDDING if isinstance(module, nn.Embedding) else Use.LINEAR for module in modules
-    )
+def _owners(name: str, group: Group, model: nn.Module) -> list[nn.Module]:
+    """Return the modules in which a parameter is registered, under its own name and as a tied one.
+
+    They decide how it is used: a group's module may be a container that only calls them.
+    """
+    parameter = model.get_parameter(name)
+    tied = dict.fromkeys(alias for block in group.blocks for alias in block.tied)
+    names = [name, *(alias for alias in tied if model.get_parameter(alias) is parameter)]
+    return [model.get_submodule(each.rpartition(".")[0]) for each in names]
 
 
 def _moves_by_rows(parts: list[Part], modules: list[nn.Module]) -> bool:

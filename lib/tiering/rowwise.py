@@ -36,6 +36,8 @@ class ShardReader(Protocol):
 class StreamedRows:
     """WeightOps on shards that move."""
 
+    looks_up = True
+
     def __init__(
         self,
         reader: ShardReader,
