@@ -85,6 +85,8 @@ class Plan:
     predicted: PassTime
     original_bytes: int = 0
     """What the originals of compressed weights take on the SSD, within its budget."""
+    expanded_bytes: int = 0
+    """The share of ``scratch_bytes`` that is taken only for as long as weights are expanded."""
 
     @property
     def fast_bytes(self) -> int:

@@ -7,7 +7,7 @@ such writes show in its version counter, which aliases share, and the group is t
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from torch._C import DisableTorchFunctionSubclass
 from ..errors import PlacementError
 from ..hints import Tier
 from ..precision.kernels import CompressedWeight, EncodedWeight, Scratch
+from ..units import format_bytes
 from .archive import Archive, Stored
 from .link import Link, Unit
 from .offloaded import OffloadedParameter, WeightOps, set_away, set_weights
@@ -59,7 +60,17 @@ class Held:
         return not self.units and not self.payload.lossy
 
 
+_STEP_BYTES, _ROW_BLOCK = 2**20, 64
+"""Weights, and a multiple of rows, that are expanded at a time: packed codes come in blocks."""
 OnMove = Callable[[str], contextlib.AbstractContextManager[Callable[[int], None]]]
+
+
+MakeRoom = Callable[[Collection[str], Collection[str]], None]
+
+
+def refuse_more(groups: Collection[str], whole: Collection[str]) -> None:
+    """Refuse to make room."""
+    raise PlacementError(f"there is no room for weights of {', '.join(sorted(groups))}")
 
 
 class Access:
@@ -87,6 +98,12 @@ class Access:
         """Entered around each transfer outside a module's own hooks; told the bytes that moved."""
         self.on_use: Callable[[str], None] = lambda group: None
         """Told of each full use that comes from an operation and not from a module's hooks."""
+        self.make_room: MakeRoom = refuse_more
+        """Asked where the plan has no room for groups and whole parameters at the same time."""
+        self.spare_bytes: Callable[[], int | None] = lambda: None
+        """Returns the fast memory that is left for what is expanded; None: there is no limit."""
+        self._places: dict[int, tuple[Held, Part]] = {}
+        """Groups and parts of the parameters that are away, by identity."""
 
     def parameter(self, part: Part) -> nn.Parameter:
         """Return the model's own parameter."""
@@ -101,20 +118,69 @@ class Access:
         if not held.units:
             self.link.use_in_place(held.payload.data_bytes)
         self.refuse_written(held)
+        self._ensure_room([held], [])
         if not held.units or held.by_rows:
             return 0
         held.num_holds += 1  # first: whoever is interrupted below is found by end_holds
         if held.num_holds > 1:
             return 0
-        unit = held.units[0]
         try:
-            with plain_tensors():
-                buffer = self.prefetcher.acquire(unit)
-                self._show(held, self._in_memory(held, 0) if buffer is None else buffer)
+            return self._fetch(held)
         except Exception:
             held.num_holds -= 1
             raise
+
+    def hold_again(self, held: Held, num_holds: int) -> None:
+        """Go on with holds after groups have moved during a forward."""
+        if held.units and not held.by_rows:
+            held.num_holds = num_holds
+            self._fetch(held)
+
+    def _fetch(self, held: Held) -> int:
+        unit = held.units[0]
+        with plain_tensors():
+            buffer = self.prefetcher.acquire(unit)
+            self._show(held, self._in_memory(held, 0) if buffer is None else buffer)
         return unit.data_bytes
+
+    def _prepare(
+        self, whole: Sequence[OffloadedParameter], by_rows: Sequence[OffloadedParameter]
+    ) -> bool:
+        """Make room for an operation; returns whether anything has moved for it."""
+        places = [self._places[id(parameter)] for parameter in whole]
+        groups = [held for held, _ in places]
+        groups += [self._places[id(parameter)][0] for parameter in by_rows]
+        with self.alone():
+            return self._ensure_room(groups, places)
+
+    def _ensure_room(self, groups: Sequence[Held], whole: Sequence[tuple[Held, Part]]) -> bool:
+        """Ask for a plan with room for groups and whole parameters, where this one has none."""
+        if self._has_room(groups, whole):
+            return False
+        names = {held.payload.group.name for held in groups}
+        self.make_room(names, {part.parameter for _, part in whole})
+        gone = [(held, part) for held, part in whole if self._is_away(part)]
+        if not self._has_room(groups, gone):
+            refuse_more(names, ())
+        return True
+
+    def _has_room(self, groups: Sequence[Held], whole: Sequence[tuple[Held, Part]]) -> bool:
+        units = {
+            max(held.units, key=lambda unit: unit.num_bytes)
+            for held in groups
+            if held.units and (held.by_rows or not held.num_holds)
+        }
+        spare = self.spare_bytes()
+        expanded = {
+            part.parameter: part.whole_bytes
+            for held, part in whole
+            if part.record is not None or len(held.units) > 1
+        }
+        fits = spare is None or sum(expanded.values()) <= spare
+        return fits and self.prefetcher.has_room(units)
+
+    def _is_away(self, part: Part) -> bool:
+        return isinstance(self.parameter(part), OffloadedParameter)
 
     def release(self, held: Held) -> None:
         """End one use; nothing is copied back, since weights don't change."""
@@ -174,6 +240,7 @@ class Access:
                 self._take_away(held, part, weight)
 
     def _take_away(self, held: Held, part: Part, ops: WeightOps | None) -> None:
+        self._places[id(self.parameter(part))] = held, part
         set_away(
             self.parameter(part),
             self.originals.shapes[part.parameter],
@@ -181,6 +248,7 @@ class Access:
             ops,
             placeholder=torch.empty(0, dtype=part.dtype, device=self.device),
             transposed=part.transposed,
+            prepare=self._prepare,
         )
 
     @contextlib.contextmanager
@@ -198,18 +266,39 @@ class Access:
             if isinstance(parameter, OffloadedParameter):
                 ops = parameter._tierhints_ops
                 assert ops is not None
+                if len(held.units) == 1 and part.record is None:
+                    buffer = stack.enter_context(_GroupReader(self, held).hold(0, shared=True))
+                    set_weights(parameter, raw_view(buffer, part))
+                    stack.callback(self._take_away, held, part, ops)
+                    yield
+                    return
+                stack.enter_context(self._taking(part.num_native_bytes))
                 with plain_tensors():
-                    matrix = ops.expand(0, part.rows)
-                    self.on_extra(matrix.untyped_storage().nbytes())
-                    stack.callback(self.on_extra, -matrix.untyped_storage().nbytes())
-                    weights = _in_shape(matrix, part)
-                    if weights.data_ptr() != matrix.data_ptr():  # both are there for a moment
-                        self.on_extra(weights.untyped_storage().nbytes())
-                        self.on_extra(-weights.untyped_storage().nbytes())
+                    matrix = _expand(ops, part, self.device)
+                    if part.whole_bytes == part.num_native_bytes:
+                        weights = matrix.view(part.shape)
+                    else:  # both are there for a moment
+                        with self._taking(part.num_native_bytes):
+                            weights = _in_shape(matrix, part)
                     del matrix
                     set_weights(parameter, weights)
                 stack.callback(self._take_away, held, part, ops)
             yield
+
+    @contextlib.contextmanager
+    def _taking(self, num_bytes: int) -> Iterator[None]:
+        """Take fast memory beyond slots and residents; raises PlacementError above the budget."""
+        spare = self.spare_bytes()
+        if spare is not None and num_bytes > spare:
+            raise PlacementError(
+                f"{format_bytes(num_bytes)} of expanded weights would pass the HBM budget, "
+                f"of which {format_bytes(max(spare, 0))} are left: give a larger one"
+            )
+        self.on_extra(num_bytes)
+        try:
+            yield
+        finally:
+            self.on_extra(-num_bytes)
 
     def _in_memory(self, held: Held, index: int) -> Tensor:
         """Return a shard where it is kept in memory, as in emulation."""
@@ -244,41 +333,22 @@ class _GroupReader:
         return self._access.parameter(self._held.payload.parts[0]).requires_grad
 
     @contextlib.contextmanager
-    def hold(self, index: int) -> Iterator[Tensor]:
-        """Bring a shard into fast memory for as long as the context lasts."""
+    def hold(self, index: int, *, shared: bool = False) -> Iterator[Tensor]:
+        """Bring a shard into fast memory for as long as the context lasts. ``shared``: others than
+        us see it, and may keep a view.
+        """
         access, unit = self._access, self._held.units[index]
         access.refuse_written(self._held)
         with access.alone():
             if index == 0:
                 access.on_use(unit.group)
-            if unit.num_bytes > access.prefetcher.slot_bytes:
-                with self._read_apart(index) as buffer:
-                    yield buffer
-                return
             with access.on_move(unit.group) as moved, plain_tensors():
                 there = access.prefetcher.acquire(unit)
                 moved(unit.data_bytes)
             try:
                 yield access._in_memory(self._held, index) if there is None else there
             finally:
-                access.prefetcher.release(unit, shared=False)
-
-    @contextlib.contextmanager
-    def _read_apart(self, index: int) -> Iterator[Tensor]:
-        """Read a shard that the plan has no slot for, since it foresaw lookups only."""
-        access, held = self._access, self._held
-        unit = held.units[index]
-        assert held.stored is not None
-        with access.on_move(unit.group) as moved, plain_tensors():
-            shard = held.payload.shards[index]
-            buffer = access.archive.read_shard(held.stored, shard).to(access.device)
-            access.link.fetch(unit.tier, unit.data_bytes)
-            moved(unit.data_bytes)
-        access.on_extra(unit.num_bytes)
-        try:
-            yield buffer
-        finally:
-            access.on_extra(-unit.num_bytes)
+                access.prefetcher.release(unit, shared=shared)
 
     def read_rows(self, index: int, ids: Tensor) -> Tensor:
         """Return rows (n, columns) of a shard, by their numbers within it."""
@@ -291,10 +361,20 @@ class _GroupReader:
         return rows
 
 
+def _expand(ops: WeightOps, part: Part, device: torch.device) -> Tensor:
+    """Return a whole weight as a matrix, made a few rows at a time: what that takes is small."""
+    step = max(_STEP_BYTES // (part.columns * _ROW_BLOCK), 1) * _ROW_BLOCK
+    if part.rows <= step:
+        return ops.expand(0, part.rows)
+    matrix = torch.empty(part.rows, part.columns, dtype=part.dtype, device=device)
+    for start in range(0, part.rows, step):
+        end = min(start + step, part.rows)
+        matrix[start:end] = ops.expand(start, end)
+    return matrix
+
+
 def _in_shape(matrix: Tensor, part: Part) -> Tensor:
     """Return a decoded matrix as the parameter was: its shape and strides."""
-    if not part.transposed and part.is_contiguous:
-        return matrix.view(part.shape)
     weights = torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device=matrix.device)
     return weights.copy_(matrix.t() if part.transposed else matrix.view(part.shape))
 

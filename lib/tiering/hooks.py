@@ -85,6 +85,17 @@ class Forwards:
         if not any(group == own.name for hook in users for own in hook.groups):
             self.trace.append(Step(group))
 
+    @property
+    def running(self) -> list[str]:
+        """The groups of the modules that are running."""
+        return [group.name for hook, _ in self._held for group in hook.groups]
+
+    @property
+    def expected(self) -> tuple[Step, ...]:
+        """The uses of the present forward so far, and those of groups that it hasn't used yet."""
+        named = {step.block for step in self.trace}
+        return (*self.trace, *(step for step in self.schedule if step.block not in named))
+
     def _install(self) -> None:
         users: dict[str, list[Group]] = {}
         for group in self._residency.groups:
@@ -178,8 +189,7 @@ class Forwards:
         """Expect what this forward used; the forward of a part says nothing of the other blocks."""
         if self._implicit is None:
             return tuple(self.trace) or self.schedule
-        named = {step.block for step in self.trace}
-        return (*self.trace, *(step for step in self.schedule if step.block not in named))
+        return self.expected
 
     def _acquire(self, hook: "_GroupHook", module: nn.Module) -> None:
         if torch.compiler.is_compiling():

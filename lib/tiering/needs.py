@@ -18,6 +18,7 @@ from ..precision import kernels
 from ..precision.floors import Ledger, most_precise
 from ..precision.kernels import Use, resident_bytes
 from .admission import ledger_of, lookup_moved
+from .demands import Demand
 from .payload import Payload, group_blocks, make_payload
 from .stores import CHUNK_BYTES
 
@@ -63,24 +64,31 @@ def block_needs(
     hints: Hints | None,
     device: torch.device,
     machine: MachineProfile,
+    demands: Iterable[Demand] = (),
 ) -> list[BlockNeed]:
-    """Return what each group asks for, in definition order."""
+    """Return what each group asks for, in definition order. ``demands``: what was seen to be needed
+    at the same time.
+    """
     residents = _must_reside(payloads)
+    for demand in demands:
+        residents |= demand.residents(payloads)
     return [
         _need(payload, hints, device, machine, must_reside=name in residents)
         for name, payload in payloads.items()
     ]
 
 
-def scratch_bytes(payloads: Iterable[Payload]) -> int:
+def scratch_bytes(payloads: Mapping[str, Payload], demands: Iterable[Demand] = ()) -> int:
     """Return the working memory that the payloads' weights need in fast memory."""
-    payloads = list(payloads)
-    lookups = max((lookup_bytes(payload) for payload in payloads), default=0)
+    lookups = max((lookup_bytes(payload) for payload in payloads.values()), default=0)
+    return lookups + expanded_bytes(payloads, demands) + codec_scratch_bytes(payloads.values())
+
+
+def expanded_bytes(payloads: Mapping[str, Payload], demands: Iterable[Demand] = ()) -> int:
+    """Return the share of it that is taken only for as long as weights are expanded."""
     # A module may take several weights at a time (nn.LSTM), and no two modules compute at a time.
-    expanded = max(
-        (sum(p.expanded_bytes for p in payload.parts) for payload in payloads), default=0
-    )
-    return lookups + expanded + codec_scratch_bytes(payloads)
+    sizes = [payload.expanded_bytes for payload in payloads.values()]
+    return max([*sizes, *(demand.expanded_bytes(payloads) for demand in demands)], default=0)
 
 
 def codec_scratch_bytes(payloads: Iterable[Payload]) -> int:
@@ -117,7 +125,7 @@ def model_needs(
     ledger = ledger or ledger_of(model, blocks, hints)
     payloads = make_payloads(model, blocks, precision=precision, floors=ledger.floors)
     needs = block_needs(model, payloads, hints=hints, device=device, machine=machine)
-    return needs, scratch_bytes(payloads.values())
+    return needs, scratch_bytes(payloads)
 
 
 def _need(

@@ -9,7 +9,7 @@ matrix products and lookups are theirs, and nothing else ever sees the whole wei
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +70,15 @@ class WeightOps(Protocol):
         """Return W[start:end] in the model's dtype."""
 
 
+class Prepare(Protocol):
+    """Makes room for all that an operation needs at the same time, before any of it is fetched."""
+
+    def __call__(
+        self, whole: "Sequence[OffloadedParameter]", by_rows: "Sequence[OffloadedParameter]"
+    ) -> bool:
+        """Return whether parameters have come or gone for it: the operation begins anew then."""
+
+
 class OffloadedParameter(nn.Parameter):
     """A parameter whose weights are away. It is a plain Parameter again for as long as they are
     back.
@@ -78,6 +87,7 @@ class OffloadedParameter(nn.Parameter):
     _tierhints_shape: Tensor
     """Meta tensor with the size, strides and dtype of the weights that are away."""
     _tierhints_fetch: Callable[[], contextlib.AbstractContextManager[None]]
+    _tierhints_prepare: "Prepare | None"
     _tierhints_ops: WeightOps | None
     _tierhints_transposed: bool
     """The parameter is W.T, as in GPT-2's Conv1D."""
@@ -132,9 +142,19 @@ class OffloadedParameter(nn.Parameter):
                     raise PlacementError(f"inputs require gradients, {NO_GRADIENTS}")
                 stack.enter_context(torch.no_grad())
             own = _own_operation(func, args, kwargs)
-            for parameter in _find_offloaded((args, kwargs)):
-                if own is None or parameter is not own[0]:
-                    stack.enter_context(parameter._tierhints_fetch())
+            # Of one whose own operation it is the rows, or a shard at a time, are enough.
+            needed = [
+                parameter
+                for parameter in _find_offloaded((args, kwargs))
+                if own is None or parameter is not own[0]
+            ]
+            streamed = [own[0]] if own is not None and func is F.linear else []
+            for parameter in (*needed, *streamed):
+                prepare = parameter._tierhints_prepare
+                if prepare is not None and prepare(needed, streamed):
+                    return func(*args, **kwargs)  # what is away has changed: look again
+            for parameter in needed:
+                stack.enter_context(parameter._tierhints_fetch())
             return func(*args, **kwargs) if own is None else own[1]()
 
 
@@ -146,15 +166,18 @@ def set_away(
     *,
     placeholder: Tensor,
     transposed: bool = False,
+    prepare: Prepare | None = None,
 ) -> None:
     """Take a parameter's weights from it. ``ops`` compute what they can without it; for anything
-    else ``fetch`` brings the weights back for as long as its context lasts.
+    else ``fetch`` brings the weights back for as long as its context lasts, after ``prepare`` has
+    made room for all that an operation needs.
     """
     set_weights(parameter, placeholder)
     parameter.__class__ = OffloadedParameter
     assert isinstance(parameter, OffloadedParameter)
     parameter._tierhints_shape = shape
     parameter._tierhints_fetch = fetch
+    parameter._tierhints_prepare = prepare
     parameter._tierhints_ops = ops
     parameter._tierhints_transposed = transposed
 
@@ -163,7 +186,7 @@ def set_weights(parameter: nn.Parameter, weights: Tensor) -> None:
     """Make a parameter a plain one with these weights."""
     if isinstance(parameter, OffloadedParameter):
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-        del parameter._tierhints_shape, parameter._tierhints_fetch
+        del parameter._tierhints_shape, parameter._tierhints_fetch, parameter._tierhints_prepare
         del parameter._tierhints_ops, parameter._tierhints_transposed
     parameter.data = weights
 

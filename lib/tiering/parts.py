@@ -35,7 +35,14 @@ class Part:
     incompressible: bool
     """It was to be compressed, and its record would not be smaller."""
     expanded_bytes: int
-    """What a use takes that can't compute with the record: 0 where uses can."""
+    """What a use takes that can't compute with the record: 0 where the owners' uses can."""
+    whole_bytes: int
+    """What a use would take that can't compute with the record, or with shards of rows."""
+
+    @property
+    def num_native_bytes(self) -> int:
+        """Bytes as a tensor of the parameter's own dtype."""
+        return self.shape.numel() * self.dtype.itemsize
 
     @property
     def is_contiguous(self) -> bool:
@@ -63,10 +70,9 @@ def make_part(
     rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1] if weight.shape else 1
     if record is not None:
         rows, columns = record.rows, record.cols
-    copies = 0
-    if record is not None and not all(_computes_compressed(each, packed) for each in owners):
-        in_order = torch.empty(weight.shape, device="meta").stride() == weight.stride()
-        copies = 1 if in_order and form is not None and not form.transposed else 2
+    in_order = torch.empty(weight.shape, device="meta").stride() == weight.stride()
+    whole_bytes = native_bytes if in_order and not (form and form.transposed) else 2 * native_bytes
+    computes = record is None or all(_computes_compressed(each, packed) for each in owners)
     return Part(
         parameter=name,
         offset=offset,
@@ -84,7 +90,8 @@ def make_part(
         and is_lossy(weight, precision)
         and record is None
         and not is_router(name, weight, owner),
-        expanded_bytes=copies * native_bytes,
+        expanded_bytes=0 if computes else whole_bytes,
+        whole_bytes=whole_bytes,
     )
 
 

@@ -6,6 +6,7 @@ measurement has raised change what groups are held as, and with that every plan 
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,9 @@ from ..policy.planner import make_plan
 from ..policy.states import placed_state
 from ..policy.timeline import PassTime
 from ..units import parse_bytes
+from .demands import Demand
 from .emulation import EmulatedLink
-from .needs import PrecisionChoice, block_needs, make_payloads, scratch_bytes
+from .needs import PrecisionChoice, block_needs, expanded_bytes, make_payloads, scratch_bytes
 from .payload import Payload
 from .reserve import leave_room, original_bytes, with_originals
 
@@ -66,6 +68,8 @@ class Planning:
         self._emulated = emulated
         self.payloads: dict[str, Payload] = {}
         """What each group is held as in the plans that are made now."""
+        self._demands: dict[Demand, None] = {}
+        """What forwards have needed at the same time, in the order in which it was seen."""
         self.set_floors(floors)
 
     @property
@@ -81,20 +85,37 @@ class Planning:
             precision=floors if self._at_floors else self._precision,
             floors=floors,
         )
+        self._ask()
+
+    def learn(self, demand: Demand) -> None:
+        """Meet a demand in every plan from now on, and what corresponds to it in other layers."""
+        self._demands |= dict.fromkeys(demand.like(self.payloads))
+        self._ask()
+
+    def _ask(self) -> None:
         self._needs: list[BlockNeed] = block_needs(
             self._model,
             self.payloads,
             hints=self._hints,
             device=self._device,
             machine=self._machine,
+            demands=self._demands,
         )
+
+    def _with_demands(self, schedule: Sequence[Step]) -> list[Step]:
+        """Add full uses of what was foreseen to be looked up only."""
+        full = {step.block for step in schedule if not step.lookup}
+        asked = {name: None for demand in self._demands for name in sorted(demand.groups)}
+        looked_up = {need.name for need in self._needs if need.lookup_bytes}
+        return [*schedule, *(Step(name) for name in asked if name in looked_up - full)]
 
     def make_plan(self, budget: Budget | None, schedule: Sequence[Step]) -> Plan:
         """Plan within a budget, or None: by the hints.
 
         Raises InputError for a budget that is none, or too small, with the smallest that works.
         """
-        scratch = scratch_bytes(self.payloads.values())
+        scratch = scratch_bytes(self.payloads, self._demands)
+        schedule = self._with_demands(schedule)
         kept = 0
         if self._keeps_originals:
             kept = original_bytes(self._model, self.payloads.values())
@@ -106,7 +127,8 @@ class Planning:
             parsed, plan = {}, self._plan_by_hints(scratch)
         if self._emulated is not None:
             self._emulated.check(plan)
-        return with_originals(plan, parsed, kept)
+        expanded = expanded_bytes(self.payloads, self._demands)
+        return with_originals(replace(plan, expanded_bytes=expanded), parsed, kept)
 
     def _plan_by_hints(self, scratch: int) -> Plan:
         """Put every group where the hints of its blocks say: where most of its bytes should be.

@@ -7,7 +7,7 @@ for. A slot is given to another unit only once nobody holds its own and no other
 further ahead (Belady's rule, which is optimal for a known order).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,6 +43,12 @@ class Prefetcher:
         self._tracing = False
         """Uses between two forwards are none of the schedule, and may be any number."""
         self._set_schedule([unit for unit in schedule if unit.num_bytes <= slot_bytes])
+
+    def has_room(self, units: Collection[Unit]) -> bool:
+        """Say whether units can be acquired and held together, beside what is held now."""
+        held = sum(1 for unit, live in self._live.items() if live.holds and unit not in units)
+        largest = max((unit.num_bytes for unit in units), default=0)
+        return not units or (held + len(units) <= self._num_slots and largest <= self.slot_bytes)
 
     def acquire(self, unit: Unit) -> Tensor | None:
         """Return a unit's bytes in fast memory, for as long as it is held; nests.

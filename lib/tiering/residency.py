@@ -8,7 +8,7 @@ keep the original in a store, for detach.
 import contextlib
 import ctypes
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -112,7 +112,11 @@ class Residency:
         self._sweep()
         _trim_heap()
         measured = self.resident_bytes()
-        assert self._emulated or measured <= plan.fast_bytes, (measured, plan.fast_bytes)
+        if not self._emulated and measured > plan.fast_bytes:
+            raise PlacementError(
+                f"weights take {measured} bytes of fast memory, and the plan {plan.fast_bytes}: "
+                "please report this, with the model and the budget"
+            )
 
     @property
     def _prefetcher(self) -> Prefetcher:
@@ -159,6 +163,20 @@ class Residency:
         do nothing here: their operations fetch what they need.
         """
         return self.access.acquire(self._held[group])
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Let groups move during a forward: what was held before is held afterwards."""
+        holds = [(held, held.num_holds) for held in self._held.values() if held.num_holds]
+        try:
+            yield
+        finally:
+            for held, num_holds in holds:
+                self.access.hold_again(held, num_holds)
+
+    def held_at_once(self, groups: Iterable[str]) -> set[str]:
+        """Return those of the groups that a module's hooks hold as a whole."""
+        return {name for name in groups if not self._held[name].payload.by_rows}
 
     def release(self, group: str) -> None:
         """End one use; nothing is copied back, since weights don't change."""

@@ -7,7 +7,7 @@ measurement raised: each makes a plan, and no plan is carried out that the veto 
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -21,6 +21,7 @@ from ..policy.audit import Audit, Record
 from ..policy.plan import Plan, Step
 from ..policy.veto import Measure, Veto
 from ..units import format_bytes
+from .demands import Demand
 from .emulation import EmulatedLink
 from .hooks import Forwards
 from .payload import Group, Payload
@@ -69,7 +70,9 @@ class Runtime:
         self._final_plan: Plan | None = None
         """A plan that could not be made to hold what its forwards use."""
         self._unplanned = False
-        """The present forward used weights whole of which the plan foresaw lookups only."""
+        """The present forward has needed what the plan before it did not foresee."""
+        self._extra_bytes = 0
+        """Fast memory that expanded weights take now."""
         self._recorder = Recorder(
             device=device,
             blocks={
@@ -82,8 +85,10 @@ class Runtime:
             resident_bytes=residency.resident_bytes(),
         )
         self._recorder.reset()
-        residency.access.on_extra = self._recorder.change_resident
+        residency.access.on_extra = self._note_extra
         residency.access.on_use = self._note_use
+        residency.access.make_room = self._make_room
+        residency.access.spare_bytes = self._spare_bytes
         self._forwards = Forwards(
             model,
             residency,
@@ -254,7 +259,7 @@ class Runtime:
 
     def _end_forward(self, error: BaseException | None) -> None:
         if error is None:
-            if self._unplanned and self.plan.budget and self.plan is not self._final_plan:
+            if self._unplanned and self.plan is not self._final_plan:
                 self._plan_again()
         elif _is_out_of_memory(error):
             self._step_down(error)
@@ -353,16 +358,46 @@ class Runtime:
         placement = self.plan.placements[group]
         self._unplanned |= placement.tier is not Tier.HBM and not placement.unit_bytes
 
+    def _note_extra(self, num_bytes: int) -> None:
+        self._extra_bytes += num_bytes
+        self._recorder.change_resident(num_bytes)
+
+    def _spare_bytes(self) -> int | None:
+        """Return the fast memory that expanded weights may still take; None: any."""
+        limit = self.plan.limit(Tier.HBM)
+        if limit is None:
+            return None
+        taken = self.plan.fast_bytes - self.plan.expanded_bytes
+        return limit - taken - self._extra_bytes
+
+    def _make_room(self, groups: Collection[str], whole: Collection[str]) -> None:
+        """Plan again, within the budget and in the middle of a forward, for groups that it needs
+        at the same time and parameters that it needs whole. Raises PlacementError with the smallest
+        budget that works where this one doesn't.
+        """
+        running = self._residency.held_at_once(self._forwards.running)
+        demand = Demand(frozenset({*groups, *running}), frozenset(whole))
+        self._planning.learn(demand)
+        try:
+            plan = self._planning.make_plan(self.budget or None, self._forwards.expected)
+            with self._residency.holding():
+                self._carry_out(plan, self._labels)
+        except InputError as refusal:
+            what = "whole" if len(demand.groups) == 1 else "at the same time"
+            raise PlacementError(
+                f"weights of {', '.join(sorted(demand.groups))} are needed {what}: {refusal}"
+            ) from refusal
+        self._unplanned = True
+
     def _plan_again(self) -> None:
-        """Give a slot to weights that were used whole, so that they stay within the budget."""
+        """Plan for what the forward has used, now that the order of its uses is known."""
         try:
             plan = self._planning.make_plan(self.budget or None, self._forwards.schedule)
             self._carry_out(plan, self._labels)
         except Exception as refusal:  # the forward itself has gone well
             self._final_plan = self.plan
             warnings.warn(
-                "an embedding is used whole, without a module: each use takes memory above the "
-                f"budget ({refusal})",
+                f"the plan that was made during the forward stays ({refusal})",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -2,16 +2,16 @@
 with, and what compression leaves as it is.
 """
 
-import re
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from smallest_budget import named, smallest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.errors import InputError
+from lib.errors import PlacementError
 from lib.tiering import attach
 
 
@@ -63,15 +63,6 @@ def test_weights_that_are_expanded_whole_stay_within_the_budget(
     assert torch.equal(run(), expected)
 
 
-def smallest(model: nn.Module, precision: str | None) -> str:
-    """Return the least HBM budget, as the refusal of a smaller one names it."""
-    with pytest.raises(InputError) as refusal:
-        attach(model, budget={"HBM": 0, "SSD": None}, precision=precision)
-    match = re.search(r"works is HBM=(\S+)", str(refusal.value))
-    assert match is not None
-    return match[1]
-
-
 class Functional(nn.Module):
     """Multiplies with an embedding, without a module for it."""
 
@@ -94,7 +85,10 @@ def test_an_embedding_that_is_multiplied_with_gets_a_slot_after_the_first_forwar
         budget = {"HBM": "2900KiB", "SSD": None}
         with attach(model, budget=budget, spill_dir=tmp_path) as runtime:
             runtime.budget = {"HBM": "700KiB", "SSD": None}
-            with pytest.warns(RuntimeWarning, match="above the budget"):
+            with pytest.raises(PlacementError, match="embed are needed whole") as refusal:
+                model(ids)
+            assert runtime.stats().peak_resident_bytes <= 2900 * 2**10
+            with runtime.limited({"HBM": named(refusal.value), "SSD": None}):
                 assert torch.equal(model(ids), expected)
             runtime.budget = budget
             for _ in range(3):
