@@ -8,6 +8,7 @@ such writes show in its version counter, which aliases share, and the group is t
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,16 +17,17 @@ from torch._C import DisableTorchFunctionSubclass
 
 from ..errors import PlacementError
 from ..hints import Tier
-from ..precision.kernels import CompressedWeight, EncodedWeight, Scratch
+from ..precision.kernels import CompressedWeight, EncodedWeight, Scratch, Use
 from ..units import format_bytes
 from .archive import Archive, Stored
-from .link import Link, Unit
+from .link import Left, Link, Unit
 from .offloaded import OffloadedParameter, WeightOps, set_away, set_weights
 from .originals import Originals
 from .parts import Part
-from .payload import Payload, raw_view
+from .payload import SHARD_ROWS, Payload, raw_view
 from .prefetch import Prefetcher
 from .rowwise import StreamedRows
+from .stores import CHUNK_BYTES
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +104,10 @@ class Access:
         """Asked where the plan has no room for groups and whole parameters at the same time."""
         self.spare_bytes: Callable[[], int | None] = lambda: None
         """Returns the fast memory that is left for what is expanded; None: there is no limit."""
+        self.explain: Callable[[], str] = str
+        """Returns why no plan within the budget is enough, with the budget that is."""
+        self._left: list[Left] = []
+        """Expanded weights of which an operation has left views behind."""
         self._places: dict[int, tuple[Held, Part]] = {}
         """Groups and parts of the parameters that are away, by identity."""
 
@@ -161,23 +167,34 @@ class Access:
         self.make_room(names, {part.parameter for _, part in whole})
         gone = [(held, part) for held, part in whole if self._is_away(part)]
         if not self._has_room(groups, gone):
-            refuse_more(names, ())
+            raise PlacementError(
+                f"there is no room for offloaded weights of {', '.join(sorted(names))} beside what "
+                f"others have kept views of: {self.explain()}"
+            )
         return True
 
     def _has_room(self, groups: Sequence[Held], whole: Sequence[tuple[Held, Part]]) -> bool:
+        in_slot = {id(held) for held, part in whole if not _is_put_together(held, part)}
         units = {
             max(held.units, key=lambda unit: unit.num_bytes)
             for held in groups
-            if held.units and (held.by_rows or not held.num_holds)
+            if held.units
+            and (held.by_rows or not held.num_holds)
+            and (id(held) in in_slot or not self._reads_apart(held))
         }
+        self.sweep()
         spare = self.spare_bytes()
         expanded = {
-            part.parameter: part.whole_bytes
-            for held, part in whole
-            if part.record is not None or len(held.units) > 1
+            part.parameter: part.whole_bytes for held, part in whole if _is_put_together(held, part)
         }
         fits = spare is None or sum(expanded.values()) <= spare
         return fits and self.prefetcher.has_room(units)
+
+    def _reads_apart(self, held: Held) -> bool:
+        """Say whether all of a group can be had without a slot, in the buffer of lookups."""
+        part = held.payload.parts[0]
+        apart = part.record is not None or _rows_apart(part) > 0
+        return held.by_rows and Use.EMBEDDING in part.uses and apart and len(self.lookup) > 0
 
     def _is_away(self, part: Part) -> bool:
         return isinstance(self.parameter(part), OffloadedParameter)
@@ -266,13 +283,14 @@ class Access:
             if isinstance(parameter, OffloadedParameter):
                 ops = parameter._tierhints_ops
                 assert ops is not None
-                if len(held.units) == 1 and part.record is None:
+                if not _is_put_together(held, part):
                     buffer = stack.enter_context(_GroupReader(self, held).hold(0, shared=True))
                     set_weights(parameter, raw_view(buffer, part))
                     stack.callback(self._take_away, held, part, ops)
                     yield
                     return
-                stack.enter_context(self._taking(part.num_native_bytes))
+                expanded: list[Left] = []
+                stack.enter_context(self._taking(part.num_native_bytes, expanded))
                 with plain_tensors():
                     matrix = _expand(ops, part, self.device)
                     if part.whole_bytes == part.num_native_bytes:
@@ -282,12 +300,16 @@ class Access:
                             weights = _in_shape(matrix, part)
                     del matrix
                     set_weights(parameter, weights)
+                    expanded.append(Left(weights))
+                    del weights
                 stack.callback(self._take_away, held, part, ops)
             yield
 
     @contextlib.contextmanager
-    def _taking(self, num_bytes: int) -> Iterator[None]:
-        """Take fast memory beyond slots and residents; raises PlacementError above the budget."""
+    def _taking(self, num_bytes: int, expanded: Sequence[Left] = ()) -> Iterator[None]:
+        """Take fast memory beyond slots and residents; raises PlacementError above the budget. What
+        others have views of then (``expanded``) stays taken for as long as they do.
+        """
         spare = self.spare_bytes()
         if spare is not None and num_bytes > spare:
             raise PlacementError(
@@ -298,7 +320,22 @@ class Access:
         try:
             yield
         finally:
-            self.on_extra(-num_bytes)
+            self._left += expanded
+            if not expanded:
+                self.on_extra(-num_bytes)
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Give back the memory of expanded weights that nobody has views of any more."""
+        gone = sum(left.num_bytes for left in self._left if left.is_free)
+        self._left = [left for left in self._left if not left.is_free]
+        if gone:
+            self.on_extra(-gone)
+
+    def left_bytes(self) -> int:
+        """Return the fast memory of which only views that others have kept are left."""
+        lent = len(self.prefetcher.lent) * self.prefetcher.slot_bytes
+        return self.link.left_bytes() + lent
 
     def _in_memory(self, held: Held, index: int) -> Tensor:
         """Return a shard where it is kept in memory, as in emulation."""
@@ -332,6 +369,18 @@ class _GroupReader:
         """The parameter's flag: it decides how torch.matmul computes, also without gradients."""
         return self._access.parameter(self._held.payload.parts[0]).requires_grad
 
+    def pieces(self) -> Iterator[tuple[int, int, AbstractContextManager[Tensor]]]:
+        """Yield the rows [start, end) that are there at a time, and what brings their bytes."""
+        part = self._held.payload.parts[0]
+        for index, shard in enumerate(self._held.payload.shards):
+            if self._access.prefetcher.has_room([self._held.units[index]]):
+                yield shard.start, shard.end, self.hold(index)
+                continue
+            step = part.rows if shard.record is not None else _rows_apart(part)
+            for start in range(shard.start, shard.end, step):
+                end = min(start + step, shard.end)
+                yield start, end, self._read_apart(index, start - shard.start, end - shard.start)
+
     @contextlib.contextmanager
     def hold(self, index: int, *, shared: bool = False) -> Iterator[Tensor]:
         """Bring a shard into fast memory for as long as the context lasts. ``shared``: others than
@@ -350,6 +399,30 @@ class _GroupReader:
             finally:
                 access.prefetcher.release(unit, shared=shared)
 
+    @contextlib.contextmanager
+    def _read_apart(self, index: int, start: int, end: int) -> Iterator[Tensor]:
+        """Read rows of a shard that the plan has no slot for, since it foresaw lookups only, into
+        the buffer of these.
+        """
+        access, held = self._access, self._held
+        unit, part, shard = held.units[index], held.payload.parts[0], held.payload.shards[index]
+        assert held.stored is not None
+        access.refuse_written(held)
+        with access.alone():
+            if index == start == 0:
+                access.on_use(unit.group)
+            with access.on_move(unit.group) as moved, plain_tensors():
+                if shard.record is not None:
+                    data = access.archive.shard_record(held.stored, shard, access.lookup)
+                else:
+                    data = access.archive.raw_range(
+                        held.stored, part, shard, (start, end), access.lookup
+                    )
+                access.link.fetch(unit.tier, data.numel())
+                moved(data.numel())
+                data = data.to(access.device)
+            yield data
+
     def read_rows(self, index: int, ids: Tensor) -> Tensor:
         """Return rows (n, columns) of a shard, by their numbers within it."""
         access, unit = self._access, self._held.units[index]
@@ -359,6 +432,19 @@ class _GroupReader:
             access.link.fetch(unit.tier, moved_bytes)
             moved(moved_bytes)
         return rows
+
+
+def _is_put_together(held: Held, part: Part) -> bool:
+    """Say whether a whole weight gets memory of its own, and is no view of a slot."""
+    return part.record is not None or len(held.units) > 1
+
+
+def _rows_apart(part: Part) -> int:
+    """Return how many rows of a raw shard are read at a time past the slots: products of so many
+    have the whole one's bits, and the chunks that they lie in fit into the buffer of lookups. 0:
+    they don't.
+    """
+    return CHUNK_BYTES // (part.columns * part.dtype.itemsize) // SHARD_ROWS * SHARD_ROWS
 
 
 def _expand(ops: WeightOps, part: Part, device: torch.device) -> Tensor:

@@ -137,6 +137,21 @@ class Archive:
             target[place] = buffer[start - low : start - low + row_bytes]
         return rows, moved_bytes
 
+    def raw_range(
+        self, stored: Stored, part: Part, shard: Shard, rows: tuple[int, int], buffer: Tensor
+    ) -> Tensor:
+        """Read the bytes of rows [start, end) of a raw shard, into ``buffer`` where they aren't in
+        memory: it holds the chunks that they lie in.
+        """
+        row_bytes = part.columns * part.dtype.itemsize
+        start, end = (shard.offset + row * row_bytes for row in rows)
+        if (view := self.view(stored)) is not None:
+            return view[start:end]
+        low = start // CHUNK_BYTES * CHUNK_BYTES  # whole chunks have a checksum
+        high = min(-(-end // CHUNK_BYTES) * CHUNK_BYTES, shard.offset + shard.num_bytes)
+        self._stores[stored[0]].read_into(stored[1], low, buffer[: high - low])
+        return buffer[start - low : end - low]
+
     def read_shard(self, stored: Stored, shard: Shard) -> Tensor:
         """Return one shard, in memory of its own where it isn't in memory."""
         if (view := self.view(stored)) is not None:

@@ -216,6 +216,14 @@ class EmulatedLink:
         """Nothing was moved, so nothing is overwritten."""
         return True
 
+    def is_lent(self, slot: int) -> bool:
+        """Say that nothing was: all weights are in memory."""
+        return False
+
+    def left_bytes(self) -> int:
+        """Say that nothing was."""
+        return 0
+
     def fetch(self, tier: Tier, num_bytes: int) -> None:
         """Charge a transfer that nobody foresaw: rows of an embedding."""
         self._pass(self._enqueue(tier, num_bytes) - self._now())

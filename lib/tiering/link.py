@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..hints import Tier
 from .stores import NUM_READERS, PIECE_BYTES, Store, aligned_buffer
@@ -40,6 +41,19 @@ class Unit:
     data_bytes: int
 
 
+class Left:
+    """Memory that was ours, for as long as others have views of it."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self._storage = StorageWeakRef(memory.untyped_storage())  # type: ignore[no-untyped-call]
+        self.num_bytes = memory.untyped_storage().nbytes()
+
+    @property
+    def is_free(self) -> bool:
+        """Nobody has a view any more."""
+        return bool(self._storage.expired())  # type: ignore[no-untyped-call]
+
+
 class Link(Protocol):
     """Carries units into slots, first come first served."""
 
@@ -60,6 +74,12 @@ class Link(Protocol):
 
         ``shared``: others than us have seen views of them, and may have kept one.
         """
+
+    def is_lent(self, slot: int) -> bool:
+        """Say whether somebody else has a view of a slot's memory."""
+
+    def left_bytes(self) -> int:
+        """Return the memory of former slots that somebody else still has views of."""
 
     def fetch(self, tier: Tier, num_bytes: int) -> None:
         """Account for bytes that were read past the slots: rows of an embedding."""
@@ -170,6 +190,8 @@ class RealLink:
         self._staged: dict[int, torch.cuda.Event] = {}
         self._threads: list[threading.Thread] = []
         self._num_own_users = 0
+        self._left: list[Left] = []
+        """Former slots that others had views of."""
         # The threads know the queue alone, so that a forgotten runtime is freed. They end before
         # the interpreter does: it would abort with a thread in the middle of a read.
         self._finish = weakref.finalize(self, _end_threads, self._jobs, self._threads, os.getpid())
@@ -240,14 +262,27 @@ class RealLink:
         A module may return its weight, or keep a view of it: that slot's memory is theirs then, and
         the slot gets memory of its own again.
         """
-        kept = not shared or _num_users(self._slots[slot]) <= self._num_own_users
+        kept = not shared or not self.is_lent(slot)
         if not kept:
+            self._leave(slot)
             self._slots[slot] = self._allocate(self._slots[slot].numel())
         if self._stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))
             self._used[slot] = event
         return kept
+
+    def is_lent(self, slot: int) -> bool:
+        """Say whether somebody else has a view of a slot's memory."""
+        return _num_users(self._slots[slot]) > self._num_own_users
+
+    def left_bytes(self) -> int:
+        """Return the memory of former slots that somebody else still has views of."""
+        self._left = [left for left in self._left if not left.is_free]
+        return sum(left.num_bytes for left in self._left)
+
+    def _leave(self, slot: int) -> None:
+        self._left.append(Left(self._slots[slot]))
 
     def fetch(self, tier: Tier, num_bytes: int) -> None:
         """Nothing to account for: the time has really passed."""
@@ -276,6 +311,9 @@ class RealLink:
             ticket.arrived.wait()
         if self._stream is not None:
             self._stream.synchronize()  # copies into the slots, and out of pinned memory
+        for slot in range(len(self._slots)):
+            if self.is_lent(slot):
+                self._leave(slot)
         self._slots, self._host_slots = [], []
         for kept in (self._in_slot, self._used, self._staged):
             kept.clear()

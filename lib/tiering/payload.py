@@ -26,7 +26,7 @@ from .parts import Part, make_part
 from .stores import CHUNK_BYTES
 
 SECTOR_BYTES = 4096
-_SHARD_ROWS = 256
+SHARD_ROWS = 256
 """Shards have a multiple of this many rows: with it, matrix products of shards have the bits of the
 whole product's (smaller shards may take another kernel).
 """
@@ -273,7 +273,7 @@ def _encode_shard(payload: Payload, shard: Shard, layout: RecordLayout, weights:
 
 def _cut_rows(part: Part) -> Iterator[Shard]:
     row_bytes = part.columns * part.dtype.itemsize
-    rows = max(_PART_BYTES // row_bytes // _SHARD_ROWS, 1) * _SHARD_ROWS
+    rows = max(_PART_BYTES // row_bytes // SHARD_ROWS, 1) * SHARD_ROWS
     offset = 0
     for start in range(0, part.rows, rows):
         end = min(start + rows, part.rows)

@@ -5,7 +5,7 @@ measurement has raised change what groups are held as, and with that every plan 
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -91,6 +91,23 @@ class Planning:
         """Meet a demand in every plan from now on, and what corresponds to it in other layers."""
         self._demands |= dict.fromkeys(demand.like(self.payloads))
         self._ask()
+
+    def explain(
+        self, budget: Budget | None, schedule: Sequence[Step], demands: Iterable[Demand]
+    ) -> str:
+        """Say why a budget isn't enough for these demands, too; they are not learnt."""
+        known = self._demands
+        self._demands = dict(known)
+        try:
+            for demand in demands:
+                self.learn(demand)
+            self.make_plan(budget, schedule)
+        except InputError as refusal:
+            return str(refusal)
+        finally:
+            self._demands = known
+            self._ask()
+        return "give a larger HBM budget"
 
     def _ask(self) -> None:
         self._needs: list[BlockNeed] = block_needs(

@@ -39,6 +39,8 @@ class Prefetcher:
         self._num_slots = num_slots
         self._free = list(range(num_slots))
         self._live: dict[Unit, _Live] = {}
+        self._lent: set[Unit] = set()
+        """Units whose slots somebody else has views of: they are held for as long."""
         self._trace: list[Unit] = []
         self._tracing = False
         """Uses between two forwards are none of the schedule, and may be any number."""
@@ -46,6 +48,7 @@ class Prefetcher:
 
     def has_room(self, units: Collection[Unit]) -> bool:
         """Say whether units can be acquired and held together, beside what is held now."""
+        self._take_back()
         held = sum(1 for unit, live in self._live.items() if live.holds and unit not in units)
         largest = max((unit.num_bytes for unit in units), default=0)
         return not units or (held + len(units) <= self._num_slots and largest <= self.slot_bytes)
@@ -56,8 +59,12 @@ class Prefetcher:
         Blocks until they are there. Raises PlacementError where they are not sound, and where the
         slots are all held.
         """
+        self._take_back()
         if self._tracing:
             self._trace.append(unit)
+        if unit in self._lent:  # it was held on for whoever has views of it
+            self._lent.discard(unit)
+            self._live[unit].holds -= 1
         live = self._live.get(unit)
         if live is None:
             live = self._submit(unit, self._take_slot(unit, for_use=True))
@@ -77,11 +84,27 @@ class Prefetcher:
         ``Link.done_with``.
         """
         live = self._live[unit]
+        if shared and live.holds == 1 and self._link.is_lent(live.ticket.slot):
+            self._lent.add(unit)
+            return
         live.holds -= 1
         if live.holds == 0:
             if not self._link.done_with(live.ticket.slot, shared=shared):
                 self._drop(unit)
             self._prefetch()
+
+    @property
+    def lent(self) -> list[str]:
+        """Name the groups whose slots somebody else has views of."""
+        self._take_back()
+        return sorted({unit.group for unit in self._lent})
+
+    def _take_back(self) -> None:
+        """End the holds of lent slots that nobody has views of any more."""
+        for unit in list(self._lent):
+            if not self._link.is_lent(self._live[unit].ticket.slot):
+                self._lent.discard(unit)
+                self.release(unit, shared=True)
 
     def begin_forward(self) -> None:
         """Start a trace; the schedule is expected from its beginning."""
@@ -101,7 +124,7 @@ class Prefetcher:
         again.
         """
         for unit, live in list(self._live.items()):
-            if live.holds:
+            if live.holds and unit not in self._lent:
                 live.holds = 0
                 if not self._link.done_with(live.ticket.slot, shared=True):
                     self._drop(unit)

@@ -174,6 +174,11 @@ class Residency:
             for held, num_holds in holds:
                 self.access.hold_again(held, num_holds)
 
+    @property
+    def left_bytes(self) -> int:
+        """Former slots that others have kept views of."""
+        return self._link.left_bytes()
+
     def held_at_once(self, groups: Iterable[str]) -> set[str]:
         """Return those of the groups that a module's hooks hold as a whole."""
         return {name for name in groups if not self._held[name].payload.by_rows}

@@ -26,8 +26,10 @@ class ShardReader(Protocol):
         by it, with other last bits.
         """
 
-    def hold(self, index: int) -> AbstractContextManager[Tensor]:
-        """Bring a shard into fast memory for as long as the context lasts."""
+    def pieces(self) -> Iterator[tuple[int, int, AbstractContextManager[Tensor]]]:
+        """Yield the rows [start, end) that are there at a time, in order, and the context that
+        brings their bytes into fast memory: a whole shard where it is a record.
+        """
 
     def read_rows(self, index: int, ids: Tensor) -> Tensor:
         """Return rows (n, columns) of a shard, by their numbers within it, on the device."""
@@ -56,19 +58,20 @@ class StreamedRows:
         """Return x @ W.T + bias, shard by shard."""
         output: Tensor | None = None
         flag = self._reader.requires_grad
-        for index, shard in enumerate(self._shards):
-            part = None if bias is None else bias[shard.start : shard.end]
-            with self._reader.hold(index) as buffer:
-                weight = self._weight(shard, buffer)
+        num_rows = self._shards[-1].end
+        for start, end, context in self._reader.pieces():
+            part = None if bias is None else bias[start:end]
+            with context as buffer:
+                weight = self._weight(start, end, buffer)
                 if isinstance(weight, Tensor):
                     product = F.linear(x, weight.requires_grad_(flag), part)
                 else:
                     product = weight.linear(x, part)
                 if output is None:
-                    if len(self._shards) == 1:
+                    if end - start == num_rows:
                         return product
-                    output = product.new_empty(*x.shape[:-1], self._shards[-1].end)
-                output[..., shard.start : shard.end] = product
+                    output = product.new_empty(*x.shape[:-1], num_rows)
+                output[..., start:end] = product
         assert output is not None
         return output
 
@@ -86,16 +89,16 @@ class StreamedRows:
     def expand(self, start: int, end: int) -> Tensor:
         """Return rows [start, end)."""
         found: Tensor | None = None
-        for index, shard in enumerate(self._shards):
-            low, high = max(start, shard.start), min(end, shard.end)
+        for first, last, context in self._reader.pieces():
+            low, high = max(start, first), min(end, last)
             if low < high:
-                with self._reader.hold(index) as buffer:
-                    weight = self._weight(shard, buffer)
+                with context as buffer:
+                    weight = self._weight(first, last, buffer)
                     if found is None:
                         found = torch.empty(
                             end - start, self._columns, dtype=self._dtype, device=buffer.device
                         )
-                    within = slice(low - shard.start, high - shard.start)
+                    within = slice(low - first, high - first)
                     found[low - start : high - start] = (
                         weight[within]
                         if isinstance(weight, Tensor)
@@ -104,11 +107,13 @@ class StreamedRows:
         assert found is not None
         return found
 
-    def _weight(self, shard: Shard, buffer: Tensor) -> Tensor | EncodedWeight:
-        data = buffer[: shard.data_bytes]
+    def _weight(self, start: int, end: int, buffer: Tensor) -> Tensor | EncodedWeight:
+        shard = next(shard for shard in self._shards if shard.start <= start < shard.end)
         if shard.record is None:
-            return data.view(self._dtype).view(shard.end - shard.start, self._columns)
+            size = (end - start) * self._columns * self._dtype.itemsize
+            return buffer[:size].view(self._dtype).view(end - start, self._columns)
         assert self._scratch is not None
+        data = buffer[: shard.data_bytes]
         return EncodedWeight(data, shard.record, dtype=self._dtype, scratch=self._scratch)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -89,6 +90,7 @@ class Runtime:
         residency.access.on_use = self._note_use
         residency.access.make_room = self._make_room
         residency.access.spare_bytes = self._spare_bytes
+        residency.access.explain = self._explain
         self._forwards = Forwards(
             model,
             residency,
@@ -368,7 +370,7 @@ class Runtime:
         if limit is None:
             return None
         taken = self.plan.fast_bytes - self.plan.expanded_bytes
-        return limit - taken - self._extra_bytes
+        return limit - taken - self._extra_bytes - self._residency.left_bytes
 
     def _make_room(self, groups: Collection[str], whole: Collection[str]) -> None:
         """Plan again, within the budget and in the middle of a forward, for groups that it needs
@@ -376,28 +378,55 @@ class Runtime:
         budget that works where this one doesn't.
         """
         running = self._residency.held_at_once(self._forwards.running)
-        demand = Demand(frozenset({*groups, *running}), frozenset(whole))
+        lent = self._residency.access.prefetcher.lent
+        demand = Demand(frozenset({*groups, *running, *lent}), frozenset(whole))
         self._planning.learn(demand)
+        what = "whole" if len(demand.groups) == 1 else "at the same time"
         try:
-            plan = self._planning.make_plan(self.budget or None, self._forwards.expected)
-            with self._residency.holding():
-                self._carry_out(plan, self._labels)
+            plan = self._planning.make_plan(self._budget_left(), self._forwards.expected)
         except InputError as refusal:
-            what = "whole" if len(demand.groups) == 1 else "at the same time"
             raise PlacementError(
-                f"weights of {', '.join(sorted(demand.groups))} are needed {what}: {refusal}"
+                f"offloaded weights of {', '.join(sorted(demand.groups))} are needed {what}: "
+                f"{self._explain(demand)}; or detach the runtime first"
             ) from refusal
+        with self._residency.holding():
+            self._carry_out(replace(plan, budget=self.plan.budget), self._labels)
         self._unplanned = True
+
+    def _budget_left(self) -> dict[str, int | None] | None:
+        """Return the budget without what others have kept views of."""
+        budget, left = self.budget, self._residency.access.left_bytes()
+        limit = budget.get(str(Tier.HBM))
+        if left and limit is not None:
+            budget[str(Tier.HBM)] = max(limit - left, 0)
+        return budget or None
+
+    def _explain(self, demand: Demand | None = None) -> str:
+        """Say why no plan within the budget is enough, and which budget is.
+
+        Who keeps views of some weights may keep them of all, and who takes one weight of a layer
+        whole may take the layer's others beside it.
+        """
+        payloads = self._planning.payloads
+        if demand is None or self._residency.access.left_bytes() or self._extra_bytes:
+            beside = list(payloads)
+        else:
+            layers = {payloads[name].group.layer for name in demand.groups if demand.whole} - {None}
+            beside = [name for name, each in payloads.items() if each.group.layer in layers]
+        parts = [part.parameter for name in beside for part in payloads[name].parts]
+        expected = [Demand(frozenset(beside), frozenset(parts))] if beside else []
+        return self._planning.explain(self.budget or None, self._forwards.expected, expected)
 
     def _plan_again(self) -> None:
         """Plan for what the forward has used, now that the order of its uses is known."""
         try:
             plan = self._planning.make_plan(self.budget or None, self._forwards.schedule)
             self._carry_out(plan, self._labels)
-        except Exception as refusal:  # the forward itself has gone well
+        except (InputError, PlacementError) as refusal:  # the forward itself has gone well
             self._final_plan = self.plan
             warnings.warn(
-                f"the plan that was made during the forward stays ({refusal})",
+                "an embedding is used whole, without a module, and a slot for it would be above "
+                f"the budget: each use reads it in small pieces ({refusal})",
                 RuntimeWarning,
                 stacklevel=2,
             )
