@@ -8,7 +8,6 @@ such writes show in its version counter, which aliases share, and the group is t
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,10 +23,10 @@ from .link import Left, Link, Unit
 from .offloaded import OffloadedParameter, WeightOps, set_away, set_weights
 from .originals import Originals
 from .parts import Part
-from .payload import SHARD_ROWS, Payload, raw_view
+from .payload import Payload, raw_view
 from .prefetch import Prefetcher
+from .reader import GroupReader, expand_whole, in_shape, plain_tensors, rows_apart
 from .rowwise import StreamedRows
-from .stores import CHUNK_BYTES
 
 
 @dataclass(slots=True, eq=False)
@@ -62,11 +61,7 @@ class Held:
         return not self.units and not self.payload.lossy
 
 
-_STEP_BYTES, _ROW_BLOCK = 2**20, 64
-"""Weights, and a multiple of rows, that are expanded at a time: packed codes come in blocks."""
 OnMove = Callable[[str], contextlib.AbstractContextManager[Callable[[int], None]]]
-
-
 MakeRoom = Callable[[Collection[str], Collection[str]], None]
 
 
@@ -193,7 +188,7 @@ class Access:
     def _reads_apart(self, held: Held) -> bool:
         """Say whether all of a group can be had without a slot, in the buffer of lookups."""
         part = held.payload.parts[0]
-        apart = part.record is not None or _rows_apart(part) > 0
+        apart = part.record is not None or rows_apart(part) > 0
         return held.by_rows and Use.EMBEDDING in part.uses and apart and len(self.lookup) > 0
 
     def _is_away(self, part: Part) -> bool:
@@ -215,7 +210,7 @@ class Access:
             ops = None
             if held.by_rows:
                 ops = StreamedRows(
-                    _GroupReader(self, held),
+                    GroupReader(self, held),
                     held.payload.shards,
                     part.columns,
                     part.dtype,
@@ -284,7 +279,7 @@ class Access:
                 ops = parameter._tierhints_ops
                 assert ops is not None
                 if not _is_put_together(held, part):
-                    buffer = stack.enter_context(_GroupReader(self, held).hold(0, shared=True))
+                    buffer = stack.enter_context(GroupReader(self, held).hold(0, shared=True))
                     set_weights(parameter, raw_view(buffer, part))
                     stack.callback(self._take_away, held, part, ops)
                     yield
@@ -292,12 +287,12 @@ class Access:
                 expanded: list[Left] = []
                 stack.enter_context(self._taking(part.num_native_bytes, expanded))
                 with plain_tensors():
-                    matrix = _expand(ops, part, self.device)
+                    matrix = expand_whole(ops, part, self.device)
                     if part.whole_bytes == part.num_native_bytes:
                         weights = matrix.view(part.shape)
                     else:  # both are there for a moment
                         with self._taking(part.num_native_bytes):
-                            weights = _in_shape(matrix, part)
+                            weights = in_shape(matrix, part)
                     del matrix
                     set_weights(parameter, weights)
                     expanded.append(Left(weights))
@@ -357,116 +352,6 @@ class Access:
         return weight.rows(ids), shard.data_bytes
 
 
-class _GroupReader:
-    """Gets shards of one group through the prefetcher, and rows past it."""
-
-    def __init__(self, access: Access, held: Held) -> None:
-        self._access = access
-        self._held = held
-
-    @property
-    def requires_grad(self) -> bool:
-        """The parameter's flag: it decides how torch.matmul computes, also without gradients."""
-        return self._access.parameter(self._held.payload.parts[0]).requires_grad
-
-    def pieces(self) -> Iterator[tuple[int, int, AbstractContextManager[Tensor]]]:
-        """Yield the rows [start, end) that are there at a time, and what brings their bytes."""
-        part = self._held.payload.parts[0]
-        for index, shard in enumerate(self._held.payload.shards):
-            if self._access.prefetcher.has_room([self._held.units[index]]):
-                yield shard.start, shard.end, self.hold(index)
-                continue
-            step = part.rows if shard.record is not None else _rows_apart(part)
-            for start in range(shard.start, shard.end, step):
-                end = min(start + step, shard.end)
-                yield start, end, self._read_apart(index, start - shard.start, end - shard.start)
-
-    @contextlib.contextmanager
-    def hold(self, index: int, *, shared: bool = False) -> Iterator[Tensor]:
-        """Bring a shard into fast memory for as long as the context lasts. ``shared``: others than
-        us see it, and may keep a view.
-        """
-        access, unit = self._access, self._held.units[index]
-        access.refuse_written(self._held)
-        with access.alone():
-            if index == 0:
-                access.on_use(unit.group)
-            with access.on_move(unit.group) as moved, plain_tensors():
-                there = access.prefetcher.acquire(unit)
-                moved(unit.data_bytes)
-            try:
-                yield access._in_memory(self._held, index) if there is None else there
-            finally:
-                access.prefetcher.release(unit, shared=shared)
-
-    @contextlib.contextmanager
-    def _read_apart(self, index: int, start: int, end: int) -> Iterator[Tensor]:
-        """Read rows of a shard that the plan has no slot for, since it foresaw lookups only, into
-        the buffer of these.
-        """
-        access, held = self._access, self._held
-        unit, part, shard = held.units[index], held.payload.parts[0], held.payload.shards[index]
-        assert held.stored is not None
-        access.refuse_written(held)
-        with access.alone():
-            if index == start == 0:
-                access.on_use(unit.group)
-            with access.on_move(unit.group) as moved, plain_tensors():
-                if shard.record is not None:
-                    data = access.archive.shard_record(held.stored, shard, access.lookup)
-                else:
-                    data = access.archive.raw_range(
-                        held.stored, part, shard, (start, end), access.lookup
-                    )
-                access.link.fetch(unit.tier, data.numel())
-                moved(data.numel())
-                data = data.to(access.device)
-            yield data
-
-    def read_rows(self, index: int, ids: Tensor) -> Tensor:
-        """Return rows (n, columns) of a shard, by their numbers within it."""
-        access, unit = self._access, self._held.units[index]
-        access.refuse_written(self._held)
-        with access.on_move(unit.group) as moved, plain_tensors():
-            rows, moved_bytes = access._read_rows(self._held, index, ids)
-            access.link.fetch(unit.tier, moved_bytes)
-            moved(moved_bytes)
-        return rows
-
-
 def _is_put_together(held: Held, part: Part) -> bool:
     """Say whether a whole weight gets memory of its own, and is no view of a slot."""
     return part.record is not None or len(held.units) > 1
-
-
-def _rows_apart(part: Part) -> int:
-    """Return how many rows of a raw shard are read at a time past the slots: products of so many
-    have the whole one's bits, and the chunks that they lie in fit into the buffer of lookups. 0:
-    they don't.
-    """
-    return CHUNK_BYTES // (part.columns * part.dtype.itemsize) // SHARD_ROWS * SHARD_ROWS
-
-
-def _expand(ops: WeightOps, part: Part, device: torch.device) -> Tensor:
-    """Return a whole weight as a matrix, made a few rows at a time: what that takes is small."""
-    step = max(_STEP_BYTES // (part.columns * _ROW_BLOCK), 1) * _ROW_BLOCK
-    if part.rows <= step:
-        return ops.expand(0, part.rows)
-    matrix = torch.empty(part.rows, part.columns, dtype=part.dtype, device=device)
-    for start in range(0, part.rows, step):
-        end = min(start + step, part.rows)
-        matrix[start:end] = ops.expand(start, end)
-    return matrix
-
-
-def _in_shape(matrix: Tensor, part: Part) -> Tensor:
-    """Return a decoded matrix as the parameter was: its shape and strides."""
-    weights = torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device=matrix.device)
-    return weights.copy_(matrix.t() if part.transposed else matrix.view(part.shape))
-
-
-@contextlib.contextmanager
-def plain_tensors() -> Iterator[None]:
-    """Make ordinary tensors: those made in inference mode could not be used outside it."""
-    with torch.inference_mode(mode=False), torch.no_grad():
-        yield

@@ -17,7 +17,7 @@ from ..errors import PlacementError
 from ..hints import Tier
 from ..policy.plan import Plan, Step
 from ..precision.kernels import Scratch
-from .access import Access, Held, plain_tensors
+from .access import Access, Held
 from .archive import Archive
 from .link import Link
 from .needs import codec_scratch_bytes, lookup_bytes
@@ -26,6 +26,7 @@ from .originals import Originals
 from .payload import Group, Payload
 from .placing import Placing
 from .prefetch import Prefetcher
+from .reader import plain_tensors
 from .stores import aligned_buffer
 
 

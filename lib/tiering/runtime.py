@@ -299,7 +299,7 @@ class Runtime:
             for block in group.blocks:
                 self._recorder.blocks[block.name].tier = str(self._tier_of(group, block))
         self._recorder.change_resident(
-            self._residency.resident_bytes() - self._recorder.resident_bytes
+            self._residency.resident_bytes() + self._extra_bytes - self._recorder.resident_bytes
         )
 
     def _return_to(
