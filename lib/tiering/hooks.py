@@ -62,6 +62,8 @@ class Forwards:
         """The submodule whose call by itself is the present forward."""
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
+        self._callers_error: BaseException | None = None
+        """What the caller was handling when the present forward began: a retry in its except."""
         self._bar = PassBar()
         self._handles: list[RemovableHandle] = []
         residency.access.on_move = self._moving
@@ -165,6 +167,7 @@ class Forwards:
         # KeyboardInterrupt skips post-hooks: give back what an interrupted forward held.
         self._end_leftovers()
         self._thread = threading.current_thread()
+        self._callers_error = sys.exc_info()[1]
         self._implicit = implicit
         self.trace = []
         self._residency.begin_forward()
@@ -179,7 +182,11 @@ class Forwards:
     def _end(self) -> None:
         self._end_leftovers()
         self._thread = None
+        # An always-called hook isn't told of the error; without one it sees the caller's.
         error = sys.exc_info()[1]
+        if error is self._callers_error:
+            error = None
+        self._callers_error = None
         if error is None:
             self.schedule = self._expected_schedule()
             self._residency.end_forward()
