@@ -27,8 +27,8 @@ from .stores import CHUNK_BYTES
 
 SECTOR_BYTES = 4096
 SHARD_ROWS = 256
-"""Shards have a multiple of this many rows: with it, matrix products of shards have the bits of the
-whole product's (smaller shards may take another kernel).
+"""Shards begin at multiples of this many rows and have no fewer: with it, matrix products of shards
+have the bits of the whole product's (smaller ones take other kernels).
 """
 _FORMAT = 2
 """Of payloads and of the records in them: a change makes what earlier versions stored unknown."""
@@ -271,12 +271,22 @@ def _encode_shard(payload: Payload, shard: Shard, layout: RecordLayout, weights:
         raise name_weights(error, name, blocks, weights, codec, first_row=shard.start) from error
 
 
+def start_rows(num_rows: int, step: int) -> list[int]:
+    """Return where to cut rows, a multiple of SHARD_ROWS at a time, so that no cut has fewer than
+    those: the last takes SHARD_ROWS from the one before, or is one with it.
+    """
+    starts = list(range(0, num_rows, step))
+    if len(starts) > 1 and num_rows - starts[-1] < SHARD_ROWS:
+        starts[-1] -= SHARD_ROWS
+    return list(dict.fromkeys(starts))
+
+
 def _cut_rows(part: Part) -> Iterator[Shard]:
     row_bytes = part.columns * part.dtype.itemsize
     rows = max(_PART_BYTES // row_bytes // SHARD_ROWS, 1) * SHARD_ROWS
+    starts = start_rows(part.rows, rows)
     offset = 0
-    for start in range(0, part.rows, rows):
-        end = min(start + rows, part.rows)
+    for start, end in zip(starts, [*starts[1:], part.rows], strict=True):
         record = part.codec.layout(end - start, part.columns) if part.codec else None
         data_bytes = record.num_bytes if record else (end - start) * row_bytes
         # Reads are whole chunks, or run to the end.
@@ -316,9 +326,12 @@ def _owners(name: str, group: Group, model: nn.Module) -> list[nn.Module]:
 
 
 def _moves_by_rows(parts: list[Part], modules: list[nn.Module]) -> bool:
-    """Say whether nothing but plain lookups and matrix products take the weights."""
+    """Say whether nothing but plain lookups and matrix products take the weights, and those have
+    the same bits by rows (in float64 they don't).
+    """
     return (
         len(parts) == 1
+        and (parts[0].dtype != torch.float64 or parts[0].codec is not None)
         and len(parts[0].shape) == 2
         and 0 not in parts[0].shape
         and parts[0].is_contiguous

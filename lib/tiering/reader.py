@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .offloaded import WeightOps
 from .parts import Part
-from .payload import SHARD_ROWS
+from .payload import SHARD_ROWS, start_rows
 from .stores import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -42,9 +42,11 @@ class GroupReader:
                 yield shard.start, shard.end, self.hold(index)
                 continue
             step = part.rows if shard.record is not None else rows_apart(part)
-            for start in range(shard.start, shard.end, step):
-                end = min(start + step, shard.end)
-                yield start, end, self._read_apart(index, start - shard.start, end - shard.start)
+            num_rows = shard.end - shard.start
+            starts = start_rows(num_rows, step)
+            for start, end in zip(starts, [*starts[1:], num_rows], strict=True):
+                context = self._read_apart(index, start, end)
+                yield shard.start + start, shard.start + end, context
 
     @contextlib.contextmanager
     def hold(self, index: int, *, shared: bool = False) -> Iterator[Tensor]:
@@ -101,10 +103,11 @@ class GroupReader:
 
 def rows_apart(part: Part) -> int:
     """Return how many rows of a raw shard are read at a time past the slots: products of so many
-    have the whole one's bits, and the chunks that they lie in fit into the buffer of lookups. 0:
-    they don't.
+    have the whole one's bits, also the last ones, and the chunks that they lie in fit into the
+    buffer of lookups. 0: they don't.
     """
-    return CHUNK_BYTES // (part.columns * part.dtype.itemsize) // SHARD_ROWS * SHARD_ROWS
+    step = CHUNK_BYTES // (part.columns * part.dtype.itemsize) // SHARD_ROWS * SHARD_ROWS
+    return step if step >= 2 * SHARD_ROWS else 0
 
 
 def expand_whole(ops: WeightOps, part: Part, device: torch.device) -> Tensor:

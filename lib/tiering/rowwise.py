@@ -1,8 +1,7 @@
 """Weights by rows: an embedding or a head as a list of shards, of which one at a time is needed.
 
 Matrix products take the shards in turn and write their columns of the output; lookups take the rows
-they need. Shards have a multiple of 256 rows, for which the products have the bits of the whole
-one's.
+they need. The products of shards have the bits of the whole one's (``payload`` on their sizes).
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..precision.kernels import EncodedWeight, Scratch
@@ -57,14 +56,13 @@ class StreamedRows:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x @ W.T + bias, shard by shard."""
         output: Tensor | None = None
-        flag = self._reader.requires_grad
         num_rows = self._shards[-1].end
         for start, end, context in self._reader.pieces():
             part = None if bias is None else bias[start:end]
             with context as buffer:
                 weight = self._weight(start, end, buffer)
                 if isinstance(weight, Tensor):
-                    product = F.linear(x, weight.requires_grad_(flag), part)
+                    product = F.linear(x, weight, part)
                 else:
                     product = weight.linear(x, part)
                 if output is None:
@@ -111,7 +109,10 @@ class StreamedRows:
         shard = next(shard for shard in self._shards if shard.start <= start < shard.end)
         if shard.record is None:
             size = (end - start) * self._columns * self._dtype.itemsize
-            return buffer[:size].view(self._dtype).view(end - start, self._columns)
+            # A parameter as the whole one is: of a view torch takes the flag of what it views.
+            with torch.inference_mode(mode=False):
+                rows = buffer[:size].view(self._dtype).view(end - start, self._columns)
+                return nn.Parameter(rows, requires_grad=self._reader.requires_grad)
         assert self._scratch is not None
         data = buffer[: shard.data_bytes]
         return EncodedWeight(data, shard.record, dtype=self._dtype, scratch=self._scratch)
