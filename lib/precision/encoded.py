@@ -142,9 +142,10 @@ class EncodedWeight:
             return finish_linear(self._linear_int8(flat), x, bias)
         dtype = self._compute_dtype(flat)
         flat = flat.to(dtype)
-        if self._sections[0].dtype == dtype:
-            return finish_linear(torch.mm(flat, self._sections[0].t()), x, bias)
+        # Into y: autocast leaves such products alone, and would copy the whole weight in others.
         y = flat.new_empty(len(flat), self.layout.rows)
+        if self._sections[0].dtype == dtype:
+            return finish_linear(torch.mm(flat, self._sections[0].t(), out=y), x, bias)
         # Few rows: what the groups' lows add is a product with the sums of the activations, which
         # is less work than adding them to the weights.
         folds = self._folds and dtype == torch.float32

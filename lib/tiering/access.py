@@ -19,6 +19,7 @@ from ..hints import Tier
 from ..precision.kernels import CompressedWeight, EncodedWeight, Scratch, Use
 from ..units import format_bytes
 from .archive import Archive, Stored
+from .casting import UnkeptCopies, autocast_dtype, copy_bytes
 from .link import Left, Link, Unit
 from .offloaded import OffloadedParameter, WeightOps, set_away, set_weights
 from .originals import Originals
@@ -281,24 +282,29 @@ class Access:
                 if not _is_put_together(held, part):
                     buffer = stack.enter_context(GroupReader(self, held).hold(0, shared=True))
                     set_weights(parameter, raw_view(buffer, part))
-                    stack.callback(self._take_away, held, part, ops)
-                    yield
-                    return
-                expanded: list[Left] = []
-                stack.enter_context(self._taking(part.num_native_bytes, expanded))
-                with plain_tensors():
-                    matrix = expand_whole(ops, part, self.device)
-                    if part.whole_bytes == part.num_native_bytes:
-                        weights = matrix.view(part.shape)
-                    else:  # both are there for a moment
-                        with self._taking(part.num_native_bytes):
-                            weights = in_shape(matrix, part)
-                    del matrix
-                    set_weights(parameter, weights)
-                    expanded.append(Left(weights))
-                    del weights
+                else:
+                    self._put_together(part, ops, stack)
                 stack.callback(self._take_away, held, part, ops)
+            if (dtype := autocast_dtype(self.device)) is not None:
+                stack.enter_context(UnkeptCopies())
+                copied = copy_bytes(held.payload, [dtype], whole=True)
+                self.on_extra(copied)
+                self.on_extra(-copied)
             yield
+
+    def _put_together(self, part: Part, ops: WeightOps, stack: contextlib.ExitStack) -> None:
+        """Make a parameter's weights in memory of their own, which counts until ``stack`` ends."""
+        expanded: list[Left] = []
+        stack.enter_context(self._taking(part.num_native_bytes, expanded))
+        with plain_tensors():
+            matrix = expand_whole(ops, part, self.device)
+            if part.whole_bytes == part.num_native_bytes:
+                weights = matrix.view(part.shape)
+            else:  # both are there for a moment
+                with self._taking(part.num_native_bytes):
+                    weights = in_shape(matrix, part)
+            set_weights(self.parameter(part), weights)
+            expanded.append(Left(weights))
 
     @contextlib.contextmanager
     def _taking(self, num_bytes: int, expanded: Sequence[Left] = ()) -> Iterator[None]:

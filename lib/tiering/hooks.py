@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError, PlacementError
 from ..policy.plan import Step
+from .casting import UnkeptCopies, autocast_dtype
 from .offloaded import NO_GRADIENTS, requires_grad
 from .payload import Group
 from .progress import PassBar
@@ -57,7 +58,10 @@ class Forwards:
         self._recorder = recorder
         self._looked_up = {step.block for step in schedule if step.lookup}
         self._begin_outside, self._end_outside = begin_forward, end_forward
-        self._held: list[tuple[_GroupHook, list[str]]] = []
+        self.casts: set[torch.dtype] = set()
+        """What autocast has computed in so far."""
+        self._held: list[tuple[_GroupHook, list[str], UnkeptCopies | None]] = []
+        self._unkept: UnkeptCopies | None = None
         self._implicit: nn.Module | None = None
         """The submodule whose call by itself is the present forward."""
         self._process = os.getpid()
@@ -83,7 +87,7 @@ class Forwards:
 
     def note_use(self, group: str) -> None:
         """Trace a use of weights outside the modules that own them."""
-        users = (hook for hook, _ in self._held if not hook.lookup)
+        users = (hook for hook, _, _ in self._held if not hook.lookup)
         if not any(group == own.name for hook in users for own in hook.groups):
             self.trace.append(Step(group))
 
@@ -163,9 +167,9 @@ class Forwards:
         """Start a forward of the model, or of a submodule that was called by itself."""
         self.refuse_other_processes()
         self._refuse_other_threads()
-        streamed = self._begin_outside()
         # KeyboardInterrupt skips post-hooks: give back what an interrupted forward held.
         self._end_leftovers()
+        streamed = self._begin_outside()
         self._thread = threading.current_thread()
         self._callers_error = sys.exc_info()[1]
         self._implicit = implicit
@@ -173,6 +177,8 @@ class Forwards:
         self._residency.begin_forward()
         self._recorder.forwards += 1
         self._bar.begin(streamed)
+        if autocast_dtype(self._residency.device) is not None:
+            self._unkept = UnkeptCopies().__enter__()
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         with self.lock:
@@ -180,6 +186,8 @@ class Forwards:
                 self._end()
 
     def _end(self) -> None:
+        if self._unkept is not None:
+            self._unkept.__exit__()
         self._end_leftovers()
         self._thread = None
         # An always-called hook isn't told of the error; without one it sees the caller's.
@@ -206,7 +214,7 @@ class Forwards:
             if self._thread is not threading.current_thread() or self._was_interrupted(module):
                 self._begin(implicit=module)
             held: list[str] = []
-            self._held.append((hook, held))
+            self._held.append((hook, held, self._enter_casting(hook)))
             for group in hook.groups:
                 block = group.blocks[0].name
                 lookup = hook.lookup and group.name in self._looked_up
@@ -225,6 +233,16 @@ class Forwards:
                     self._recorder.count_call(other.name)
                 self._bar.update(moved_bytes)
 
+    def _enter_casting(self, hook: "_GroupHook") -> UnkeptCopies | None:
+        """Keep autocast, where it is on, from keeping copies; those of this module are booked."""
+        dtype = autocast_dtype(self._residency.device)
+        if dtype is None:
+            return None
+        self.casts.add(dtype)
+        copied = sum(self._residency.copy_bytes(group.name, dtype) for group in hook.groups)
+        self._recorder.book_moment(copied)
+        return UnkeptCopies(copied).__enter__()
+
     def _wants_gradients(self, hook: "_GroupHook") -> bool:
         return any(self._residency.requires_grad(group.name) for group in hook.groups)
 
@@ -241,7 +259,11 @@ class Forwards:
             mine = self._thread is threading.current_thread()
             if not (mine and self._held and self._held[-1][0] is hook):
                 return  # a refused call has acquired nothing
-            for group in reversed(self._held.pop()[1]):
+            _, held, unkept = self._held.pop()
+            if unkept is not None:
+                unkept.__exit__()
+                self._residency.give_back_copies(unkept.num_bytes)
+            for group in reversed(held):
                 self._recorder.end_compute()
                 self._residency.release(group)
             if not self._held and self._implicit is module:
@@ -262,6 +284,7 @@ class Forwards:
 
     def _end_leftovers(self) -> None:
         self._held.clear()
+        self._unkept = None  # an autocast context that was interrupted has restored its setting
         self._recorder.leave_all()
         self._residency.end_holds()
         self._bar.end()

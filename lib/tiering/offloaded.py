@@ -18,6 +18,7 @@ from torch._C import DisableTorchFunctionSubclass
 from torch.nn import functional as F
 
 from ..errors import PlacementError
+from .casting import cast_input
 
 _SHAPE_QUESTIONS = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "nbytes")} | {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous,
@@ -208,11 +209,11 @@ def _own_operation(
         named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
         weight, x, bias = named["weight"], named["input"], named.get("bias")
         if (ops := _ops(weight)) and not weight._tierhints_transposed and _is_plain(x):
-            return weight, lambda: ops.linear(x, bias)
+            return weight, lambda: _linear(ops, x, bias)
     elif func is torch.addmm and not kwargs and len(args) == 3:
         bias, x, weight = args
         if (ops := _ops(weight)) and weight._tierhints_transposed and _is_plain(x):
-            return weight, lambda: ops.linear(x, bias)
+            return weight, lambda: _linear(ops, x, bias)
     elif func is F.embedding:
         named = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False))
         named |= kwargs
@@ -226,6 +227,11 @@ def _own_operation(
             rows, columns = weight.shape[1:]
             return weight, lambda: ops.expand(index * rows, (index + 1) * rows).view(rows, columns)
     return None
+
+
+def _linear(ops: WeightOps, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a product in the dtype in which torch would, under autocast too."""
+    return ops.linear(cast_input(x), None if bias is None else cast_input(bias))
 
 
 def _ops(weight: Any) -> WeightOps | None:

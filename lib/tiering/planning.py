@@ -21,6 +21,7 @@ from ..policy.planner import make_plan
 from ..policy.states import placed_state
 from ..policy.timeline import PassTime
 from ..units import parse_bytes
+from .casting import copy_bytes
 from .demands import Demand
 from .emulation import EmulatedLink
 from .needs import PrecisionChoice, block_needs, expanded_bytes, make_payloads, scratch_bytes
@@ -66,6 +67,8 @@ class Planning:
         self._machine = machine
         self._keeps_originals = keeps_originals
         self._emulated = emulated
+        self.casts: frozenset[torch.dtype] = frozenset()
+        """What autocast computes in: plans have room for copies of the weights in use."""
         self.payloads: dict[str, Payload] = {}
         """What each group is held as in the plans that are made now."""
         self._demands: dict[Demand, None] = {}
@@ -139,13 +142,24 @@ class Planning:
         if budget is not None:
             parsed = parse_budget(budget, self._device, self._mode)
             room = leave_room(parsed, kept)
-            plan = make_plan(self._needs, schedule, room, self._machine, scratch)
+            scratch += max(
+                copy_bytes(payload, self.casts, whole=False) for payload in self.payloads.values()
+            )
+            needs = [self._need_with_copies(need) for need in self._needs]
+            plan = make_plan(needs, schedule, room, self._machine, scratch)
         else:
             parsed, plan = {}, self._plan_by_hints(scratch)
         if self._emulated is not None:
             self._emulated.check(plan)
         expanded = expanded_bytes(self.payloads, self._demands)
         return with_originals(replace(plan, expanded_bytes=expanded), parsed, kept)
+
+    def _need_with_copies(self, need: BlockNeed) -> BlockNeed:
+        """Add what a weight that moves by rows takes more where it resides: its whole copy."""
+        payload = self.payloads[need.name]
+        whole = copy_bytes(payload, self.casts, whole=True)
+        more = whole - copy_bytes(payload, self.casts, whole=False)
+        return replace(need, resident_bytes=need.resident_bytes + more) if more else need
 
     def _plan_by_hints(self, scratch: int) -> Plan:
         """Put every group where the hints of its blocks say: where most of its bytes should be.

@@ -19,6 +19,7 @@ from ..policy.plan import Plan, Step
 from ..precision.kernels import Scratch
 from .access import Access, Held
 from .archive import Archive
+from .casting import copy_bytes
 from .link import Link
 from .needs import codec_scratch_bytes, lookup_bytes
 from .offloaded import set_weights
@@ -28,6 +29,8 @@ from .placing import Placing
 from .prefetch import Prefetcher
 from .reader import plain_tensors
 from .stores import aligned_buffer
+
+_KEPT_COPIES = 8 * 2**20
 
 
 class Residency:
@@ -53,6 +56,8 @@ class Residency:
         self._archive = archive
         self._device = device
         self._emulated = emulated
+        self._freed_copies = 0
+        """What was freed of autocast's copies and not given back to the system yet."""
         self.access = Access(originals, archive, link, device)
         """How the weights are got at."""
         self._placing = Placing(self.access, archive, originals)
@@ -195,6 +200,25 @@ class Residency:
                 self.access.parameter(part).requires_grad
                 for part in self._held[group].payload.parts
             )
+
+    def copy_bytes(self, group: str, dtype: torch.dtype) -> int:
+        """Return what copies of a group's weights take while its module computes in ``dtype``."""
+        held = self._held[group]
+        return copy_bytes(held.payload, [dtype], whole=not held.units)
+
+    def give_back_copies(self, num_bytes: int) -> None:
+        """Give freed copies back to the system from time to time: between small allocations malloc
+        finds no place for the next one, and would take as much memory as all copies together.
+        """
+        self._freed_copies += num_bytes
+        if self._freed_copies >= _KEPT_COPIES and self._device.type == "cpu":
+            self._freed_copies = 0
+            _trim_heap()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._device
 
     def end_holds(self) -> None:
         """Give back what an interrupted forward still holds."""

@@ -7,7 +7,7 @@ measurement raised: each makes a plan, and no plan is carried out that the veto 
 import contextlib
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -22,6 +22,7 @@ from ..policy.audit import Audit, Record
 from ..policy.plan import Plan, Step
 from ..policy.veto import Measure, Veto
 from ..units import format_bytes
+from .casting import autocast_dtype
 from .demands import Demand
 from .emulation import EmulatedLink
 from .hooks import Forwards
@@ -257,7 +258,24 @@ class Runtime:
         if self._broken is not None:
             raise PlacementError(self._broken)
         self._unplanned = False
+        dtype = autocast_dtype(self._residency.device)
+        casts = self._forwards.casts | ({dtype} if dtype is not None else set())
+        if self.plan.budget and not casts <= self._planning.casts:
+            self._leave_room_for_copies(casts)
         return sum(sum(place.unit_bytes) for place in self.plan.placements.values())
+
+    def _leave_room_for_copies(self, casts: Set[torch.dtype]) -> None:
+        """Plan again with room for the copies of weights that autocast computes with.
+
+        Raises InputError where the budget has none, with the smallest that does; nothing has moved.
+        """
+        before, self._planning.casts = self._planning.casts, self._planning.casts | casts
+        try:
+            plan = self._planning.make_plan(self.budget, self._forwards.schedule)
+        except InputError as error:
+            self._planning.casts = before
+            raise InputError(f"autocast makes a copy of the weights in use: {error}") from error
+        self._carry_out(plan)
 
     def _end_forward(self, error: BaseException | None) -> None:
         if error is None:

@@ -121,6 +121,10 @@ class Recorder:
         self.peak_resident_bytes = max(self.peak_resident_bytes, self.resident_bytes)
         self.timeline.append((time.perf_counter() - self._start, self.resident_bytes))
 
+    def book_moment(self, num_bytes: int) -> None:
+        """Book weight bytes that are in fast memory, beside what is there, for an operation."""
+        self.peak_resident_bytes = max(self.peak_resident_bytes, self.resident_bytes + num_bytes)
+
     def snapshot(
         self,
         *,
