@@ -8,7 +8,7 @@ belongs to the block that names it first, and the other modules that compute wit
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import cast
 
@@ -116,11 +116,14 @@ def partition_model(model: nn.Module) -> tuple[Block, ...]:
     """Split a model into blocks that cover each weight byte exactly once, in definition order.
 
     Inside a repeated layer (an element of a ModuleList) each child module is a block; outside the
-    layers each leaf module is. Raises InputError for a model without parameters and for FSDP1 flat
-    parameters.
+    layers each leaf module is. ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention``, which
+    may compute without calling their children, are one block each. Raises InputError for a model
+    without parameters and for FSDP1 flat parameters.
     """
     model = unwrap_model(model)
     places = dict(_walk(model, "", None))
+    if _takes_all_weights(model):
+        places = {name: replace(place, module="") for name, place in places.items()}
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     pieces: dict[str, list[Piece]] = {}
     modules: dict[str, dict[str, None]] = {}
@@ -234,7 +237,7 @@ def _walk_child(module: nn.Module, name: str, layer: int | None) -> Iterator[tup
         for key, element in _children(module):
             element_name = _join(name, key)
             element_layer = int(key) if layer is None and key.isdigit() else layer
-            if kind is BlockKind.EXPERT or not _children(element):
+            if kind is BlockKind.EXPERT or not _children(element) or _takes_all_weights(element):
                 yield from _block(
                     element, element_name, _Place(element_name, element_name, kind, element_layer)
                 )
@@ -242,6 +245,8 @@ def _walk_child(module: nn.Module, name: str, layer: int | None) -> Iterator[tup
                 yield from _walk(element, element_name, element_layer)
     elif _contains_layers(module):
         yield from _walk(module, name, layer)
+    elif _takes_all_weights(module):
+        yield from _block(module, name, _Place(name, name, kind, layer))
     elif layer is not None or not _children(module) or kind is not BlockKind.OTHER:
         yield from _block(module, name, _Place(name, name, kind, layer))
     else:
@@ -318,6 +323,11 @@ def _contains_layers(module: nn.Module) -> bool:
         and not _is_experts(child, name)
         for name, child in module.named_modules()
     )
+
+
+def _takes_all_weights(module: nn.Module) -> bool:
+    """Say whether a module computes with its children's weights, and doesn't call the children."""
+    return isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention)
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InputError, PlacementError
 from ..policy.plan import Step
 from .casting import UnkeptCopies, autocast_dtype
+from .fast_path import EncoderPaths
 from .offloaded import NO_GRADIENTS, requires_grad
 from .payload import Group
 from .progress import PassBar
@@ -70,6 +72,7 @@ class Forwards:
         """What the caller was handling when the present forward began: a retry in its except."""
         self._bar = PassBar()
         self._handles: list[RemovableHandle] = []
+        self._encoders = EncoderPaths(trains=residency.trains)
         residency.access.on_move = self._moving
         residency.access.alone = self._alone
         self._install()
@@ -79,6 +82,7 @@ class Forwards:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._encoders.remove()
         for module in self._model.modules():
             _attached.discard(module)
             module.__dict__.pop("_apply", None)
@@ -108,18 +112,24 @@ class Forwards:
             for module_name in group.modules:
                 users.setdefault(module_name, []).append(group)
         for module_name, groups in users.items():
-            _GroupHook(self, groups).install(self._model.get_submodule(module_name), self._handles)
+            module, hook = self._model.get_submodule(module_name), _GroupHook(self, groups)
+            if isinstance(module, nn.TransformerEncoderLayer):
+                self._encoders.add_layer(module, partial(hook.hold, module))
+            else:
+                hook.install(module, self._handles)
+        self._encoders.add_others(self._model)
         for name in _containers(users):
             self._install_entry(self._model.get_submodule(name))
         for module in self._model.modules():
             if module._parameters:
                 self._handles.append(module.register_state_dict_pre_hook(self._check_state_dict))  # type: ignore[no-untyped-call]
-        # Last and in front: it sees each forward begin before any group is acquired.
-        begin = self._model.register_forward_pre_hook(
-            self._begin_forward, prepend=True, with_kwargs=True
-        )
-        end = self._model.register_forward_hook(self._end_forward, always_call=True)
-        self._handles += [begin, end]
+        if not isinstance(self._model, nn.TransformerEncoderLayer):  # it is a part by itself
+            # Last and in front: it sees each forward begin before any group is acquired.
+            begin = self._model.register_forward_pre_hook(
+                self._begin_forward, prepend=True, with_kwargs=True
+            )
+            end = self._model.register_forward_hook(self._end_forward, always_call=True)
+            self._handles += [begin, end]
         for module in self._model.modules():
             _attached.add(module)
             # to(), half(), cuda(): Module._apply would convert the resident half of the model and
@@ -343,6 +353,15 @@ class _GroupHook:
             module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         )
         handles.append(module.register_forward_hook(self._after, always_call=True))
+
+    @contextlib.contextmanager
+    def hold(self, module: nn.Module, args: Any, kwargs: Any) -> Iterator[None]:
+        """Do as the pair of hooks does, for as long as the context lasts."""
+        try:
+            self._before(module, args, kwargs)
+            yield
+        finally:
+            self._after(module, args, None)
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._forwards._acquire(self, module)

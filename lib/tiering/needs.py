@@ -87,8 +87,12 @@ def scratch_bytes(payloads: Mapping[str, Payload], demands: Iterable[Demand] = (
 def expanded_bytes(payloads: Mapping[str, Payload], demands: Iterable[Demand] = ()) -> int:
     """Return the share of it that is taken only for as long as weights are expanded."""
     # A module may take several weights at a time (nn.LSTM), and no two modules compute at a time.
-    sizes = [payload.expanded_bytes for payload in payloads.values()]
-    return max([*sizes, *(demand.expanded_bytes(payloads) for demand in demands)], default=0)
+    sizes: dict[str, int] = {}
+    for payload in payloads.values():
+        for module in payload.group.modules:
+            sizes[module] = sizes.get(module, 0) + payload.expanded_bytes
+    at_once = [demand.expanded_bytes(payloads) for demand in demands]
+    return max([*sizes.values(), *at_once], default=0)
 
 
 def codec_scratch_bytes(payloads: Iterable[Payload]) -> int:

@@ -62,6 +62,11 @@ class Originals:
         }
 
     @property
+    def trains(self) -> bool:
+        """Some parameters are trainable."""
+        return bool(self._trainable)
+
+    @property
     def from_checkpoint(self) -> bool:
         """The weights are a checkpoint's: nothing in memory needs to be kept."""
         return self._checkpoint is not None

@@ -58,10 +58,11 @@ def make_part(
     offset: int,
     *,
     packed: bool,
+    plain: bool = False,
 ) -> Part:
     """Lay a parameter out. ``owners`` are the modules that it is registered in, the one of that
-    name first; ``packed``: it holds experts, which are taken one at a time. ``precision`` None is
-    lossless.
+    name first; ``packed``: it holds experts, which are taken one at a time; ``plain``: its block
+    takes nothing but plain weights. ``precision`` None is lossless.
     """
     owner = owners[0]
     form = stored_form(name, weight, owner, precision)
@@ -72,7 +73,9 @@ def make_part(
         rows, columns = record.rows, record.cols
     in_order = torch.empty(weight.shape, device="meta").stride() == weight.stride()
     whole_bytes = native_bytes if in_order and not (form and form.transposed) else 2 * native_bytes
-    computes = record is None or all(_computes_compressed(each, packed) for each in owners)
+    computes = record is None or (
+        not plain and all(_computes_compressed(each, packed) for each in owners)
+    )
     return Part(
         parameter=name,
         offset=offset,
@@ -83,7 +86,7 @@ def make_part(
         codec=form.codec if form else None,
         record=record,
         transposed=form is not None and form.transposed,
-        uses=frozenset(map(_use, owners)),
+        uses=frozenset({Use.WHOLE}) if plain else frozenset(map(_use, owners)),
         rows=rows,
         columns=columns,
         incompressible=precision is not None

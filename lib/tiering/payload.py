@@ -141,13 +141,16 @@ def make_payload(
     written = any(getattr(module, "max_norm", None) is not None for module in modules)
     if written:
         precision = None
+    plain = any(isinstance(module, nn.TransformerEncoderLayer) for module in modules)
     parts: list[Part] = []
     for name in group.parameters:
         end = parts[-1].offset + parts[-1].num_bytes if parts else 0
         offset = -(-end // _PIECE_ALIGNMENT) * _PIECE_ALIGNMENT
         packed = group.kind is BlockKind.EXPERT and shapes[name].dim() == 3
         owners = _owners(name, group, model)
-        parts.append(make_part(name, shapes[name], precision, owners, offset, packed=packed))
+        parts.append(
+            make_part(name, shapes[name], precision, owners, offset, packed=packed, plain=plain)
+        )
     lossless = min((native_precision(part.dtype) for part in parts), key=precision_rank)
     by_rows = _moves_by_rows(parts, modules)
     return Payload(

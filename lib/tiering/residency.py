@@ -216,6 +216,11 @@ class Residency:
             _trim_heap()
 
     @property
+    def trains(self) -> bool:
+        """Say whether weights were trainable when they were given."""
+        return self._originals.trains
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self._device
