@@ -189,8 +189,9 @@ class Access:
     def _reads_apart(self, held: Held) -> bool:
         """Say whether all of a group can be had without a slot, in the buffer of lookups."""
         part = held.payload.parts[0]
-        apart = part.record is not None or rows_apart(part) > 0
-        return held.by_rows and Use.EMBEDDING in part.uses and apart and len(self.lookup) > 0
+        if not held.by_rows or Use.EMBEDDING not in part.uses or not len(self.lookup):
+            return False
+        return part.record is not None or rows_apart(part, held.payload.shards) > 0
 
     def _is_away(self, part: Part) -> bool:
         return isinstance(self.parameter(part), OffloadedParameter)

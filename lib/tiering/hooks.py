@@ -98,7 +98,7 @@ class Forwards:
     @property
     def running(self) -> list[str]:
         """The groups of the modules that are running."""
-        return [group.name for hook, _ in self._held for group in hook.groups]
+        return [group.name for hook, _, _ in self._held for group in hook.groups]
 
     @property
     def expected(self) -> tuple[Step, ...]:

@@ -3,7 +3,7 @@ that are expanded or put together from pieces.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .offloaded import WeightOps
 from .parts import Part
-from .payload import SHARD_ROWS, start_rows
+from .payload import SHARD_ROWS, Shard, start_rows
 from .stores import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ class GroupReader:
 
     def pieces(self) -> Iterator[tuple[int, int, AbstractContextManager[Tensor]]]:
         """Yield the rows [start, end) that are there at a time, and what brings their bytes."""
-        part = self._held.payload.parts[0]
-        for index, shard in enumerate(self._held.payload.shards):
+        part, shards = self._held.payload.parts[0], self._held.payload.shards
+        for index, shard in enumerate(shards):
             if self._access.prefetcher.has_room([self._held.units[index]]):
                 yield shard.start, shard.end, self.hold(index)
                 continue
-            step = part.rows if shard.record is not None else rows_apart(part)
+            step = part.rows if shard.record is not None else rows_apart(part, shards)
             num_rows = shard.end - shard.start
             starts = start_rows(num_rows, step)
             for start, end in zip(starts, [*starts[1:], num_rows], strict=True):
@@ -101,13 +101,18 @@ class GroupReader:
         return rows
 
 
-def rows_apart(part: Part) -> int:
-    """Return how many rows of a raw shard are read at a time past the slots: products of so many
+def rows_apart(part: Part, shards: Sequence[Shard]) -> int:
+    """Return how many rows of raw shards are read at a time past the slots: products of so many
     have the whole one's bits, also the last ones, and the chunks that they lie in fit into the
-    buffer of lookups. 0: they don't.
+    buffer of lookups, which has two. 0: they don't.
     """
-    step = CHUNK_BYTES // (part.columns * part.dtype.itemsize) // SHARD_ROWS * SHARD_ROWS
-    return step if step >= 2 * SHARD_ROWS else 0
+    row_bytes = part.columns * part.dtype.itemsize
+    step = CHUNK_BYTES // row_bytes // SHARD_ROWS * SHARD_ROWS
+    for num_rows in {shard.end - shard.start for shard in shards} if step else ():
+        last = start_rows(num_rows, step)[-1]
+        if -(-num_rows * row_bytes // CHUNK_BYTES) - last * row_bytes // CHUNK_BYTES > 2:
+            return 0
+    return step
 
 
 def expand_whole(ops: WeightOps, part: Part, device: torch.device) -> Tensor:

@@ -35,6 +35,9 @@ class RememberedLink:
     def done_with(self, slot: int, *, shared: bool) -> bool:
         return True
 
+    def is_lent(self, slot: int) -> bool:
+        return False
+
 
 def unit(name: str) -> Unit:
     return Unit(name, 0, Tier.SSD, name, 0, 4096, 4096)
