@@ -213,7 +213,7 @@ class EncodedWeight:
         """Multiply by all codes, joined in scratch a shard at a time: (m, rows) in fp32."""
         *planes, scales, zeros = self._sections
         activations = kernel_activations(flat)
-        y = torch.empty(len(flat), self.layout.rows)
+        y = torch.empty(len(flat), self.layout.rows, dtype=torch.float32, device=flat.device)
         for start, end in self._scratch.shards(self.layout.rows, self._row_bytes):
             codes, workspace = self._scratch.split(
                 (torch.uint8, end - start, self.layout.padded_cols),

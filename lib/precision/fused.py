@@ -195,7 +195,8 @@ class Int4Weight:
         last = pad_rows(end_row)
         cols = self.shape[1]
         packed = self._packed[self._packed_rows(slice(first, last))]
-        unit = torch.zeros(cols // self.group_size, last - first, 2, dtype=torch.bfloat16)
+        size = (cols // self.group_size, last - first, 2)
+        unit = torch.zeros(size, dtype=torch.bfloat16, device="cpu")
         unit[:, :, 0] = 1
         unit = unit.to(self._device)
         rows = slice(start_row - first, end_row - first)

@@ -33,6 +33,7 @@ from .needs import PrecisionChoice
 from .originals import Originals
 from .planning import Budget, Mode, Planning, check_names_tiers
 from .progress import placing_bar
+from .reader import plain_tensors
 from .reserve import warn_of_incompressible
 from .residency import Residency
 from .runtime import Runtime
@@ -150,7 +151,7 @@ def attach(
     moves = veto.judge(plan)
     stores = _Stores(Path(spill_dir) if spill_dir is not None else None, mode, compute_device)
     link: Link = emulated or RealLink(stores, compute_device)
-    with torch.inference_mode(mode=False), torch.no_grad():
+    with plain_tensors():
         originals = Originals(model, checkpoint)
         archive = Archive(stores, originals)
         residency = Residency(

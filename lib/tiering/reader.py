@@ -135,6 +135,12 @@ def in_shape(matrix: Tensor, part: Part) -> Tensor:
 
 @contextlib.contextmanager
 def plain_tensors() -> Iterator[None]:
-    """Make ordinary tensors: those made in inference mode could not be used outside it."""
-    with torch.inference_mode(mode=False), torch.no_grad():
+    """Make ordinary tensors, whatever the caller's modes: those made in inference mode could not be
+    used outside it, and a default device (``torch.device("meta")``) is for the caller's tensors.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.no_grad())
+        if torch._C._len_torch_function_stack():
+            stack.enter_context(torch.device("cpu"))
         yield

@@ -28,6 +28,7 @@ from .emulation import EmulatedLink
 from .hooks import Forwards
 from .payload import Group, Payload
 from .planning import Planning
+from .reader import plain_tensors
 from .residency import Residency
 from .specs import Clock, EmulationSpec
 from .telemetry import BlockStats, Recorder, Stats
@@ -249,7 +250,7 @@ class Runtime:
             self._forwards.refuse_other_processes()
             self._forwards.check_idle()
             self._forwards.remove()
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with plain_tensors():
                 self._residency.close()
             self._detached = True
 
@@ -290,7 +291,7 @@ class Runtime:
         """
         payloads = self._planning.payloads
         moves = self.veto.judge(plan)
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with plain_tensors():
             try:
                 self._residency.apply(plan, payloads, self._forwards.schedule, moves)
             except BaseException as error:
