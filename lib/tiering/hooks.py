@@ -23,11 +23,13 @@ from ..errors import InputError, PlacementError
 from ..policy.plan import Step
 from .casting import UnkeptCopies, autocast_dtype
 from .fast_path import EncoderPaths
+from .guards import Guards
 from .offloaded import NO_GRADIENTS, requires_grad
 from .payload import Group
 from .progress import PassBar
 from .residency import Residency
 from .telemetry import Recorder
+from .tracing import refuse_tracing
 
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Modules of models that a runtime holds; weak, so that a forgotten model is freed."""
@@ -85,8 +87,7 @@ class Forwards:
         self._encoders.remove()
         for module in self._model.modules():
             _attached.discard(module)
-            module.__dict__.pop("_apply", None)
-            module.__dict__.pop("_load_from_state_dict", None)
+        self._guards.remove()
         self._bar.close()
 
     def note_use(self, group: str) -> None:
@@ -132,16 +133,13 @@ class Forwards:
             self._handles += [begin, end]
         for module in self._model.modules():
             _attached.add(module)
-            # to(), half(), cuda(): Module._apply would convert the resident half of the model and
-            # then fail.
-            module.__dict__["_apply"] = _refuse_apply
-            # Half of the weights would be loaded, and the rest refuse.
-            module.__dict__["_load_from_state_dict"] = _refuse_apply
+        self._guards = Guards(self._model)
 
     def _install_entry(self, module: nn.Module) -> None:
         """Let a part of the model be called by itself: a base model, an encoder, a layer."""
 
         def begin(module: nn.Module, args: Any) -> None:
+            refuse_tracing()
             with self.lock:
                 self._refuse_other_threads()
                 if self._thread is not threading.current_thread() or self._was_interrupted(module):
@@ -166,8 +164,7 @@ class Forwards:
             )
 
     def _begin_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling():
-            _refuse_compile()
+        refuse_tracing()
         if torch.is_grad_enabled() and requires_grad((args, kwargs)):
             raise PlacementError(f"inputs require gradients, {NO_GRADIENTS}")
         with self.lock:
@@ -217,8 +214,7 @@ class Forwards:
         return self.expected
 
     def _acquire(self, hook: "_GroupHook", module: nn.Module) -> None:
-        if torch.compiler.is_compiling():
-            _refuse_compile()
+        refuse_tracing()
         with self.lock:
             self._refuse_other_threads()
             if self._thread is not threading.current_thread() or self._was_interrupted(module):
@@ -420,18 +416,3 @@ def refuse_managed(model: nn.Module) -> None:
             raise PlacementError(
                 f"{place} has Diffusers hooks (group offloading): remove them first"
             )
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # run, not traced: its error goes out
-def _refuse_compile() -> None:
-    raise PlacementError(
-        "torch.compile can't trace a model whose weights come and go: detach it, or call the "
-        "uncompiled model"
-    )
-
-
-def _refuse_apply(*args: Any, **kwargs: Any) -> None:
-    raise PlacementError(
-        "the model's weights are placed by a runtime: detach it before moving, converting or "
-        "loading the model"
-    )

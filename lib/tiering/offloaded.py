@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..errors import PlacementError
 from .casting import cast_input
+from .tracing import is_transformed, refuse_tracing
 
 _SHAPE_QUESTIONS = {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "nbytes")} | {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous,
@@ -32,6 +33,7 @@ _METADATA = {
         "layout",
         "requires_grad",
         "grad",
+        "grad_fn",
         "is_leaf",
         "is_meta",
         "is_cuda",
@@ -53,6 +55,9 @@ _WRITING_OPERATORS = {"__setitem__"} | {
 NO_GRADIENTS = (
     "but offloaded weights serve inference only: use torch.no_grad(), or detach the runtime"
 )
+
+
+_WRITTEN = "this parameter's weights are offloaded: detach the runtime before changing the model"
 
 
 class WeightOps(Protocol):
@@ -113,6 +118,10 @@ class OffloadedParameter(nn.Parameter):
             "state_dict()"
         )
 
+    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refuse: PyTorch asks no ``__torch_function__`` of this one."""
+        raise PlacementError(_WRITTEN)
+
     @classmethod
     def __torch_function__(
         cls,
@@ -131,10 +140,8 @@ class OffloadedParameter(nn.Parameter):
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func == _SET_DATA or _writes(func, args, kwargs):
-            raise PlacementError(
-                "this parameter's weights are offloaded: detach the runtime before changing the "
-                "model"
-            )
+            raise PlacementError(_WRITTEN)
+        refuse_tracing()
         if func == _GET_DATA:
             func = Tensor.detach  # the same, but for sharing the counter that shows later writes
         with contextlib.ExitStack() as stack:
@@ -142,7 +149,8 @@ class OffloadedParameter(nn.Parameter):
                 if requires_grad((args, kwargs)):
                     raise PlacementError(f"inputs require gradients, {NO_GRADIENTS}")
                 stack.enter_context(torch.no_grad())
-            own = _own_operation(func, args, kwargs)
+            # The kernels know plain tensors only.
+            own = None if is_transformed() else _own_operation(func, args, kwargs)
             # Of one whose own operation it is the rows, or a shard at a time, are enough.
             needed = [
                 parameter

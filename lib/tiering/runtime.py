@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import torch
 from torch import nn
@@ -114,6 +114,13 @@ class Runtime:
     ) -> None:
         """Detach."""
         self.detach()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be copied or pickled, alone or with what refers to it."""
+        raise PlacementError(
+            "a runtime can't be copied or pickled: detach it first, and attach to each copy of the "
+            "model"
+        )
 
     @property
     def budget(self) -> dict[str, int | None]:
