@@ -7,8 +7,10 @@ such writes show in its version counter, which aliases share, and the group is t
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,8 @@ class Held:
     """Where its payload is, once it has been stored."""
     versions: list[int] = field(default_factory=list)
     """Of its parameters when they were last placed, to notice writes."""
+    copies: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
+    """What was last given out, to be kept, of parameters that are away."""
     digest: str | None = None
     """Of a checkpoint's weights as they came into fast memory."""
     native: tuple[Stored, Payload] | None = None
@@ -82,6 +86,8 @@ class Access:
         self.link = link
         self.device = device
         self.prefetcher = Prefetcher(link, 0, [])
+        self.copy_device = device
+        """Where copies of weights go that somebody keeps."""
         self.scratch: Scratch | None = None
         """Working memory for compressed weights."""
         self.lookup = torch.empty(0, dtype=torch.uint8)
@@ -110,6 +116,15 @@ class Access:
     def parameter(self, part: Part) -> nn.Parameter:
         """Return the model's own parameter."""
         return self.originals.parameters[part.parameter]
+
+    @contextlib.contextmanager
+    def copies_on_host(self) -> Iterator[None]:
+        """Read what somebody keeps into host memory for a while: it may be the whole model."""
+        self.copy_device = torch.device("cpu")
+        try:
+            yield
+        finally:
+            self.copy_device = self.device
 
     def acquire(self, held: Held) -> int:
         """Bring a group's weights into fast memory; returns the bytes moved. Nests.
@@ -260,10 +275,33 @@ class Access:
             self.originals.shapes[part.parameter],
             lambda: self._whole(held, part),
             ops,
+            copy=partial(self._copy, held, part) if held.units and part.record is None else None,
             placeholder=torch.empty(0, dtype=part.dtype, device=self.device),
             transposed=part.transposed,
             prepare=self._prepare,
         )
+
+    def _copy(self, held: Held, part: Part) -> Tensor:
+        """Read a weight that is away for somebody who keeps it; parameters that are tied, and who
+        asks again meanwhile, get the same memory. Later writes show in the parameter's counter.
+        """
+        self.refuse_written(held)
+        name, unit = part.parameter, held.units[0]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(plain_tensors())
+            stack.enter_context(DisableTorchFunctionSubclass())
+            kept = held.copies.get(name, lambda: None)()
+            alias = self.parameter(part).detach()
+            if kept is not None and kept.device == self.copy_device:
+                alias.data = kept
+                return alias
+            moved = stack.enter_context(self.on_move(unit.group))
+            assert held.stored is not None
+            alias.data = self.archive.copy(held.stored, held.payload, part, self.copy_device)
+            self.link.fetch(unit.tier, part.num_bytes)
+            moved(part.num_bytes)
+        held.copies[name] = weakref.ref(alias)
+        return alias
 
     @contextlib.contextmanager
     def _whole(self, held: Held, part: Part) -> Iterator[None]:

@@ -11,6 +11,9 @@ from .parts import Part
 from .payload import Payload, Shard, content_key, payload_bytes, raw_view
 from .stores import CHUNK_BYTES, DeviceStore, Store, aligned_buffer
 
+_PIECE_BYTES = 4 * CHUNK_BYTES
+"""What is read at a time where weights get memory of their own."""
+
 Stored = tuple[Tier, str]
 """Tier and key of a payload."""
 
@@ -99,19 +102,38 @@ class Archive:
         row_bytes = part.num_bytes // max(part.shape[0], 1) if part.shape else part.num_bytes
         low = part.offset + (start or 0) * row_bytes
         high = part.offset + (part.num_bytes if end is None else end * row_bytes)
-        first = low // CHUNK_BYTES * CHUNK_BYTES  # whole chunks have a checksum
-        last = min(-(-high // CHUNK_BYTES) * CHUNK_BYTES, payload.num_bytes)
-        if (view := self.view(stored)) is not None:
-            data = view[low:high].cpu()
-        else:
-            buffer = aligned_buffer(max(last - first, 1))[: last - first]
-            if len(buffer):
-                self._stores[stored[0]].read_into(stored[1], first, buffer)
-            data = buffer[low - first : high - first]
-        flat = data.view(part.dtype)
+        flat = torch.empty((high - low) // part.dtype.itemsize, dtype=part.dtype)
+        self._copy_bytes(stored, payload, low, flat.view(torch.uint8))
         if start is None:
             return flat.as_strided(part.shape, part.stride, flat.storage_offset())
         return flat.view(-1, *part.shape[1:])
+
+    def copy(self, stored: Stored, payload: Payload, part: Part, device: torch.device) -> Tensor:
+        """Read a raw part into memory of its own, of exactly its bytes; takes 1 MiB besides."""
+        weights = torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device=device)
+        target = weights.as_strided((weights.numel(),), (1,)).view(torch.uint8)
+        if not payload.by_rows:
+            self._copy_bytes(stored, payload, part.offset, target)
+        for shard in payload.shards if payload.by_rows else ():
+            start = shard.start * part.columns * part.dtype.itemsize
+            rows = target[start : start + shard.data_bytes]
+            self._copy_bytes(stored, payload, shard.offset, rows)
+        return weights
+
+    def _copy_bytes(self, stored: Stored, payload: Payload, start: int, target: Tensor) -> None:
+        """Fill a tensor with a payload's bytes from ``start`` on, a piece at a time."""
+        end = start + len(target)
+        if (view := self.view(stored)) is not None:
+            target.copy_(view[start:end])
+            return
+        buffer = aligned_buffer(_PIECE_BYTES)
+        # Whole chunks, since these are what has a checksum.
+        for first in range(start // CHUNK_BYTES * CHUNK_BYTES, end, _PIECE_BYTES):
+            chunks_end = min(-(-end // CHUNK_BYTES) * CHUNK_BYTES, payload.num_bytes)
+            piece = buffer[: min(_PIECE_BYTES, chunks_end - first)]
+            self._stores[stored[0]].read_into(stored[1], first, piece)
+            low, high = max(start, first), min(end, first + len(piece))
+            target[low - start : high - start] = piece[low - first : high - first]
 
     def raw_rows(
         self, stored: Stored, part: Part, shard: Shard, ids: Tensor, buffer: Tensor

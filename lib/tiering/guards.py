@@ -14,16 +14,20 @@ from torch import nn
 from ..errors import PlacementError
 from .tracing import raise_compiling, raise_traced, refuse_fx
 
+SaveState = Callable[[nn.Module, Callable[..., None], dict[str, Any], str, bool], None]
+"""Writes one module's part of a state_dict by its own method: destination, prefix, keep_vars."""
+
 
 class Guards:
     """What is set on all modules of a model until ``remove``."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, save_state: SaveState) -> None:
         self._replaced: list[tuple[nn.Module, dict[str, Any]]] = []
         for module in model.modules():
             own = vars(module)
             guards = {
                 **{name: guard(module) for name, guard in _GUARDS.items()},
+                "_save_to_state_dict": partial(save_state, module, module._save_to_state_dict),
                 "_parameters": _Parameters(module._parameters),
             }
             self._replaced.append((module, {name: own.get(name, _NOTHING) for name in guards}))

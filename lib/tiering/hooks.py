@@ -121,9 +121,6 @@ class Forwards:
         self._encoders.add_others(self._model)
         for name in _containers(users):
             self._install_entry(self._model.get_submodule(name))
-        for module in self._model.modules():
-            if module._parameters:
-                self._handles.append(module.register_state_dict_pre_hook(self._check_state_dict))  # type: ignore[no-untyped-call]
         if not isinstance(self._model, nn.TransformerEncoderLayer):  # it is a part by itself
             # Last and in front: it sees each forward begin before any group is acquired.
             begin = self._model.register_forward_pre_hook(
@@ -133,7 +130,7 @@ class Forwards:
             self._handles += [begin, end]
         for module in self._model.modules():
             _attached.add(module)
-        self._guards = Guards(self._model)
+        self._guards = Guards(self._model, self._save_state)
 
     def _install_entry(self, module: nn.Module) -> None:
         """Let a part of the model be called by itself: a base model, an encoder, a layer."""
@@ -155,13 +152,23 @@ class Forwards:
             module.register_forward_hook(end, always_call=True),
         ]
 
-    def _check_state_dict(self, module: nn.Module, *args: Any) -> None:
+    def _save_state(
+        self,
+        module: nn.Module,
+        save: Callable[..., None],
+        destination: dict[str, Any],
+        prefix: str,
+        keep_vars: bool,
+    ) -> None:
+        """Write a module's part of a state_dict: weights that are away into host memory."""
         lossy = self._residency.lossy_parameters()
         if any(id(parameter) in lossy for parameter in module._parameters.values()):
             raise PlacementError(
                 "weights are held compressed, and a state_dict would have them for good: detach "
                 "first"
             )
+        with self.lock, self._residency.access.copies_on_host():
+            save(destination, prefix, keep_vars)
 
     def _begin_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         refuse_tracing()

@@ -11,7 +11,7 @@ from .access import Access, Held
 from .archive import Stored
 from .offloaded import set_weights
 from .parts import Part
-from .payload import payload_pieces, raw_view
+from .payload import payload_pieces
 
 
 def take_over(access: Access, held: Held) -> None:
@@ -35,12 +35,10 @@ def load(access: Access, held: Held, stored: Stored) -> None:
             weight.fill(shard.start, buffer[: shard.data_bytes], shard.record)
         access.reside(held, part, weight)
         return
-    in_memory = archive.view(stored) is not None
-    if access.device.type == "cpu" and payload.in_place and not in_memory:
-        # The buffer that was read into becomes the weights: no second copy, even for a moment.
-        for buffer, _ in archive.shards(stored, payload):
-            for part in payload.parts:
-                set_weights(access.parameter(part), raw_view(buffer, part))
+    if not payload.lossy:
+        for part in payload.parts:
+            weights = archive.copy(stored, payload, part, access.device)
+            set_weights(access.parameter(part), weights)
         return
     for part, source in archive.weights(stored, payload, lambda name: access.device):
         if part.record is None:

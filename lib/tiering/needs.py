@@ -141,7 +141,7 @@ def _need(
     must_reside: bool,
 ) -> BlockNeed:
     group = payload.group
-    resident = payload.num_bytes if payload.in_place else payload.data_bytes
+    resident = payload.data_bytes
     if payload.lossy:
         resident = sum(
             part.num_bytes

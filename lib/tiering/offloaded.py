@@ -45,6 +45,7 @@ _METADATA = {
 }  # fmt: skip
 """Answered by the placeholder itself."""
 _GET_DATA: Any = getattr(Tensor, "data").__get__  # noqa: B009
+_DETACHING = (_GET_DATA, Tensor.detach, torch.detach)
 _SET_DATA: Any = getattr(Tensor, "data").__set__  # noqa: B009 (mypy sees the property's type)
 _WRITING_OPERATORS = {"__setitem__"} | {
     f"__i{name}__"
@@ -94,6 +95,8 @@ class OffloadedParameter(nn.Parameter):
     """Meta tensor with the size, strides and dtype of the weights that are away."""
     _tierhints_fetch: Callable[[], contextlib.AbstractContextManager[None]]
     _tierhints_prepare: "Prepare | None"
+    _tierhints_copy: Callable[[], Tensor] | None
+    """Reads the weights, to be kept, into memory of their own; None where fetching does that."""
     _tierhints_ops: WeightOps | None
     _tierhints_transposed: bool
     """The parameter is W.T, as in GPT-2's Conv1D."""
@@ -142,8 +145,10 @@ class OffloadedParameter(nn.Parameter):
         if func == _SET_DATA or _writes(func, args, kwargs):
             raise PlacementError(_WRITTEN)
         refuse_tracing()
-        if func == _GET_DATA:
-            func = Tensor.detach  # the same, but for sharing the counter that shows later writes
+        if func in _DETACHING:
+            if (copy := args[0]._tierhints_copy) is not None:
+                return copy()
+            func = Tensor.detach  # as .data, but for sharing the counter that shows later writes
         with contextlib.ExitStack() as stack:
             if torch.is_grad_enabled():
                 if requires_grad((args, kwargs)):
@@ -174,12 +179,13 @@ def set_away(
     ops: WeightOps | None = None,
     *,
     placeholder: Tensor,
+    copy: Callable[[], Tensor] | None = None,
     transposed: bool = False,
     prepare: Prepare | None = None,
 ) -> None:
     """Take a parameter's weights from it. ``ops`` compute what they can without it; for anything
     else ``fetch`` brings the weights back for as long as its context lasts, after ``prepare`` has
-    made room for all that an operation needs.
+    made room for all that an operation needs. ``copy`` returns weights that may be kept.
     """
     set_weights(parameter, placeholder)
     parameter.__class__ = OffloadedParameter
@@ -187,6 +193,7 @@ def set_away(
     parameter._tierhints_shape = shape
     parameter._tierhints_fetch = fetch
     parameter._tierhints_prepare = prepare
+    parameter._tierhints_copy = copy
     parameter._tierhints_ops = ops
     parameter._tierhints_transposed = transposed
 
@@ -195,7 +202,8 @@ def set_weights(parameter: nn.Parameter, weights: Tensor) -> None:
     """Make a parameter a plain one with these weights."""
     if isinstance(parameter, OffloadedParameter):
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-        del parameter._tierhints_shape, parameter._tierhints_fetch, parameter._tierhints_prepare
+        del parameter._tierhints_shape, parameter._tierhints_fetch
+        del parameter._tierhints_prepare, parameter._tierhints_copy
         del parameter._tierhints_ops, parameter._tierhints_transposed
     parameter.data = weights
 

@@ -33,7 +33,6 @@ have the bits of the whole product's (smaller ones take other kernels).
 _FORMAT = 2
 """Of payloads and of the records in them: a change makes what earlier versions stored unknown."""
 _PIECE_ALIGNMENT = 256
-_IN_PLACE_BYTES = 2**20
 _PART_BYTES = 8 * 2**20
 """Bytes of native weights in a shard, and read at a time while a payload is made."""
 
@@ -109,11 +108,6 @@ class Payload:
     def num_bytes(self) -> int:
         """Bytes in a store."""
         return self.shards[-1].offset + self.shards[-1].num_bytes
-
-    @property
-    def in_place(self) -> bool:
-        """Raw and large: in RAM the buffer that it is read into becomes the weights themselves."""
-        return not self.lossy and not self.by_rows and self.num_bytes >= _IN_PLACE_BYTES
 
     @property
     def lossy(self) -> bool:

@@ -48,6 +48,7 @@ class Placing:
             for index, shard in enumerate(held.payload.shards)
         )
         held.resident.clear()
+        held.copies.clear()
         held.tier = tier
         self._access.hide(held)
         held.versions, held.digest = self._access.versions(held), None

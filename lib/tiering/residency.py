@@ -337,11 +337,6 @@ class Residency:
         if self._originals.from_checkpoint:
             return
         if held.tier is Tier.HBM and not held.payload.lossy:  # in memory: nothing is read
-            for part in held.payload.parts:
-                parameter = self.access.parameter(part)
-                if held.native is not None or _shares_memory(parameter.data):
-                    home = self._originals.home(part.parameter)
-                    set_weights(parameter, parameter.data.to(home, copy=True))
             held.native = None
             return
         if held.native is None:
@@ -357,11 +352,6 @@ class Residency:
 def _has_room(plan: Plan, held: Held) -> bool:
     """Say whether the tier of a group's stored copy has room for more than the plan counts."""
     return held.stored is None or plan.limit(held.stored[0]) is None
-
-
-def _shares_memory(weights: torch.Tensor) -> bool:
-    """Say whether a tensor is a part of a payload's buffer."""
-    return weights.untyped_storage().nbytes() > weights.nbytes
 
 
 def _trim_heap() -> None:
