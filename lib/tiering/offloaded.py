@@ -168,7 +168,8 @@ class OffloadedParameter(nn.Parameter):
                 if prepare is not None and prepare(needed, streamed):
                     return func(*args, **kwargs)  # what is away has changed: look again
             for parameter in needed:
-                stack.enter_context(parameter._tierhints_fetch())
+                if isinstance(parameter, OffloadedParameter):  # its group may be there by now
+                    stack.enter_context(parameter._tierhints_fetch())
             return func(*args, **kwargs) if own is None else own[1]()
 
 

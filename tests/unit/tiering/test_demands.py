@@ -290,3 +290,19 @@ with torch.no_grad(), attach(model, budget=budget, spill_dir={str(tmp_path)!r}) 
     )
     lines = found.stdout.splitlines()
     assert "works is HBM=" in lines[0] and "bytes of fast memory" in lines[1], found.stdout
+
+
+def test_an_expression_of_several_weights_of_one_block_fetches_it_once() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8)).eval()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+    def both() -> Tensor:
+        norm = model[0]
+        return nn.functional.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias
+        )
+
+    with torch.no_grad():
+        expected = both()
+        with attach(model, {"0": "SSD", "1": "SSD"}):
+            assert torch.equal(both(), expected)
