@@ -63,15 +63,15 @@ report: $(STAMP) ## Write the report of what was trained and benchmarked
 
 .PHONY: bench-offload
 bench-offload: $(STAMP) ## Compare our offload runtime with its peers under memory limits, in minutes
-	$(Q)$(BIN)/python scripts/bench_offload.py $(or $(BENCH_OFFLOAD_ARGS),--json runs/offload.json --plot runs/offload.png)
+	$(Q)$(BIN)/python scripts/experiments/offload/bench_offload.py $(or $(BENCH_OFFLOAD_ARGS),--json runs/offload.json --plot runs/offload.png)
 
 .PHONY: study-signals
 study-signals: $(STAMP) ## Train dozens of small models: is Adam's moment as good as Fisher? (1 hour)
-	$(Q)$(BIN)/python scripts/study_signals.py $(or $(STUDY_SIGNALS_ARGS),--json runs/study/study.json --plot runs/study/study.png)
+	$(Q)$(BIN)/python scripts/experiments/study/study_signals.py $(or $(STUDY_SIGNALS_ARGS),--json runs/study/study.json --plot runs/study/study.png)
 
 .PHONY: safety-table
 safety-table: $(STAMP) ## Compare offloaders on damaged files, reused folders and unusual models
-	$(Q)$(BIN)/python scripts/safety_table.py
+	$(Q)$(BIN)/python scripts/experiments/safety/safety_table.py
 
 ##@ Configure
 
@@ -127,7 +127,7 @@ doctor: $(STAMP) ## Say what this machine has, and what won't work on it
 
 .PHONY: probe
 probe: $(STAMP) ## Measure each tier of this machine, and write machine.json
-	$(Q)$(BIN)/python -m scripts.probe_machine
+	$(Q)$(BIN)/tierhints probe
 
 ##@ Clean
 

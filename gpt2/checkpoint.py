@@ -28,12 +28,12 @@ from torch.optim import Optimizer
 
 from lib.blocks import unique_parameters, whole_tensor
 from lib.errors import InputError
+from lib.signals.moments import OPTIMIZER_FILE, _damaged
 
 from .distributed import is_main, like_parameter
 from .pruning import MASKS_FILE
 
 MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 HELDOUT_FILE = "heldout.safetensors"
 STATE_FILE = "trainer_state.json"
 
@@ -168,24 +168,6 @@ def load_optimizer(folder: Path, network: Any, optimizer: Optimizer) -> None:
         raise InputError(_damaged(path, error)) from error
 
 
-def read_moments(folder: Path, *, beta2: float) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and bias-corrected second moment of each parameter of a checkpoint, one at a time.
-
-    Raises InputError for a checkpoint without an optimizer, and a damaged one.
-    """
-    path = folder / OPTIMIZER_FILE
-    if not path.is_file():
-        raise InputError(f"checkpoint {folder} has no {OPTIMIZER_FILE}: it holds no moments")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [key.removesuffix("/step") for key in file.keys() if key.endswith("/step")]
-            for name in names:
-                steps = file.get_tensor(f"{name}/step").item()
-                yield name, file.get_tensor(f"{name}/exp_avg_sq").float() / (1 - beta2**steps)
-    except (OSError, SafetensorError, ZeroDivisionError) as error:
-        raise InputError(_damaged(path, error)) from error
-
-
 def _gather(tensor: Tensor) -> Tensor:
     """Return the whole tensor on the CPU; collective for sharded ones. Other ranks than the main
     one keep nothing.
@@ -237,10 +219,3 @@ def _plain_write_errors(folder: Path) -> Iterator[None]:
         raise OSError(
             f"checkpoint {folder} can't be written ({error}); the last good checkpoint is untouched"
         ) from error
-
-
-def _damaged(path: Path, error: BaseException) -> str:
-    return (
-        f"checkpoint file {path} is damaged ({type(error).__name__}: {error}): delete the folder "
-        f"{path.parent} to train again from the start"
-    )

@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 
 from lib.config import DataConfig, ModelConfig
 from lib.errors import InputError
+from lib.text.hub import HubUnreachable
+from lib.text.sources import Document, Source, open_source
 from lib.units import MIB, format_seconds
 
 from .distributed import log, show_progress
-from .sources import Document, HubUnreachable, Source, open_source
 from .tokenizer import first_line, load_tokenizer, tokenizer_identity, train_bpe
 
 FORMAT_VERSION = 1

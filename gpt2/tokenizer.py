@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lib.errors import InputError
+from lib.text.sources import Document, Source
 from lib.units import MIB
 
 from .distributed import log, show_progress
-from .sources import Document, Source
 
 END_OF_TEXT = "<|endoftext|>"
 _BPE_SAMPLE_BYTES = 64 * MIB

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.commands.cli import emit_json, run_main
 from lib.config import Config, TrainConfig, load_config
 from lib.errors import InputError
-from scripts.cli import emit_json, run_main
 
 from .checkpoint import TrainerState, load_state, recover_checkpoint
 from .data import prepare_data

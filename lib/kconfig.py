@@ -8,11 +8,11 @@ this file: ``config.py`` knows them.
 import difflib
 import re
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from .errors import InputError
+from .units import parse_number
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository: the folder of the root Kconfig."""
@@ -133,27 +133,6 @@ def check_effective(kconf: Any, assignments: Mapping[str, Assignment]) -> None:
     for symbol in kconf.unique_defined_syms:
         _ = symbol.str_value  # evaluates, and warns of a default that is out of range
     _raise_warning(kconf)
-
-
-def parse_number(value: str | float, *, name: str, interval: str, example: str) -> float:
-    """Parse a plain decimal number in ``[0, 1]``, or in ``(0, 1)`` without the ends.
-
-    Raises InputError that calls the number ``name``.
-    """
-    fix = f"give a number in {interval}, for example {example}"
-    # float() would take "nan", "inf", "1_0" and spaces as well.
-    plain = isinstance(value, Real) and not isinstance(value, bool)
-    if isinstance(value, str):
-        plain = bool(re.fullmatch(r"-?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?", value))
-    if not plain:
-        raise InputError(f"{name} {value!r} is not a plain decimal number: {fix}")
-    number = float(value)
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = number >= low if interval.startswith("[") else number > low
-    below = number <= high if interval.endswith("]") else number < high
-    if not (above and below):  # also NaN
-        raise InputError(f"{name} {value!r} is out of range: {fix}")
-    return number
 
 
 class Symbols:

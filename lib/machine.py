@@ -6,6 +6,7 @@ isn't there; docs/machine.md describes the file.
 
 import math
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 from .errors import InputError
 from .files import parse_json, write_json
-from .hints import Precision, Tier
 from .units import GB, parse_bytes
+from .vocabulary import Precision, Tier
 
 FORMAT_VERSION = 1
 _MAX_SETUP_US = 1e9
@@ -236,3 +237,20 @@ def _check_name(value: Any) -> str:
     if not (isinstance(value, str) and value):
         raise InputError(f"name {value!r} must be text")
     return value
+
+
+MACHINE_FILE = Path("machine.json")
+
+
+def read_machine(path: Path | None) -> MachineProfile:
+    """Load a machine file, or machine.json where there is one; else a machine not measured."""
+    if path is None and MACHINE_FILE.is_file():
+        path = MACHINE_FILE
+    if path is not None:
+        return load_machine(path)
+    print(
+        "note: no machine.json here, so the times are those of a machine that was not measured: "
+        "run make probe",
+        file=sys.stderr,
+    )
+    return MachineProfile(name="a machine not measured", tiers=DEFAULT_SPECS)

@@ -2,6 +2,7 @@
 
 import re
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 from .errors import InputError
@@ -60,3 +61,45 @@ def format_seconds(seconds: float) -> str:
         if abs(seconds) >= factor:
             return f"{seconds / factor:.3g} {suffix}"
     return f"{seconds / 1e-9:.3g} ns"
+
+
+def parse_number(value: str | float, *, name: str, interval: str, example: str) -> float:
+    """Parse a plain decimal number in ``[0, 1]``, or in ``(0, 1)`` without the ends.
+
+    Raises InputError that calls the number ``name``.
+    """
+    fix = f"give a number in {interval}, for example {example}"
+    # float() would take "nan", "inf", "1_0" and spaces as well.
+    plain = isinstance(value, Real) and not isinstance(value, bool)
+    if isinstance(value, str):
+        plain = bool(re.fullmatch(r"-?[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?", value))
+    if not plain:
+        raise InputError(f"{name} {value!r} is not a plain decimal number: {fix}")
+    number = float(value)
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = number >= low if interval.startswith("[") else number > low
+    below = number <= high if interval.endswith("]") else number < high
+    if not (above and below):  # also NaN
+        raise InputError(f"{name} {value!r} is out of range: {fix}")
+    return number
+
+
+def parse_thresholds(
+    hbm: str | float,
+    cpu: str | float,
+    *,
+    names: tuple[str, str] = ("HBM threshold", "CPU threshold"),
+) -> tuple[float, float]:
+    """Parse the cumulative fractions of weight bytes at which the HBM and the CPU tier end.
+
+    ``names`` are what the errors call them; raises InputError.
+    """
+    hbm_end = parse_number(hbm, name=names[0], interval="[0, 1]", example="0.3")
+    cpu_end = parse_number(cpu, name=names[1], interval="[0, 1]", example="0.8")
+    if hbm_end > cpu_end:
+        raise InputError(
+            f"{names[0]} {hbm} is above {names[1]} {cpu}: both are cumulative fractions in [0, 1] "
+            f"and HBM comes first, so lower the first or raise the second (0.3 and 0.8 give 30 % "
+            f"HBM, 50 % CPU, 20 % SSD)"
+        )
+    return hbm_end, cpu_end

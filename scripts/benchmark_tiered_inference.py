@@ -27,13 +27,18 @@ import transformers
 
 from lib.blocks import parameter_digest, partition_model, storage_bytes, tied_modules
 from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
+from lib.commands.cli import emit_json, run_main
+from lib.commands.flags import parse_device
 from lib.errors import InputError
+from lib.evaluation.canary import Canary
+from lib.evaluation.forwards import ForwardBench, latency_to_json
 from lib.files import check_writable
-from lib.hints import Hints, Precision, load_hints, match_hints
+from lib.hints import Hints, load_hints, match_hints
 from lib.machine import cpu_name
 from lib.precision.floors import parse_epsilon
 from lib.precision.quality import Quality
 from lib.report import benchmark_sections, transfer_ms
+from lib.text.held_out import load_heldout
 from lib.tiering import (
     Clock,
     EmulationSpec,
@@ -43,11 +48,8 @@ from lib.tiering import (
     load_specs,
     specs_to_json,
 )
-from scripts.canary import Canary
-from scripts.cli import emit_json, run_main
-from scripts.inputs import load_heldout, parse_device
-from scripts.measure import ForwardBench, latency_to_json
-from scripts.plan import read_budget
+from lib.tiering.planning.budget import read_budget
+from lib.vocabulary import Precision
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_LENGTH = 128

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.commands.cli import emit_json, run_main
 from lib.config import load_config
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.kconfig import ROOT
 from lib.tiering.stores import MEMORY_FILESYSTEMS, default_spill_folder, filesystem_type
 from lib.units import format_bytes
-from scripts.cli import emit_json, run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.commands.cli import run_main
 from lib.config import build_config, load_config
 from lib.errors import InputError
 from lib.files import check_writable
@@ -24,7 +25,6 @@ from lib.kconfig import (
     load_assignments,
     open_kconfig,
 )
-from scripts.cli import run_main
 
 DEFCONFIGS = ROOT / "defconfigs"
 HEADER = "# Tierhints configuration; change it with make menuconfig\n"
@@ -186,7 +186,7 @@ def _lint_symbols(kconf: Any) -> Iterator[str]:
         if symbol.orig_type == kconfiglib.INT and not (symbol.orig_ranges and symbol.orig_defaults):
             yield f"{where} is an int without a range or a default"
         if symbol.name not in symbols.read:
-            yield f"{where} is read by nothing: read it in lib/config.py, or remove it"
+            yield f"{where} is read by nothing: read it in lib/config/__init__.py, or remove it"
 
 
 def _lint_preset(path: Path) -> Iterator[str]:

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lib.commands.cli import run_main
 from lib.config import Config, Mode, load_config
 from lib.errors import InputError
-from scripts.cli import run_main
 
 STAGES = ("train", "bench", "report")
 CONTENTS = {
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             elif stage == "bench":
                 documents = benchmark(config)
             else:
-                text, _ = run_command(["scripts.report", str(config.run.directory)])
+                text, _ = run_command(["lib.commands.report", str(config.run.directory)])
                 print(text)
     except StageFailed as error:
         return error.code
@@ -110,7 +110,7 @@ def check_spill_folder(config: Config) -> None:
 def check_tiering(config: Config) -> None:
     """Refuse a budget or a quality bound that the benchmark would refuse only after training."""
     from lib.precision.floors import parse_epsilon
-    from scripts.plan import read_budget
+    from lib.tiering.planning.budget import read_budget
 
     try:
         if config.bench.budget:
@@ -167,12 +167,12 @@ def compare_uses(config: Config, checkpoint: Path) -> None:
         calibrate(config, checkpoint)
         flags = ["--tier-hints", str(config.hints_path), "--device", config.run.device]
         flags += ["--json", str(folder / "allocations.json")]
-        commands.append(["scripts.compare_allocations", *model, *flags])
+        commands.append(["scripts.experiments.allocations.compare_allocations", *model, *flags])
     if config.bench.kv_cache:
         flags = ["--json", str(folder / "kv_cache.json")]
-        commands.append(["scripts.compare_kv_cache", *model, *flags])
+        commands.append(["scripts.experiments.kv_cache.compare_kv_cache", *model, *flags])
         flags = ["--output", str(folder / "layers.json"), "--device", config.run.device]
-        commands.append(["scripts.rank_layers", *model, *flags])
+        commands.append(["lib.commands.rank_layers", *model, *flags])
     for command in commands:
         text, _ = run_command(command)
         print(text)
@@ -190,7 +190,7 @@ def calibrate(config: Config, checkpoint: Path) -> None:
         return
     except InputError:
         pass
-    command = ["scripts.calibrate_hints", "--model", str(checkpoint)]
+    command = ["lib.commands.calibrate", "--model", str(checkpoint)]
     command += ["--tier-hints", str(config.hints_path)]
     text, _ = run_command(command)
     print(text)
@@ -221,9 +221,9 @@ def benchmark_mode(config: Config, mode: Mode, checkpoint: Path) -> Any:
 
 
 def write_spec(config: Config, path: Path) -> None:
-    from lib.hints import Tier
     from lib.tiering import EmulationSpec, TierSpec, save_specs
-    from lib.tiering.specs import Clock
+    from lib.tiering.transfer.specs import Clock
+    from lib.vocabulary import Tier
 
     specs = {
         Tier(numbers.tier): TierSpec(numbers.label, numbers.setup_us, numbers.bandwidth_gb_s)

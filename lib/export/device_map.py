@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 
-from ..hints import Tier
+from ..vocabulary import Tier
 from .outline import Export, Outline, list_some
 
 FILE = "device_map.json"

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import InputError
-from ..hints import BlockHint, Precision, Tier
+from ..hints import BlockHint
+from ..vocabulary import Precision, Tier
 from .gguf_names import GgufNames, import_gguf, is_quantizable
 from .outline import Export, Outline, OutlineBlock, Weight, list_some
 from .widths import Candidate, Widths, choose_widths

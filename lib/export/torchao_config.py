@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
-from ..hints import Precision
+from ..vocabulary import Precision
 from .outline import Export, Layout, Outline, OutlineBlock, Weight, list_some
 from .widths import Candidate, choose_widths
 

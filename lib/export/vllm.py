@@ -9,8 +9,8 @@ Names and meaning: vllm/config/offload.py and vllm/model_executor/offloader/uva.
 from collections import Counter
 
 from ..errors import InputError
-from ..hints import Tier
 from ..units import GIB, format_bytes
+from ..vocabulary import Tier
 from .outline import Export, Outline, list_some
 
 FILE = "vllm.yaml"

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
-from ..hints import BlockHint, Precision
+from ..hints import BlockHint
 from ..precision.allocate import Option, allocate
+from ..vocabulary import Precision
 from .outline import list_some
 
 _ORDER = list(Precision)

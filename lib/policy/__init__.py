@@ -1,8 +1,9 @@
 """Decisions, pure: what a pass costs in time, and which block is kept where."""
 
+from ..vocabulary import State
 from .plan import BlockNeed, Placement, Plan, Step, definition_schedule
-from .planner import make_plan, smallest_budget
-from .states import ALLOWED, State, Transition, find_path, placed_state
+from .planner.planner import make_plan, smallest_budget
+from .states import ALLOWED, Transition, find_path, placed_state
 from .timeline import PassTime, Timeline, Transfer, Use, simulate
 
 __all__ = [

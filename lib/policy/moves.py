@@ -9,7 +9,7 @@ fast memory comes first; otherwise whatever fits moves next, until all have.
 import random
 from collections.abc import Iterator, Mapping
 
-from ..hints import Tier
+from ..vocabulary import Tier
 from .plan import Placement, Plan
 
 _SHUFFLES = 20

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..hints import Precision, Tier
-from .states import State
+from ..vocabulary import Precision, State, Tier
 from .timeline import PassTime
 
 SECTOR_BYTES = 4096

@@ -6,30 +6,9 @@ memory is no copy: the bytes below are still there. Entering it always goes thro
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 from ..errors import PlacementError
-from ..hints import Precision, Tier
-
-
-class State(StrEnum):
-    """Where a block is, and in which form."""
-
-    FULL = "S1"
-    """Full precision in fast memory."""
-    REDUCED = "S2"
-    """Reduced precision in fast memory, computed with as it is."""
-    COMPRESSED = "S3"
-    """Compressed in fast memory, expanded when used."""
-    STAGED = "S4"
-    """In the memory of the host, or of a neighbour of the compute device."""
-    COLD = "S5"
-    """On storage."""
-    IN_FLIGHT = "S6"
-    """On its way into a slot or a place in fast memory."""
-    RECOMPUTABLE = "S7"
-    """Held nowhere: made again from a seed, a tied or a low-rank source."""
-
+from ..vocabulary import Precision, State, Tier
 
 _RESIDENT = frozenset({State.FULL, State.REDUCED, State.COMPRESSED})
 _BELOW = frozenset({State.STAGED, State.COLD, State.RECOMPUTABLE})

@@ -17,8 +17,8 @@ Pure arithmetic, no device and no wall clock. The rules are those of the transfe
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..hints import Tier
 from ..machine import TierSpec
+from ..vocabulary import Tier
 
 
 @dataclass(frozen=True, slots=True)

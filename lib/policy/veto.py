@@ -16,12 +16,12 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import PlacementError
-from ..hints import Precision, Tier
-from ..precision.floors import BELOW_THREE_BITS, JointCheck, Ledger, is_below, tighten
+from ..precision.floors import BELOW_THREE_BITS, JointCheck, Ledger, tighten
+from ..vocabulary import Precision, State, Tier, is_below
 from .audit import WHOLE_PLAN, Audit, Record, Rule
 from .moves import NoRoom, order_moves
 from .plan import Placement, Plan
-from .states import State, Transition, find_path
+from .states import Transition, find_path
 
 _ROUNDING_NATS = 1e-6
 """A KL of what is equal may come out below 0 by so much."""

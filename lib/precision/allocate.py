@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from ..hints import Precision
+from ..vocabulary import Precision
 
 _NEGLIGIBLE = 1e-4
 """Relative gap to the relaxation at which nothing better is looked for."""

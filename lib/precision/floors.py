@@ -5,7 +5,7 @@ per token. Where a model is calibrated on a text, its perplexity there grows by 
 so a ratio of perplexities is another way to say it: epsilon = ln(ratio).
 
 The bound of a block at a precision is its predicted KL times the conformal factor c (an upper
-tolerance limit of measured over predicted, from random probes; ``scripts/calibrate_hints.py``).
+tolerance limit of measured over predicted, from random probes; ``tierhints calibrate``).
 Kernels that compute with compressed weights round more than the weights: what that costs, measured
 for the whole model, is set aside before anything is shared out. A block's share of epsilon is what
 the allocation of fewest bytes with sum of bounds <= epsilon gives it: at its multiplier a nat buys
@@ -24,15 +24,15 @@ from enum import StrEnum
 from typing import Any
 
 from ..errors import InputError
-from ..hints import BlockHint, Hints, Precision
+from ..hints import BlockHint, Hints
+from ..vocabulary import Precision, is_below, most_precise
 from .allocate import Option, allocate
-from .calibration import LEAST_PROBES
+from .tolerance import LEAST_PROBES
 
 LARGEST_EPSILON = 4.0
 """Nats per token: the perplexity is 55 times what it was."""
 _UNIT = 2.0**-50
 """Bounds are multiples of it, rounded up: sums below 8 nats are then exact, in any order."""
-_ORDER = {precision: rank for rank, precision in enumerate(Precision)}
 BELOW_THREE_BITS = frozenset({Precision.INT2})
 _FOREIGN_KERNELS = 100
 """Kernels that weren't measured may cost a few times as much as those that were: a few per cent of
@@ -129,7 +129,7 @@ def read_trust(quality: Mapping[str, Any]) -> Trust:
 
     Raises InputError where they were not calibrated, or on too few probes though there are more.
     """
-    fix = "run scripts/calibrate_hints.py --model ... --tier-hints ... first"
+    fix = "run tierhints calibrate --model ... --tier-hints ... first"
     factor, kernels = quality.get("conformal_factor"), quality.get("kernels")
     if quality.get("calibrated") is not True or not isinstance(factor, int | float) or factor <= 0:
         raise InputError(
@@ -162,7 +162,7 @@ def check_kernels(trust: Trust, kernels: str, *, epsilon: float) -> None:
         raise InputError(
             f"epsilon {epsilon:.4g} is near to what kernels cost by themselves: "
             f"{trust.kernel_nats:.2g} nats where these hints were calibrated ({trust.kernels}), "
-            f"unknown here ({kernels}); run scripts/calibrate_hints.py here, give measure=, or an "
+            f"unknown here ({kernels}); run tierhints calibrate here, give measure=, or an "
             f"epsilon of at least {smallest:.2g}"
         )
 
@@ -265,16 +265,6 @@ def raise_floors(hints: Hints, floors: Mapping[str, Precision]) -> Hints:
         asked += [hint.floor] if hint.floor is not None else []
         blocks[name] = replace(hint, floor=most_precise(asked))
     return replace(hints, blocks=blocks)
-
-
-def is_below(precision: Precision, floor: Precision) -> bool:
-    """Say whether a precision is less precise than another."""
-    return _ORDER[precision] > _ORDER[floor]
-
-
-def most_precise(precisions: Sequence[Precision]) -> Precision | None:
-    """Return the most precise of some; None of none."""
-    return min(precisions, key=_ORDER.__getitem__, default=None)
 
 
 def _bound(curve: Curve, precision: Precision, factor: float) -> float | None:

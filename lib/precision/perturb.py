@@ -13,17 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Block, partition_model, select_piece, unique_parameters, unwrap_model
+from ..codecs.records import decode, encode
+from ..codecs.storage import StoredForm, as_matrix, name_weights, native_precision, weight_form
 from ..errors import InputError
-from ..hints import Precision
-from .codecs import decode, encode
-from .storage import (
-    StoredForm,
-    as_matrix,
-    name_weights,
-    native_precision,
-    precision_rank,
-    weight_form,
-)
+from ..vocabulary import Precision, precision_rank
 
 CURVE_PRECISIONS = (
     Precision.BF16,

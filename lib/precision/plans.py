@@ -16,11 +16,11 @@ import numpy as np
 from torch import nn
 
 from ..blocks import partition_model
-from ..hints import Precision
+from ..codecs.storage import native_precision
+from ..vocabulary import Precision
 from .allocate import Option, allocate
 from .sensitivity import Curves
 from .sizes import Plan, StoredSizes
-from .storage import native_precision
 
 _COST_SPREAD = 1.0
 """Standard deviation of the logarithm of what a byte costs: a factor of e."""

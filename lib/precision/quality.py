@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..blocks.faults import blaming_weights
 from ..errors import InputError
-from ..faults import blaming_weights
-from ..hints import Precision
 from ..signals.summary import causal_logits
+from ..vocabulary import Precision
 from .perturb import perturb
 
 CONFIDENCE = 0.95

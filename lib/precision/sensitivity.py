@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..blocks import Block, partition_model, unique_parameters
 from ..errors import InputError
-from ..hints import Precision
 from ..signals.gradients import FisherLabels, GradientSampler
 from ..signals.summary import block_masses, packed_parameters, ratio_stderr, sum_elements
+from ..vocabulary import Precision
 from .perturb import curve_precisions, weight_error
 
 _ERROR_CACHE_BYTES = 2**30

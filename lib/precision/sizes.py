@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..blocks import partition_model
-from ..hints import Precision
+from ..codecs.storage import stored_bytes, weight_form
+from ..vocabulary import Precision
 from .allocate import Option
 from .perturb import curve_precisions, lossy_blocks
 from .sensitivity import Curves, monotone
-from .storage import stored_bytes, weight_form
 
 Plan = Mapping[str, Precision]
 """Block -> the precision that it is held at."""

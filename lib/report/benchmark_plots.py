@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..hints import Tier
 from ..units import MIB
+from ..vocabulary import Tier
 from .drawing import BLUE, DPI, INK, TIER_COLORS, TIER_HATCHES, picture
 from .tables import Document, format_ms, name_clock, tier_rows
 

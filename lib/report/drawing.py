@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..hints import Tier
+from ..vocabulary import Tier
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
 """The picture of an offload benchmark: tokens per second and memory against the limit.
 
-The document is that of scripts/bench_offload.py.
+The document is that of scripts/experiments/offload/bench_offload.py.
 """
 
 from collections.abc import Mapping

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..hints import Hints, Tier, rank_blocks
+from ..hints import Hints, rank_blocks
 from ..units import format_bytes
+from ..vocabulary import Tier
 from .drawing import (
     DPI,
     INK,

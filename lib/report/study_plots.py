@@ -1,6 +1,6 @@
 """The picture of the signals study: how well Adam's moment stands for Fisher information.
 
-The document is that of scripts/study_signals.py.
+The document is that of scripts/experiments/study/study_signals.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,8 @@ in docs/benchmark.md. Pure: documents in, text out.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..hints import Tier
 from ..units import format_bytes
+from ..vocabulary import Tier
 
 Document = Mapping[str, Any]
 MISSING = "-"

@@ -1,6 +1,6 @@
 """The picture of a what-if sweep: predicted tokens per second over bandwidth, a line per budget.
 
-The document is that of scripts/what_if.py.
+The document is that of tierhints what-if.
 """
 
 from collections.abc import Mapping

@@ -278,7 +278,7 @@ def _nothing_read(
     """Say why not one moment was found."""
     cls = type(optimizer).__name__
     if not any(parameter.requires_grad for parameter in parameters.values()):
-        return "every parameter is frozen: measure the checkpoint with scripts/collect_fisher.py"
+        return "every parameter is frozen: measure the checkpoint with tierhints collect"
     if not any(id(parameter) in groups for parameter in parameters.values()):
         return f"{cls} holds none of this model's parameters: give the very model that it trains"
     return f"{cls} has no state for this model yet: call it after the first optimizer.step()"
@@ -315,7 +315,7 @@ def _reasons(
             f"mean over the {trained} trained of {block.num_params} weights, the rest is {why}"
             if trained
             else why
-        ) + " (scripts/collect_fisher.py measures it)"
+        ) + " (tierhints collect measures it)"
     return reasons
 
 

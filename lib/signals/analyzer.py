@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
-from ..config import parse_thresholds
-from ..hints import Tier, assign_tiers
+from ..hints import assign_tiers
+from ..units import parse_thresholds
+from ..vocabulary import Tier
 from .adam import collect_adam_signal
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Block, BlockKind, partition_model, unique_parameters, unwrap_model
+from ..blocks.faults import find_fault
 from ..errors import InputError
-from ..faults import find_fault
 from .summary import causal_logits, check_token_ids
 
 

@@ -25,9 +25,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
 from ..blocks import unique_parameters
-from ..config import parse_thresholds
 from ..files import check_writable
 from ..hints import Hints, save_hints
+from ..units import parse_thresholds
 from .adam import adam_hints
 from .meter import UpdateMeter, explain, warn_safely
 from .optimizers import moment_beta2, unwrap_optimizer

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..blocks import unique_parameters, unwrap_model
+from ..blocks.faults import find_fault
 from ..errors import InputError
-from ..faults import find_fault
 from .summary import causal_logits, check_token_ids, dtype_names, refuse_fsdp1
 
 
@@ -158,7 +158,7 @@ def _check_measurable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
             raise InputError(
-                f"parameter {name!r} is sharded: save the model and run scripts/collect_fisher.py "
+                f"parameter {name!r} is sharded: save the model and run tierhints collect "
                 "on one process"
             )
         if parameter.device.type == "meta":

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..blocks import BlockKind, partition_model, unwrap_model
+from ..blocks.faults import find_fault
 from ..errors import InputError
-from ..faults import find_fault
 from .gradients import FisherLabels, check_batch
 
 RoundTrip = Callable[[Tensor], Tensor]

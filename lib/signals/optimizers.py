@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..blocks import unique_parameters, whole_tensor
 from ..errors import InputError
 
-_FIX = "train with AdamW, or measure the checkpoint with scripts/collect_fisher.py"
+_FIX = "train with AdamW, or measure the checkpoint with tierhints collect"
 
 _QUANTIZED = (
     "keeps its moments quantized in 8 bits or fewer, with an error larger than most of them"

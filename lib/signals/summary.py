@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..blocks import Block, parameter_digest, select_piece, unique_parameters, unwrap_model
-from ..config import parse_thresholds
 from ..errors import InputError
 from ..hints import Hints, ModelInfo, build_hints
+from ..units import parse_thresholds
 
 SignalValue = float | Sequence[float]
 """One number of a block, or one per head."""

@@ -8,8 +8,8 @@ from ..machine import DEFAULT_SPECS, TierSpec
 from ..signals import AdamStateTierAnalyzer
 from .attach import attach
 from .runtime import Runtime
-from .specs import Clock, EmulationSpec, load_specs, save_specs, specs_to_json
 from .telemetry import BlockStats, Stats
+from .transfer.specs import Clock, EmulationSpec, load_specs, save_specs, specs_to_json
 
 __all__ = [
     "DEFAULT_SPECS",

@@ -20,25 +20,27 @@ from ..blocks import (
 from ..checkpoint.fit import check_fit
 from ..checkpoint.source import CheckpointSource, open_checkpoint
 from ..errors import InputError
-from ..hints import Hints, Tier, hints_from_json, load_hints, match_hints
+from ..hints import Hints, hints_from_json, load_hints, match_hints
 from ..machine import DEFAULT_SPECS, MachineProfile, TierSpec, load_machine
 from ..policy.veto import Measure, Veto
 from ..precision.floors import JointCheck
-from .admission import ledger_of, may_stream
-from .archive import Archive
-from .emulation import EmulatedLink
-from .hooks import refuse_managed
-from .link import Link, RealLink
-from .needs import PrecisionChoice
-from .originals import Originals
-from .planning import Budget, Mode, Planning, check_names_tiers
-from .progress import placing_bar
-from .reader import plain_tensors
-from .reserve import warn_of_incompressible
-from .residency import Residency
+from ..vocabulary import Tier
+from .hooks.forwards import refuse_managed
+from .hooks.progress import placing_bar
+from .planning.budget import Budget, check_names_tiers, warn_of_incompressible
+from .planning.ledger import ledger_of, may_stream
+from .planning.needs import PrecisionChoice
+from .planning.plans import Mode, Planning
+from .residency.archive import Archive
+from .residency.originals import Originals
+from .residency.reader import plain_tensors
+from .residency.residency import Residency
 from .runtime import Runtime
-from .specs import EmulationSpec
 from .stores import DeviceStore, FileStore, HostStore, NumaStore, Store
+from .transfer.emulation import EmulatedLink
+from .transfer.link import Link
+from .transfer.readers import RealLink
+from .transfer.specs import EmulationSpec
 
 _DECLARED = MachineProfile(name="default specs", tiers=DEFAULT_SPECS)
 UNMEASURED = MachineProfile(

@@ -17,21 +17,22 @@ from torch import nn
 
 from ..blocks import Block
 from ..errors import InputError, PlacementError
-from ..hints import Tier
 from ..policy.audit import Audit, Record
 from ..policy.plan import Plan, Step
 from ..policy.veto import Measure, Veto
 from ..units import format_bytes
-from .casting import autocast_dtype
-from .demands import Demand
-from .emulation import EmulatedLink
-from .hooks import Forwards
-from .payload import Group, Payload
-from .planning import Planning
-from .reader import plain_tensors
-from .residency import Residency
-from .specs import Clock, EmulationSpec
+from ..vocabulary import Tier
+from .hooks.forwards import Forwards
+from .payload.groups import Group
+from .payload.layout import Payload
+from .planning.demands import Demand
+from .planning.plans import Planning
+from .residency.casting import autocast_dtype
+from .residency.reader import plain_tensors
+from .residency.residency import Residency
 from .telemetry import BlockStats, Recorder, Stats
+from .transfer.emulation import EmulatedLink
+from .transfer.specs import Clock, EmulationSpec
 
 _STEP_DOWN = 0.85
 """What is left of the fast memory in use when an out-of-memory makes the runtime take less."""

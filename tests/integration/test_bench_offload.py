@@ -11,14 +11,19 @@ from transformers import AutoModelForCausalLM
 
 from lib.errors import InputError
 from lib.report.offload_plots import plot_offload
-from scripts import bench_offload
-from scripts.offload.checkpoint import make_checkpoint
-from scripts.offload.decode import Recorder, plan_passes
-from scripts.offload.figures import add_ratios, compare_to_resident, summarize_run, table
-from scripts.offload.page_cache import drop_page_cache
-from scripts.offload.runner import Runner
-from scripts.offload.shapes import GPT2Shape
-from scripts.offload.systems import RESIDENT
+from scripts.experiments.offload import bench_offload
+from scripts.experiments.offload.checkpoint import make_checkpoint
+from scripts.experiments.offload.decode import Recorder, plan_passes
+from scripts.experiments.offload.figures import (
+    add_ratios,
+    compare_to_resident,
+    summarize_run,
+    table,
+)
+from scripts.experiments.offload.page_cache import drop_page_cache
+from scripts.experiments.offload.runner import Runner
+from scripts.experiments.offload.shapes import GPT2Shape
+from scripts.experiments.offload.systems import RESIDENT
 
 SHAPE = GPT2Shape(layers=2, width=16, heads=2, vocab_size=50, context=32)
 

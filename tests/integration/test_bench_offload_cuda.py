@@ -12,17 +12,16 @@ from transformers import AutoModelForCausalLM
 
 from lib.errors import InputError
 from lib.report.offload_plots import plot_offload
-from scripts import bench_offload
-from scripts.cgroups import LimitedRun, LimitKind
-from scripts.offload import arguments
-from scripts.offload.cases import find_problems
-from scripts.offload.checkpoint import make_checkpoint
-from scripts.offload.figures import add_ratios, table
-from scripts.offload.runner import Attempt, Runner
-from scripts.offload.settings import CPU_SETTING, CUDA_SETTING, choose_setting
-from scripts.offload.shapes import LLAMA_7B, TOY_LLAMA, LlamaShape
-from scripts.offload.systems import System, Task
-from scripts.offload.worker import generate
+from scripts.experiments.offload import arguments, bench_offload
+from scripts.experiments.offload.cases import find_problems
+from scripts.experiments.offload.cgroups import LimitedRun, LimitKind
+from scripts.experiments.offload.checkpoint import make_checkpoint
+from scripts.experiments.offload.figures import add_ratios, table
+from scripts.experiments.offload.runner import Attempt, Runner
+from scripts.experiments.offload.settings import CPU_SETTING, CUDA_SETTING, choose_setting
+from scripts.experiments.offload.shapes import LLAMA_7B, TOY_LLAMA, LlamaShape
+from scripts.experiments.offload.systems import System, Task
+from scripts.experiments.offload.worker import generate
 
 LLAMA = LlamaShape(layers=3, width=32, inner=64, heads=2, vocab_size=64, context=64)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -215,7 +214,7 @@ def test_the_document_of_a_gpu(
 @pytest.mark.gpu
 @needs_gpu
 def test_the_link_to_a_gpu_is_measured() -> None:
-    from scripts.offload.meters import CopyMeter
+    from scripts.experiments.offload.meters import CopyMeter
 
     torch.cuda.empty_cache()
     meter = CopyMeter(limit_bytes=2**30)

@@ -17,11 +17,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lib.blocks import parameter_digest, partition_model
 from lib.checkpoint.models import cast_weights, load_model
+from lib.commands.cli import run_main
 from lib.errors import InputError
-from lib.hints import ModelInfo, Precision, build_hints, load_hints, save_hints
+from lib.evaluation.forwards import ForwardBench, peak_rss, reset_peak_rss
+from lib.hints import ModelInfo, build_hints, load_hints, save_hints
+from lib.vocabulary import Precision
 from scripts.benchmark_tiered_inference import main
-from scripts.cli import run_main
-from scripts.measure import ForwardBench, peak_rss, reset_peak_rss
 
 CONTEXT, VOCABULARY = 16, 64
 SCRIPT = Path("scripts/benchmark_tiered_inference.py")
@@ -499,7 +500,7 @@ def test_epsilon_without_calibration_is_refused_and_implies_the_baseline(
     checkpoint: Checkpoint, calibrated: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, _, error = run(checkpoint.arguments("--epsilon", "0.02"), capsys)
-    assert code == 2 and "scripts/calibrate_hints.py" in error
+    assert code == 2 and "lib/commands/calibrate.py" in error
     code, _, _, error = run(calibrated.arguments("--epsilon", "ppl=0.9"), capsys)
     assert code == 2 and "ppl=1.02" in error
     code, document, text, _ = run(calibrated.arguments("--epsilon", "ppl=1.02"), capsys)

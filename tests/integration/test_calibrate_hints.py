@@ -1,4 +1,4 @@
-"""scripts/calibrate_hints.py and scripts/evaluate.py on a tiny trained run, end to end."""
+"""lib/commands/calibrate.py and tierhints evaluate on a tiny trained run, end to end."""
 
 import json
 import shutil
@@ -12,10 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gpt2.train import main as train
+from lib.commands import calibrate as calibrate_hints
+from lib.commands import evaluate
 from lib.errors import InputError
-from lib.hints import Precision, load_hints
+from lib.evaluation import calibrate as calibration
+from lib.hints import load_hints
 from lib.precision.floors import read_trust
-from scripts import calibrate_hints, calibration, evaluate
+from lib.vocabulary import Precision
 from tests.integration.tiny_run import write_config
 
 SIGNALS = {"adam", "fisher_empirical", "fisher_true", "directional", "magnitude", "random"}

@@ -8,12 +8,13 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lib.blocks import partition_model
-from lib.hints import BlockHint, Hints, Precision, Tier
+from lib.evaluation.calibrate import CalibratedModel, calibrate_model, calibrated_hints
+from lib.hints import BlockHint, Hints
 from lib.precision.floors import read_trust
 from lib.precision.sizes import stored_sizes
 from lib.tiering import attach
-from scripts.allocation_arms import hint_curves
-from scripts.calibration import CalibratedModel, calibrate_model, calibrated_hints
+from lib.vocabulary import Precision, Tier
+from scripts.experiments.allocations.allocation_arms import hint_curves
 
 IDLE = "model.layers.0.mlp.experts.3"
 DIGEST = f"sha256:{'0' * 64}"

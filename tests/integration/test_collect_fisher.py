@@ -1,4 +1,4 @@
-"""scripts/collect_fisher.py from the command line to the files it writes."""
+"""lib/commands/collect.py from the command line to the files it writes."""
 
 import json
 import os
@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from lib.blocks import parameter_digest, partition_model
+from lib.commands import collect as collect_fisher
+from lib.commands.cli import run_main
 from lib.hints import load_hints, match_hints
-from scripts import collect_fisher
-from scripts.cli import run_main
-from scripts.text import find_text_files, make_sequences, read_chunks
+from lib.text.files import find_text_files, make_sequences, read_chunks
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = 32

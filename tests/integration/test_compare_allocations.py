@@ -11,9 +11,11 @@ from tiny_run import tiny_config
 from transformers import AutoModelForCausalLM
 
 from gpt2.train import train
+from lib.commands import calibrate as calibrate_hints
 from lib.errors import InputError
-from scripts import allocation_arms, calibrate_hints, calibration, compare_allocations
-from scripts.held_out import TextParts
+from lib.evaluation import calibrate as calibration
+from lib.text.parts import TextParts
+from scripts.experiments.allocations import allocation_arms, compare_allocations
 
 ARMS = {"ours", "uniform", "magnitude", "depth", "random", "shuffled", "inverse", "oracle"}
 

@@ -1,4 +1,4 @@
-"""scripts/export_hints.py from the command line to the files it writes."""
+"""lib/commands/export.py from the command line to the files it writes."""
 
 import json
 import os
@@ -14,10 +14,11 @@ from tiny_models import tiny_gpt2, tiny_mixtral
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lib.blocks import parameter_digest, partition_model
-from lib.hints import BlockHint, Hints, ModelInfo, Tier, save_hints
+from lib.commands import export as export_hints
+from lib.commands.cli import run_main
+from lib.hints import BlockHint, Hints, ModelInfo, save_hints
 from lib.signals import collect_fisher, save_fisher_diagonal
-from scripts import export_hints
-from scripts.cli import run_main
+from lib.vocabulary import Tier
 
 ROOT = Path(__file__).parents[2]
 TIERS = (Tier.HBM, Tier.CPU, Tier.SSD)
@@ -86,7 +87,7 @@ def test_the_command_writes_a_device_map_that_transformers_loads(
     gpt2: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("accelerate")
-    command = [sys.executable, "scripts/export_hints.py", "--to", "accelerate", "--device", "cpu"]
+    command = [sys.executable, "lib/commands/export.py", "--to", "accelerate", "--device", "cpu"]
     command += ["--tier-hints", str(gpt2 / "hints.json"), "--model", str(gpt2)]
     command += ["--output", str(tmp_path), "--json", str(tmp_path / "result.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -5,8 +5,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.blocks import parameter_digest
-from lib.precision import encoded, kernels
-from scripts.kernel_error import measure_kernels
+from lib.codecs import encoded, kernels
+from lib.evaluation.kernel_error import measure_kernels
 
 
 def small_gpt2() -> GPT2LMHeadModel:

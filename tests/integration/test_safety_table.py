@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from scripts import safety_table
-from scripts.safety.cases import CASES, SafetyCase
-from scripts.safety.offloaders import OFFLOADERS, Offloader
+from scripts.experiments.safety import safety_table
+from scripts.experiments.safety.cases import CASES, SafetyCase
+from scripts.experiments.safety.offloaders import OFFLOADERS, Offloader
 
 OURS = OFFLOADERS[0]
 

@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 from tiny_run import tiny_config, write_config
 
 from gpt2.train import train
+from lib.commands import rank_layers
 from lib.config import load_config
 from lib.errors import InputError
-from lib.hints import Precision
 from lib.kconfig import read_assignments
-from scripts import compare_kv_cache, compare_pruning, pruning_runs, rank_layers
-from scripts.compare_kv_cache import BITS, allocate_bits, spearman
-from scripts.compare_pruning import SCHEDULES
+from lib.vocabulary import Precision
+from scripts.experiments.kv_cache import compare_kv_cache
+from scripts.experiments.kv_cache.compare_kv_cache import BITS, allocate_bits, spearman
+from scripts.experiments.pruning import compare_pruning, pruning_runs
+from scripts.experiments.pruning.compare_pruning import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import study_signals
-from scripts.study import grid
+from scripts.experiments.study import grid, study_signals
 
 TINY: dict[str, grid.Value] = {**grid.TOY, "GPT2_LAYERS": 2, "TRAIN_EVAL_SEQUENCES": 8}
 

@@ -22,9 +22,9 @@ from gpt2.checkpoint import load_state
 from gpt2.rundir import RunDirectory
 from gpt2.train import main, train
 from gpt2.trainer import Trainer, learning_rate
+from lib.commands.cli import run_main
 from lib.errors import InputError
 from lib.hints import load_hints
-from scripts.cli import run_main
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, last_step: int) -> None:

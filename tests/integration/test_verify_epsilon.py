@@ -1,4 +1,4 @@
-"""scripts/verify_epsilon.py on a tiny GPT-2 with measured curves, end to end."""
+"""verify_epsilon.py on a tiny GPT-2 with measured curves, end to end."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,12 @@ from test_collect_fisher import byte_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.blocks import parameter_digest, partition_model
-from lib.hints import BlockHint, Hints, ModelInfo, Precision, Tier, save_hints
+from lib.commands.cli import run_main
+from lib.hints import BlockHint, Hints, ModelInfo, save_hints
 from lib.precision.perturb import lossy_blocks
 from lib.precision.quality import measure_perturbations
-from scripts import verify_epsilon
-from scripts.cli import run_main
+from lib.vocabulary import Precision, Tier
+from scripts.experiments.epsilon import verify_epsilon
 
 LADDER = [Precision.INT8, Precision.INT6, Precision.INT4, Precision.INT3, Precision.INT2]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lib.config import Config, load_config, parse_thresholds
+from lib.config import Config, load_config
 from lib.errors import InputError
-from lib.hints import Tier
-from lib.kconfig import parse_number
 from lib.tiering import DEFAULT_SPECS
+from lib.units import parse_number, parse_thresholds
+from lib.vocabulary import Tier
 
 
 def load(folder: Path, *lines: str) -> Config:

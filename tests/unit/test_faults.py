@@ -10,14 +10,14 @@ from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral
 from torch import nn
 
 from lib.blocks import partition_model
+from lib.blocks.faults import find_fault
 from lib.errors import InputError
-from lib.faults import find_fault
-from lib.hints import Precision
 from lib.precision.perturb import perturb, weight_error
 from lib.precision.quality import measure_perturbations
 from lib.signals import attention_fim_trace, collect_fisher
 from lib.signals.kv import collect_kv_fisher
 from lib.tiering import attach
+from lib.vocabulary import Precision
 
 IDS = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
 NAN, INF = float("nan"), float("inf")
@@ -77,7 +77,7 @@ def test_what_overflows_a_narrower_type_is_named(
 
 
 def test_rows_of_a_later_shard_keep_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.tiering.payload._PART_BYTES", 2**10)
+    monkeypatch.setattr("lib.tiering.payload.layout._PART_BYTES", 2**10)
     model = nn.ModuleDict({"embed": nn.Embedding(1000, 64)})
     model.forward = lambda ids: model["embed"](ids)  # type: ignore[assignment]
     spoil(model, "embed.weight", (777, 5), NAN)

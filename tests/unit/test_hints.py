@@ -11,8 +11,6 @@ from lib.hints import (
     BlockHint,
     Hints,
     ModelInfo,
-    Precision,
-    Tier,
     assign_tiers,
     build_hints,
     hints_to_json,
@@ -20,6 +18,7 @@ from lib.hints import (
     match_hints,
     save_hints,
 )
+from lib.vocabulary import Precision, Tier
 
 DIGEST = f"sha256:{'a' * 64}"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from lib.commands.cli import run_main
 from lib.config import build_config, load_config
 from lib.errors import InputError
 from lib.kconfig import ROOT, open_kconfig
 from scripts import kconfig
-from scripts.cli import run_main
 
 PRESETS = sorted(path.name for path in kconfig.DEFCONFIGS.iterdir())
 FRAGMENTS = [name for name in PRESETS if name.startswith("tier-")]

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.hints import Tier
 from lib.machine import (
     DEFAULT_SPECS,
     MachineProfile,
@@ -18,6 +17,7 @@ from lib.machine import (
     machine_to_json,
     save_machine,
 )
+from lib.vocabulary import Tier
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,9 @@ import pytest
 
 from lib.config import Config, load_config
 from lib.errors import InputError
-from lib.hints import BlockHint, Hints, ModelInfo, Tier, save_hints
+from lib.hints import BlockHint, Hints, ModelInfo, save_hints
 from lib.tiering import load_specs
+from lib.vocabulary import Tier
 from scripts import doctor, kconfig, pipeline
 
 
@@ -57,7 +58,7 @@ def test_all_stages_run_and_the_table_of_both_modes_ends_the_output(
         "gpt2.train",
         "scripts.benchmark_tiered_inference",
         "scripts.benchmark_tiered_inference",
-        "scripts.report",
+        "lib.commands.report",
     ]
     modes = [command[command.index("--mode") + 1] for command in commands[1:3]]
     assert modes == ["emulated", "real"]

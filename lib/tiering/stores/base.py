@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PlacementError
-from ...hints import Tier
+from ...vocabulary import Tier
 
 SECTOR_BYTES = 4096
 """Payloads are a multiple of this, and lie in memory at a multiple: direct reads need both."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...hints import Tier
+from ...vocabulary import Tier
 from .base import aligned_buffer
 from .host import MemoryStore
 from .limits import available_memory

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ...errors import PlacementError
 from ...files import drop_cached_pages
-from ...hints import Tier
 from ...units import format_bytes
+from ...vocabulary import Tier
 from .base import (
     PIECE_BYTES,
     SECTOR_BYTES,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import PlacementError
-from ...hints import Tier
 from ...units import format_bytes
+from ...vocabulary import Tier
 from .base import SECTOR_BYTES, aligned_buffer, check_range, lost
 from .limits import available_memory
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...errors import InputError, PlacementError
-from ...hints import Tier
+from ...vocabulary import Tier
 from .base import SECTOR_BYTES, aligned_buffer
 from .host import MemoryStore
 from .limits import available_memory, read_system_file

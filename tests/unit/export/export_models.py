@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from lib.blocks import parameter_digest, partition_model
 from lib.export import Outline
 from lib.export.model import outline_model
-from lib.hints import BlockHint, Hints, ModelInfo, Precision, Tier
+from lib.hints import BlockHint, Hints, ModelInfo
+from lib.vocabulary import Precision, Tier
 
 TIERS = (Tier.SSD, Tier.HBM, Tier.CPU)
 

@@ -12,7 +12,7 @@ from tiny_models import tiny_gpt2, tiny_mixtral
 from transformers import AutoModelForCausalLM
 
 from lib.export import export_device_map
-from lib.hints import Tier
+from lib.vocabulary import Tier
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -11,7 +11,7 @@ from lib.errors import InputError
 from lib.export import Export, export_llama_cpp
 from lib.export.gguf_names import GgufNames
 from lib.export.llama_cpp import PLACES_FILE, TYPES_FILE
-from lib.hints import Precision, Tier
+from lib.vocabulary import Precision, Tier
 
 gguf = pytest.importorskip("gguf")
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lib.errors import InputError
 from lib.export import export_torchao
-from lib.hints import Precision
+from lib.vocabulary import Precision
 
 torchao = pytest.importorskip("torchao", minversion="0.18")
 

@@ -7,8 +7,8 @@ from export_models import outline_of, tiny_llama
 
 from lib.errors import InputError
 from lib.export import export_vllm
-from lib.hints import Tier
 from lib.units import GIB
+from lib.vocabulary import Tier
 
 
 def test_bytes_outside_fast_memory_are_offloaded() -> None:

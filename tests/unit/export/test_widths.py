@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from lib.errors import InputError
 from lib.export.widths import Candidate, choose_widths
-from lib.hints import BlockHint, Precision, Tier
+from lib.hints import BlockHint
+from lib.vocabulary import Precision, Tier
 
 STEPS = (Precision.INT6, Precision.INT5, Precision.INT4, Precision.INT3)
 BITS = {

@@ -10,9 +10,9 @@ import pytest
 
 from gpt2 import data as gpt2_data
 from gpt2.data import heldout_windows, prepare_data, sample_windows, unigram_cross_entropy
-from gpt2.sources import HubUnreachable
 from lib.config import DataConfig, ModelConfig
 from lib.errors import InputError
+from lib.text.hub import HubUnreachable
 
 MODEL = ModelConfig(
     pretrained="", layers=1, heads=1, width=8, context=16, vocab_size=300, dropout=0.0

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_blocks import make_machine
 
-from lib.hints import Tier
 from lib.policy import Timeline, Transfer, Use, simulate
-from lib.tiering.link import Ticket, Unit
-from lib.tiering.prefetch import Prefetcher
+from lib.tiering.transfer.link import Ticket, Unit
+from lib.tiering.transfer.prefetch import Prefetcher
+from lib.vocabulary import Tier
 
 TIERS = make_machine().tiers
 PASSES = 6

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.policy.knapsack import Kind, fill, fractional_value, sort_by_density
+from lib.policy.planner.knapsack import Kind, fill, fractional_value, sort_by_density
 
 kinds_lists = st.lists(
     st.builds(Kind, st.integers(0, 30), st.floats(0, 10), st.integers(0, 3)), max_size=5

@@ -16,7 +16,6 @@ from toy_blocks import (
 )
 
 from lib.errors import InputError
-from lib.hints import Tier
 from lib.machine import MachineProfile
 from lib.policy import (
     BlockNeed,
@@ -28,6 +27,7 @@ from lib.policy import (
     smallest_budget,
 )
 from lib.units import parse_bytes
+from lib.vocabulary import Tier
 
 CLOSE = 1.06
 """What a plan may lose against the best of all; hardly one in a hundred loses a hundredth. Plans

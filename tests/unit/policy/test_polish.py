@@ -1,9 +1,9 @@
 from toy_blocks import MIB, make_layers, make_machine, make_need
 
-from lib.hints import Tier
 from lib.policy.plan import definition_schedule
-from lib.policy.polish import exchanges
-from lib.policy.problem import Problem
+from lib.policy.planner.polish import exchanges
+from lib.policy.planner.problem import Problem
+from lib.vocabulary import Tier
 
 
 def test_exchanges_keep_within_every_tier_and_slot() -> None:

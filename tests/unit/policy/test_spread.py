@@ -3,7 +3,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.policy.spread import phases, pick_evenly
+from lib.policy.planner.spread import phases, pick_evenly
 
 
 @given(st.integers(1, 200), st.data(), st.floats(0, 0.999))

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.hints import Tier
 from lib.machine import TierSpec
 from lib.policy import Timeline, Transfer, Use, simulate
+from lib.vocabulary import Tier
 
 SSD = {Tier.SSD: TierSpec("SSD", 0.0, 1.0), Tier.CPU: TierSpec("CPU", 0.0, 10.0)}
 MB = 10**6  # a millisecond of the SSD's link

@@ -9,7 +9,6 @@ from toy_blocks import MIB
 from toy_ledgers import Budget, make_curve, plan_at, with_block
 
 from lib.errors import PlacementError
-from lib.hints import Precision, Tier
 from lib.policy import Plan
 from lib.policy.audit import WHOLE_PLAN, Rule
 from lib.policy.veto import Measured, Veto
@@ -19,6 +18,7 @@ from lib.precision.floors import (
     make_ledger,
     open_ledger,
 )
+from lib.vocabulary import Precision, Tier
 
 
 def toy_ledger(epsilon: float = 0.02, **fields: JointCheck) -> Ledger:

@@ -15,11 +15,11 @@ from toy_blocks import MIB
 from toy_ledgers import HBM_AND_DISK, LADDER, Budget, make_curve, plan_at, with_block
 
 from lib.errors import InputError, PlacementError
-from lib.hints import Precision, Tier
 from lib.policy import Plan
 from lib.policy.audit import WHOLE_PLAN, Record, Rule
 from lib.policy.veto import Measured, Veto
-from lib.precision.floors import JointCheck, Ledger, is_below, make_ledger, open_ledger
+from lib.precision.floors import JointCheck, Ledger, make_ledger, open_ledger
+from lib.vocabulary import Precision, Tier, is_below
 
 
 @st.composite

@@ -5,11 +5,11 @@ from itertools import product
 
 from hypothesis import strategies as st
 
-from lib.hints import Precision, Tier
 from lib.machine import MachineProfile, TierSpec
 from lib.policy.plan import BlockNeed, Step
-from lib.policy.problem import Problem
+from lib.policy.planner.problem import Problem
 from lib.policy.timeline import Transfer, simulate
+from lib.vocabulary import Precision, Tier
 
 MIB = 2**20
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from toy_blocks import MIB, make_machine, make_need
 
-from lib.hints import Precision, Tier
 from lib.policy import BlockNeed, Placement, Plan, definition_schedule, make_plan, placed_state
 from lib.precision.floors import Curve, Ledger
+from lib.vocabulary import Precision, Tier
 
 BITS = {"fp32": 32.0, "int8": 8.0, "int6": 6.5, "int5": 5.5, "int4": 4.5, "int3": 3.5, "int2": 2.5}
 LADDER = [Precision(name) for name in BITS]

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, milp
 
 from lib.errors import InputError
-from lib.hints import Precision
 from lib.precision.allocate import Allocation, Option, allocate
+from lib.vocabulary import Precision
 
 LADDER = [Precision.BF16, Precision.INT8, Precision.INT6, Precision.INT5, Precision.INT4]
 LADDER += [Precision.INT3, Precision.INT2]

@@ -6,21 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.hints import BlockHint, Hints, Precision, Tier
+from lib.hints import BlockHint, Hints
 from lib.precision.floors import (
     Curve,
     JointCheck,
     check_kernels,
-    is_below,
     make_ledger,
     merge_curves,
-    most_precise,
     open_ledger,
     parse_epsilon,
     raise_floors,
     read_trust,
     tighten,
 )
+from lib.vocabulary import Precision, Tier, is_below, most_precise
 
 LADDER = [Precision.INT8, Precision.INT6, Precision.INT5, Precision.INT4, Precision.INT3]
 LADDER += [Precision.INT2]
@@ -68,7 +67,7 @@ def test_other_epsilons_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("quality", [{}, {"calibrated": True}, {"conformal_factor": 1.3}])
 def test_without_calibration_the_error_says_what_to_run(quality: dict[str, object]) -> None:
-    with pytest.raises(InputError, match=r"scripts/calibrate_hints.py --model \.\.\. --tier-hints"):
+    with pytest.raises(InputError, match=r"lib/commands/calibrate.py --model \.\.\. --tier-hints"):
         read_trust(quality)
 
 

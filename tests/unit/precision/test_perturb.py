@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from lib.blocks import partition_model, unique_parameters
+from lib.codecs.storage import stored_bytes, stored_form, weight_form
 from lib.errors import InputError
-from lib.hints import Precision
 from lib.precision.perturb import curve_precisions, lossy_blocks, perturb, round_trip, weight_error
 from lib.precision.quality import measure_perturbations
-from lib.precision.storage import stored_bytes, stored_form, weight_form
 from lib.signals.summary import causal_logits
 from lib.tiering import attach
-from lib.tiering.needs import make_payloads
+from lib.tiering.planning.needs import make_payloads
+from lib.vocabulary import Precision
 from tests.tiny_models import tiny_gpt2, tiny_mixtral
 
 

@@ -5,10 +5,10 @@ from functools import cache
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lib.hints import Precision
 from lib.precision.plans import draw_plans, predicted_kl
 from lib.precision.sensitivity import Curves, magnitude_curves
 from lib.precision.sizes import StoredSizes, stored_sizes
+from lib.vocabulary import Precision
 
 LADDER = (Precision.INT8, Precision.INT4, Precision.INT2)
 

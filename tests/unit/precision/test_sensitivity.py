@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lib.blocks import partition_model, unique_parameters
 from lib.errors import InputError
-from lib.hints import Precision
 from lib.precision.perturb import lossy_blocks, weight_error
 from lib.precision.quality import measure_perturbations
 from lib.precision.sensitivity import (
@@ -22,6 +21,7 @@ from lib.precision.sensitivity import (
 from lib.signals import collect_fisher
 from lib.signals.optimizers import corrected_moments
 from lib.signals.summary import causal_logits
+from lib.vocabulary import Precision
 from tests.tiny_models import tiny_gpt2, tiny_mixtral
 
 INTS = (Precision.INT8, Precision.INT4)

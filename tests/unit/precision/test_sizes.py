@@ -3,10 +3,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.blocks import partition_model
-from lib.hints import Precision
 from lib.precision.perturb import lossy_blocks
 from lib.precision.sensitivity import magnitude_curves
 from lib.precision.sizes import stored_sizes
+from lib.vocabulary import Precision
 
 
 def small_gpt2() -> GPT2LMHeadModel:

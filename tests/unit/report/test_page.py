@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lib.commands.report import draw_pictures, main
 from lib.errors import InputError
 from lib.report.page import render_page, summarize
 from lib.report.run import load_run, read_metrics
-from scripts.report import draw_pictures, main
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lib.errors import InputError
-from lib.hints import BlockHint, Hints, Tier, load_hints
+from lib.hints import BlockHint, Hints, load_hints
 from lib.report.benchmark_plots import latency_shares, plot_latency, plot_memory
 from lib.report.drawing import picture, split_layer
 from lib.report.plots import (
@@ -19,6 +19,7 @@ from lib.report.plots import (
     plot_tiers,
     tier_bytes,
 )
+from lib.vocabulary import Tier
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FLAT = Hints(blocks={"wte": BlockHint(tier=Tier.HBM), "h.0.attn": BlockHint(tier=Tier.SSD)})

@@ -9,8 +9,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lib.blocks import partition_model
 from lib.errors import InputError
-from lib.hints import Hints, Tier, hints_to_json
+from lib.hints import Hints, hints_to_json
 from lib.signals import AdamStateTierAnalyzer, MomentScale, adam_hints, collect_adam_signal
+from lib.vocabulary import Tier
 
 LAYER = "layers.0"
 
@@ -104,7 +105,7 @@ def test_frozen_blocks_have_no_importance_and_say_what_to_do() -> None:
     blocks = make_hints(optimizer, model, **scaled).blocks
     frozen, partly = blocks["layers.0.mlp"], blocks["layers.1.mlp"]
     assert (frozen.importance, frozen.rank, frozen.tier) == (None, None, Tier.SSD)
-    assert "frozen" in frozen.reason and "scripts/collect_fisher.py" in frozen.reason
+    assert "frozen" in frozen.reason and "lib/commands/collect.py" in frozen.reason
     assert partly.importance is not None and "36 trained of 42 weights" in partly.reason
     moment = optimizer.state[model.layers[1].mlp.weight]["exp_avg_sq"] / (1 - 0.999**3)
     assert partly.signals["adam_exp_avg_sq"] == pytest.approx(moment.mean().item(), rel=1e-5)

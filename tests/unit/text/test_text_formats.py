@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.sources import open_source
 from lib.config import DataConfig
 from lib.errors import InputError
-from scripts.text import find_text_files, read_chunks
+from lib.text.files import find_text_files, read_chunks
+from lib.text.sources import open_source
 
 DATA = DataConfig(
     source="files", files="", max_mib=1, heldout_permille=200, tokenizer="", cache_dir="data"

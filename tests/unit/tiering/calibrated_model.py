@@ -8,12 +8,13 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.blocks import partition_model
-from lib.hints import BlockHint, Hints, Precision, Tier
+from lib.codecs.kernels import kernel_name
+from lib.hints import BlockHint, Hints
 from lib.policy.veto import Measure, Measured
-from lib.precision.kernels import kernel_name
 from lib.precision.perturb import lossy_blocks
 from lib.precision.quality import QualityMeter, measure_perturbations
 from lib.tiering import Runtime
+from lib.vocabulary import Precision, Tier
 
 LADDER = [Precision.INT8, Precision.INT6, Precision.INT4, Precision.INT3, Precision.INT2]
 BUDGET = {"HBM": "1GiB", "SSD": None}

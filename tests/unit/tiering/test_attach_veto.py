@@ -18,12 +18,11 @@ from calibrated_model import (
 
 from lib.blocks import partition_model
 from lib.errors import InputError, PlacementError
-from lib.hints import Precision
 from lib.policy.audit import Rule
 from lib.policy.veto import Measured
-from lib.precision.floors import is_below
 from lib.tiering import attach
-from lib.tiering.admission import ledger_of
+from lib.tiering.planning.ledger import ledger_of
+from lib.vocabulary import Precision, is_below
 
 
 @pytest.mark.parametrize("epsilon", [0.003, "ppl=1.05"])

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.blocks import partition_model
 from lib.errors import InputError
-from lib.tiering import Runtime, attach, payload
+from lib.tiering import Runtime, attach
+from lib.tiering.payload import layout as payload
 
 pytestmark = pytest.mark.filterwarnings("ignore:flat hints")
 

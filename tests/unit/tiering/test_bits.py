@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lib.blocks import partition_model
-from lib.tiering import attach, payload
+from lib.tiering import attach
+from lib.tiering.payload import layout as payload
 
 pytestmark = pytest.mark.filterwarnings("ignore:flat hints")
 

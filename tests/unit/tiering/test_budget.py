@@ -18,11 +18,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.blocks import storage_bytes
 from lib.errors import InputError, PlacementError
-from lib.hints import BlockHint, Hints, Precision, Tier
+from lib.hints import BlockHint, Hints
 from lib.tiering import attach, empty_weights
-from lib.tiering.placing import Placing
+from lib.tiering.residency.placing import Placing
 from lib.tiering.stores import FileStore, NumaStore, numa
 from lib.tiering.stores.numa import page_nodes
+from lib.vocabulary import Precision, Tier
 
 IDS = torch.arange(12).reshape(2, 6)
 
@@ -397,7 +398,7 @@ class TestFailures:
     def test_out_of_memory_during_attach_restores_the_model(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from lib.tiering import link
+        from lib.tiering.transfer import link
 
         model = medium()
         expected = logits(model)

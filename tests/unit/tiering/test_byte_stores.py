@@ -10,7 +10,6 @@ from byte_payloads import KEY, OTHER, SIZE, only_node_store, payload, read
 from torch import Tensor
 
 from lib.errors import PlacementError
-from lib.hints import Tier
 from lib.tiering.stores import (
     CHUNK_BYTES,
     PIECE_BYTES,
@@ -21,6 +20,7 @@ from lib.tiering.stores import (
     aligned_buffer,
     file,
 )
+from lib.vocabulary import Tier
 
 
 @pytest.fixture(params=["host", "numa, on the only node", "file", "file, page cache"])

@@ -21,13 +21,12 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from lib.errors import InputError, PlacementError
-from lib.hints import Precision, Tier
 from lib.policy.audit import Rule
 from lib.policy.veto import Measured
-from lib.precision.floors import is_below
 from lib.tiering import Runtime, attach, empty_weights
-from lib.tiering.placing import Placing
+from lib.tiering.residency.placing import Placing
 from lib.tiering.stores import FileStore
+from lib.vocabulary import Precision, Tier, is_below
 
 EPSILON = 0.01
 

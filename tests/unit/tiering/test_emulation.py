@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lib.errors import InputError
-from lib.hints import Tier
 from lib.tiering import Clock, EmulationSpec, TierSpec, attach
-from lib.tiering.emulation import HostWaiter, Overshoot
+from lib.tiering.transfer.emulation import HostWaiter, Overshoot
+from lib.vocabulary import Tier
 
 pytestmark = pytest.mark.filterwarnings("ignore:flat hints")
 
@@ -132,7 +132,7 @@ def grown(thing: Any, seen: set[int]) -> int:
 def test_a_runtime_holds_no_more_after_many_forwards(
     clock: Clock | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lib.tiering.emulation._SAMPLE", 16)
+    monkeypatch.setattr("lib.tiering.transfer.emulation._SAMPLE", 16)
     monkeypatch.setattr("lib.tiering.telemetry._TIMELINE_LIMIT", 16)
     model = toy()
     if clock is None:

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lib.blocks import partition_model, storage_bytes
 from lib.errors import InputError, PlacementError
 from lib.tiering import attach
-from lib.tiering.offloaded import OffloadedParameter
+from lib.tiering.residency.stand_ins import OffloadedParameter
 
 pytestmark = pytest.mark.filterwarnings("ignore:flat hints")
 
@@ -412,7 +412,7 @@ def test_inference_mode_around_attach_or_detach_leaves_a_trainable_model(
 def test_detach_that_ran_out_of_memory_can_be_repeated(
     attached: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lib.tiering import residency
+    from lib.tiering.residency import residency
 
     model, inputs, expected, runtime, _ = attached
     set_weights, calls = residency.set_weights, []

@@ -19,8 +19,8 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lib.errors import InputError, PlacementError
 from lib.tiering import attach
-from lib.tiering.access import Access
-from lib.tiering.link import Arrival
+from lib.tiering.residency.access import Access
+from lib.tiering.transfer.link import Arrival
 
 IDS = torch.arange(1, 9).view(1, -1)
 

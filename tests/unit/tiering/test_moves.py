@@ -9,10 +9,10 @@ import torch
 from calibrated_model import model, reference, text
 
 from lib.errors import InputError, PlacementError
-from lib.hints import Tier
 from lib.tiering import Runtime, attach
-from lib.tiering.placing import Placing
+from lib.tiering.residency.placing import Placing
 from lib.tiering.stores import DeviceStore
+from lib.vocabulary import Tier
 
 KIB = 2**10
 

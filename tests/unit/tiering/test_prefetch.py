@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lib.errors import PlacementError
-from lib.hints import Tier
-from lib.tiering.link import Ticket, Unit
-from lib.tiering.prefetch import Prefetcher
+from lib.tiering.transfer.link import Ticket, Unit
+from lib.tiering.transfer.prefetch import Prefetcher
+from lib.vocabulary import Tier
 
 
 class RememberedLink:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.commands import probe as probe_machine
 from lib.errors import InputError, PlacementError
-from lib.hints import Precision, Tier
 from lib.machine import TierSpec, load_machine
-from lib.tiering import probe
-from lib.tiering.probe import FileProbe, make_profile, time_lanes
+from lib.tiering.probe import links as probe
+from lib.tiering.probe.links import FileProbe, make_profile, time_lanes
 from lib.tiering.stores import CHUNK_BYTES, FileStore
 from lib.units import MIB
-from scripts import probe_machine
+from lib.vocabulary import Precision, Tier
 
 SIZES = (MIB, 4 * MIB, 16 * MIB)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_models import tiny_gpt2
 
-from lib.tiering import attach, progress
+from lib.tiering import attach
+from lib.tiering.hooks import progress
 
 IDS = torch.arange(1, 5).view(1, -1)
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lib.blocks import partition_model
 from lib.errors import PlacementError
+from lib.evaluation.forwards import peak_rss, reset_peak_rss
 from lib.tiering import attach, empty_weights
-from lib.tiering.offloaded import OffloadedParameter
-from scripts.measure import peak_rss, reset_peak_rss
+from lib.tiering.residency.stand_ins import OffloadedParameter
 
 
 class Mixed(nn.Module):

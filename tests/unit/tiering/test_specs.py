@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.hints import Tier
 from lib.tiering import DEFAULT_SPECS, Clock, EmulationSpec, TierSpec, load_specs, save_specs
+from lib.vocabulary import Tier
 
 
 def test_transfer_time_is_setup_plus_bytes_over_bandwidth() -> None:

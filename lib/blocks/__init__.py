@@ -1,0 +1,32 @@
+"""Blocks: the managed units of a model, and the names, bytes and identity of its parameters.
+
+A block is an attention or MLP submodule, an embedding, a norm, a head, or one expert (a slice of a
+packed 3-D parameter). Every parameter element belongs to exactly one block; a tied parameter
+belongs to the block that names it first, and the other modules that compute with it are listed in
+``Block.modules``.
+"""
+
+from .parameters import (
+    digest_parameters,
+    parameter_digest,
+    storage_bytes,
+    unique_parameters,
+    unwrap_model,
+    whole_tensor,
+)
+from .partition import Block, BlockKind, Piece, partition_model, select_piece, tied_modules
+
+__all__ = [
+    "Block",
+    "BlockKind",
+    "Piece",
+    "digest_parameters",
+    "parameter_digest",
+    "partition_model",
+    "select_piece",
+    "storage_bytes",
+    "tied_modules",
+    "unique_parameters",
+    "unwrap_model",
+    "whole_tensor",
+]

@@ -1,0 +1,261 @@
+"""Predict what storing each block at fewer bits costs, check that against measurement, and write
+both into tier_hints.json.
+
+    tierhints calibrate --model runs/quickstart/checkpoint \
+        --tier-hints runs/quickstart/tier_hints.json
+
+The text is cut in three, sequences taking turns. On the first part Fisher information is estimated;
+on the second the true KL of random probes is measured: pairs of block and precision, and whole
+plans. The third is left for judging. Each block gets its calibrated ``kl``, the file the scale, the
+error band, the safety factor, and what kernels cost beyond the weights' error (docs/precision.md).
+``--oracle`` measures every pair, says how well each signal ranks them, and judges whole plans.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..blocks import parameter_digest, partition_model
+from ..checkpoint.models import cast_weights, load_model, quiet_transformers
+from ..errors import InputError
+from ..evaluation.calibrate import DRAWS, CalibratedModel, calibrate_model, calibrated_hints
+from ..evaluation.kernel_error import measure_kernels
+from ..evaluation.oracle import check_additivity, progress_bar, rank_signals
+from ..evaluation.predictions import Pair, Predictions, measuring_batches
+from ..files import check_writable
+from ..hints import Hints, load_hints, match_hints, save_hints
+from ..precision.perturb import curve_precisions
+from ..precision.quality import Quality
+from ..precision.sensitivity import find_violations
+from ..precision.tolerance import LARGEST_TRUSTED_FACTOR
+from ..text.parts import vocabulary_size
+from .cli import emit_json, run_main
+from .flags import parse_device
+from .text_flags import add_text_flags, read_parts
+
+Fields = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Calibrate the hints; returns the exit code."""
+    args = _parser().parse_args(argv)
+    _check_numbers(args)
+    output = args.output or args.tier_hints
+    check_writable(output)
+    check_writable(args.json)
+    device = parse_device(args.device)
+    hints = load_hints(args.tier_hints)
+    quiet_transformers(progress=sys.stderr.isatty())
+    model: Any = load_model(args.model)
+    check_hints(hints, model)
+    text = read_parts(args, model)
+    vocab_size = vocabulary_size(model)
+    model.to(device)
+    begin = time.perf_counter()
+    with progress_bar(len(curve_precisions(model)), "kernels") as bar:
+        kernels = measure_kernels(model, text.calibration, device=device, progress=bar.update)
+    cast_weights(model, torch.float32)
+    found = calibrate_model(
+        model,
+        text.fisher,
+        text.calibration,
+        folder=args.model,
+        hints=hints,
+        vocab_size=vocab_size,
+        draws=args.draws,
+        seed=args.seed,
+        oracle=args.oracle,
+    )
+    calibrated = calibrated_hints(hints, found, kernels=kernels, text=text.to_json())
+    document: Fields = {
+        "model": args.model,
+        "tier_hints": str(output),
+        "text": text.to_json(),
+        "draws": args.draws,
+        "seed": args.seed,
+        "missing": dict(found.predictions.missing),
+        "calibration": {signal: value.to_json() for signal, value in found.calibrations.items()},
+        "quality": dict(calibrated.quality),
+        "plan_ratios": list(found.plan_ratios),
+        "violations": _violations(found.predictions),
+        "probes": [
+            _row(pair, quality, found)
+            for pair, quality in zip(found.pairs, found.measured, strict=True)
+        ],
+    }
+    if args.oracle:
+        kl = [quality.kl_nats for quality in found.measured]
+        document |= rank_signals(found.predictions, found.pairs, kl)
+        document["additivity"] = check_additivity(
+            model,
+            found.curves,
+            dict(zip(found.pairs, kl, strict=True)),
+            batches=measuring_batches(text.calibration, vocab_size),
+            judging=measuring_batches(text.judging, vocab_size),
+        )
+    document["seconds"] = round(time.perf_counter() - begin, 1)
+    save_hints(calibrated, output)
+    _print(document)
+    emit_json(document, args.json)
+    return 0
+
+
+def check_hints(hints: Hints, model: Any) -> None:
+    """Raise InputError for hints that aren't this model's, or have no place for a curve."""
+    names = [block.name for block in partition_model(model)]
+    if hints.model is None:
+        raise InputError("flat hints have no place for a KL curve: make full ones for this model")
+    match_hints(hints, names, parameter_digest=parameter_digest(model))
+    if unknown := sorted(set(names) - set(hints.blocks)):
+        raise InputError(f"block {unknown[0]!r} has no hint of its own: make the hints anew")
+
+
+def _violations(predictions: Predictions) -> list[Fields]:
+    """Return the steps of both estimates at which fewer bits seem to cost less."""
+    magnitude, true = predictions.curves["magnitude"], predictions.true
+    found = []
+    for signal, curves, stderr in (
+        ("fisher_true", true.diagonal, true.diagonal_stderr),
+        ("directional", true.directional, true.directional_stderr),
+    ):
+        for step in find_violations(curves, errors=magnitude, stderr=stderr):
+            found.append(
+                {
+                    "signal": signal,
+                    "block": step.block,
+                    "finer": str(step.finer),
+                    "coarser": str(step.coarser),
+                    "reason": step.reason,
+                }
+            )
+    return found
+
+
+def _row(pair: Pair, quality: Quality, found: CalibratedModel) -> Fields:
+    block, precision = pair
+    return {
+        "block": block,
+        "precision": str(precision),
+        "kl": quality.kl_nats,
+        "kl_interval": None if quality.kl_interval is None else [*quality.kl_interval],
+        "predicted": found.curves[block][precision],
+        **{
+            signal: curves[block][precision]
+            for signal, curves in found.predictions.curves.items()
+            if block in curves
+        },
+    }
+
+
+def _print(document: Fields) -> None:
+    text, quality = document["text"], document["quality"]
+    print(
+        f"Fisher information on {text['fisher_sequences']}, KL on {text['calibration_sequences']}, "
+        f"{text['judging_sequences']} left to judge on, of {text['sequence_length']} tokens each: "
+        f"{text['source']}"
+    )
+    columns = ["signal", "scale", "10 %", "90 %"]
+    columns += ["rho", "worst rho within a precision"] if "spearman" in document else []
+    print("\n" + "  ".join(f"{column:>16}" for column in columns))
+    for signal in document.get("spearman") or document["calibration"]:
+        fitted = document["calibration"].get(signal)
+        cells = ["", "", ""] if fitted is None else [fitted["scale"], *fitted["band"]]
+        if "spearman" in document and document["spearman"][signal] is not None:
+            within = [row[signal] for row in document["within_precision"].values()]
+            cells += [document["spearman"][signal], min(within)]
+        shown = [f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells]
+        print("  ".join(f"{cell:>16}" for cell in [signal, *shown]))
+    for row in document.get("additivity", []):
+        print(
+            f"{row['plan']:>22}: KL {row['joint_kl']:.3g}, {row['joint_over_sum']:.2f} of the sum "
+            f"of singles; on unseen text {row['judged_kl']:.3g}, predicted {row['predicted']:.3g} "
+            f"({row['predicted_over_judged']:.2f}); perplexity {row['perplexity']:.2f}"
+        )
+    for signal, reason in document["missing"].items():
+        print(f"no {signal}: {reason}")
+    for step in document["violations"]:
+        print(
+            f"{step['signal']} of {step['block']}: {step['coarser']} below {step['finer']}, "
+            f"{step['reason']}"
+        )
+    if quality["unexercised"]:
+        print(
+            f"not exercised by this text, so they stay as they are under an epsilon: "
+            f"{', '.join(quality['unexercised'])}"
+        )
+    print(f"\n{_guarantee(quality)}")
+    if not quality["trustworthy"]:
+        print(
+            "WARNING: predictions say little on this model: bounds are "
+            f"{quality['conformal_factor']:.3g} times what is predicted, where "
+            f"{LARGEST_TRUSTED_FACTOR:g} is a lot. More text and draws may help (--samples, "
+            "--draws); or measure what is placed: attach(..., measure=)."
+        )
+    print(
+        f"Kernels cost up to {quality['kernels']['nats']:.2g} nats more "
+        f"({quality['kernels']['name']}).\n"
+    )
+
+
+def _guarantee(quality: Fields) -> str:
+    """Say what the safety factor is worth."""
+    pairs = (
+        f"all {quality['conformal_probes']} pairs of block and precision, measured one by one"
+        if quality["exhaustive"]
+        else f"95 % of pairs of block and precision ({quality['conformal_probes']} random ones)"
+    )
+    return (
+        f"Measured KL is at most {quality['conformal_factor']:.2f} times what the file says: for "
+        f"{pairs} {quality['pair_factor']:.2f} times, for 95 % of whole plans ({quality['plans']} "
+        f"random ones) {quality['plan_factor']:.2f} times, with 95 % confidence."
+    )
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for flag, least in (("draws", 8), ("seed", 0)):
+        if getattr(args, flag) < least:
+            raise InputError(f"--{flag} {getattr(args, flag)} must be at least {least}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Predict each block's KL per precision, calibrate it, write it to the hints.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
+    )
+    default = "(default: %(default)s)"
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--model", required=True, help="folder or hub id of a causal LM checkpoint")
+    what.add_argument(
+        "--tier-hints", required=True, type=Path, metavar="FILE", help="hints of this model"
+    )
+    what.add_argument(
+        "--draws",
+        type=int,
+        default=DRAWS,
+        metavar="N",
+        help=f"gradients with sampled labels; the directional error is sqrt(2/N) {default}",
+    )
+    what.add_argument(
+        "--oracle",
+        action="store_true",
+        help="measure every block at every precision, and all together",
+    )
+    what.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    add_text_flags(parser, samples=192, use=", the three parts together")
+    out = parser.add_argument_group("what is written")
+    out.add_argument(
+        "--output", type=Path, metavar="FILE", help="the hints (default: the file they came from)"
+    )
+    out.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the JSON document here as well"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

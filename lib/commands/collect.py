@@ -1,0 +1,232 @@
+"""Measure the Fisher information of a causal language model on text and write its tier hints.
+
+Works on any Hugging Face checkpoint, without training: for models that were trained elsewhere, with
+an optimizer that keeps no second moment, or with frozen blocks.
+
+    tierhints collect --model openai-community/gpt2 --data book.txt --samples 64
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import check_writable
+from ..hints import Hints, save_hints
+from ..text.files import find_text_files, make_sequences, read_chunks
+from ..units import format_bytes, parse_thresholds
+from ..vocabulary import Tier
+from .cli import emit_json, run_main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the arguments, measure, write the hints and print the result."""
+    args = _parser().parse_args(argv)
+    hbm_threshold, cpu_threshold = parse_thresholds(
+        args.hbm_threshold, args.cpu_threshold, names=("--hbm-threshold", "--cpu-threshold")
+    )
+    for flag in ("samples", "batch_size"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed} is out of range: give 0 to {2**63 - 1}")
+    for path in (args.output, args.save_diagonal, args.json):
+        check_writable(path)
+    files = find_text_files(args.data)
+
+    import torch
+    from tqdm import tqdm
+
+    from ..checkpoint.models import cast_weights, load_model, quiet_transformers
+    from ..signals import collect_fisher, fisher_hints, save_fisher_diagonal
+    from ..text.held_out import load_tokenizer, sequence_length
+    from .flags import parse_device
+
+    device = parse_device(args.device)
+    quiet_transformers(progress=sys.stderr.isatty())
+    # The model first: its errors say more about a wrong name than those of a tokenizer.
+    model: Any = load_model(args.model)
+    cast_weights(model, getattr(torch, args.dtype))
+    tokenizer = load_tokenizer(args.model)
+    length = sequence_length(model.config, args.sequence_length)
+    tokens = make_sequences(
+        tokenizer,
+        read_chunks(files, seed=args.seed),
+        length=length,
+        count=args.samples,
+        data=args.data,
+    )
+    if len(tokens) < args.samples:
+        raise InputError(
+            f"--data {args.data!r} holds {len(tokens)} sequences of {length} tokens, not "
+            f"{args.samples}: give more text, a smaller --samples or a shorter --sequence-length"
+        )
+    model.to(device)
+    begin = time.perf_counter()
+    with tqdm(
+        total=args.samples, desc="Fisher", unit="seq", disable=not sys.stderr.isatty()
+    ) as bar:
+        result = collect_fisher(
+            model,
+            torch.split(tokens, args.batch_size),
+            labels=args.labels,
+            keep_diagonal=args.save_diagonal is not None,
+            seed=args.seed,
+            progress=bar.update,
+        )
+    seconds = time.perf_counter() - begin
+    hints = fisher_hints(
+        result,
+        model,
+        model_id=args.model,
+        revision=getattr(model.config, "_commit_hash", None) or "",
+        hbm_threshold=hbm_threshold,
+        cpu_threshold=cpu_threshold,
+        extra_provenance={
+            "data": args.data,
+            "tokens_digest": f"sha256:{hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}",
+            "sequence_length": length,
+            "batch_size": args.batch_size,
+            "diagonal": None if args.save_diagonal is None else args.save_diagonal.name,
+        },
+    )
+    if args.save_diagonal is not None:
+        assert hints.model is not None
+        save_fisher_diagonal(
+            result, args.save_diagonal, parameter_digest=hints.model.parameter_digest
+        )
+    save_hints(hints, args.output)
+    tiers = summarize_tiers(hints)
+    _print_table(hints, tiers)
+    emit_json(
+        {
+            "output": str(args.output),
+            "diagonal": None if args.save_diagonal is None else str(args.save_diagonal),
+            "model": args.model,
+            "labels": str(result.labels),
+            "tokens": result.tokens,
+            "sequences": result.sequences,
+            "draws": result.draws,
+            "sequence_length": length,
+            "fisher_trace": sum(result.trace.values()),
+            "blocks": len(hints.blocks),
+            "tiers": tiers,
+            "seconds": round(seconds, 3),
+            "device": str(device),
+            "dtype": args.dtype,
+        },
+        args.json,
+    )
+    return 0
+
+
+def summarize_tiers(hints: Hints) -> dict[str, dict[str, float]]:
+    """Return tier -> number of blocks, bytes, and its share of the Fisher information."""
+    used = {hint.tier for hint in hints.blocks.values()}
+    tiers: dict[str, dict[str, float]] = {
+        str(tier): {"blocks": 0, "bytes": 0, "fisher_share": 0.0} for tier in Tier if tier in used
+    }
+    for hint in hints.blocks.values():
+        trace = hint.signals["fisher_trace"]
+        assert isinstance(trace, float)
+        entry = tiers[str(hint.tier)]
+        entry["blocks"] += 1
+        entry["bytes"] += hint.num_bytes or 0
+        entry["fisher_share"] += trace
+    total = sum(entry["fisher_share"] for entry in tiers.values()) or 1.0
+    for entry in tiers.values():
+        entry["fisher_share"] = round(entry["fisher_share"] / total, 6)
+    return tiers
+
+
+def _print_table(hints: Hints, tiers: dict[str, dict[str, float]]) -> None:
+    print(f"{'tier':<6}{'blocks':>8}{'weights':>14}{'Fisher information':>21}")
+    for tier, entry in tiers.items():
+        size = format_bytes(entry["bytes"])
+        print(f"{tier:<6}{entry['blocks']:>8}{size:>14}{entry['fisher_share']:>20.1%} ")
+    ranked = sorted(hints.blocks.items(), key=lambda item: item[1].rank or len(hints.blocks))
+    print("\nmost important per weight: " + ", ".join(name for name, _ in ranked[:3]))
+    print("least important per weight: " + ", ".join(name for name, _ in ranked[-3:]) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="collect_fisher.py", description=__doc__.split("\n\n")[0].strip()
+    )
+    default = "(default: %(default)s)"
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--model", required=True, help="hub id or folder of a causal LM checkpoint")
+    what.add_argument(
+        "--data", required=True, help="UTF-8 text or JSON Lines: a file, a folder or a glob"
+    )
+    what.add_argument(
+        "--samples", type=int, default=64, metavar="N", help=f"sequences of text {default}"
+    )
+    what.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="tokens per sequence (default: the model's context, at most 512)",
+    )
+    what.add_argument(
+        "--labels",
+        choices=("sampled", "data"),
+        default="sampled",
+        help=f"sampled from the model: true Fisher; the text's own: empirical, biased {default}",
+    )
+    what.add_argument(
+        "--batch-size",
+        type=int,
+        default=4,
+        metavar="N",
+        help=f"sequences per backward pass; fewer are slower and, per text, more exact {default}",
+    )
+    what.add_argument(
+        "--seed", type=int, default=0, help=f"of the choice of text and of the labels {default}"
+    )
+    how = parser.add_argument_group("how it is computed")
+    how.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    how.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help=f"of weights and gradients; bfloat16 halves the memory {default}",
+    )
+    out = parser.add_argument_group("what is written")
+    out.add_argument(
+        "--output",
+        type=Path,
+        default=Path("tier_hints.json"),
+        metavar="FILE",
+        help=f"the hints {default}",
+    )
+    out.add_argument(
+        "--hbm-threshold",
+        default="0.3",
+        metavar="SHARE",
+        help=f"cumulative share of weight bytes at which HBM ends {default}",
+    )
+    out.add_argument(
+        "--cpu-threshold",
+        default="0.8",
+        metavar="SHARE",
+        help=f"cumulative share of weight bytes at which CPU ends, SSD is the rest {default}",
+    )
+    out.add_argument(
+        "--save-diagonal",
+        type=Path,
+        metavar="FILE",
+        help="also write the Fisher diagonal, per weight, as safetensors in float32",
+    )
+    out.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the last line, the result, here"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,238 @@
+"""Measure what placing and compressing a model costs in quality, on text of your own.
+
+    tierhints evaluate --model runs/quickstart/checkpoint \
+        --tier-hints runs/quickstart/tier_hints.json --precision int4     # or --epsilon 0.02
+
+The model is measured as it is, then with its weights placed and stored as asked, kernels included:
+perplexity of both, KL(full || ours) in nats per token, share of equal most likely tokens. --tasks
+runs tasks of lm-evaluation-harness on both. stdout gets the figures and, last, one JSON line.
+"""
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..blocks.faults import find_fault
+from ..checkpoint.models import load_model, quiet_transformers
+from ..errors import InputError
+from ..evaluation.predictions import measuring_batches
+from ..files import check_writable
+from ..hints import load_hints
+from ..precision.floors import parse_epsilon
+from ..precision.quality import Quality, QualityMeter
+from ..signals.summary import causal_logits, dtype_names
+from ..text.held_out import load_tokenizer
+from ..text.parts import vocabulary_size
+from ..tiering import attach
+from ..tiering.planning.budget import read_budget
+from ..vocabulary import Precision
+from .cli import emit_json, run_main
+from .flags import parse_device
+from .text_flags import add_text_flags, read_held_out
+
+HARNESS = "lm_eval"
+LEAST_SEQUENCES = 2
+Fields = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and emit; returns the exit code."""
+    args = _parser().parse_args(argv)
+    _check(args)
+    check_writable(args.json)
+    device = parse_device(args.device)
+    quiet_transformers(progress=sys.stderr.isatty())
+    hints = None if args.tier_hints is None else load_hints(args.tier_hints)
+    model: Any = load_model(args.model)
+    text = read_held_out(args, model)
+    if len(text.tokens) < LEAST_SEQUENCES:
+        raise InputError(
+            f"{text.source} has {len(text.tokens)} sequences of {text.tokens.shape[1]} tokens, and "
+            f"an interval needs {LEAST_SEQUENCES}: give more text with --data, or a shorter "
+            "--sequence-length"
+        )
+    batches = [batch.to(device) for batch in measuring_batches(text.tokens, vocabulary_size(model))]
+    model.to(device)
+    tasks: dict[str, Fields] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_reference(model, batches, Path(folder))
+        if args.tasks:
+            tasks["full"] = run_tasks(model, args)
+        with attach(
+            model,
+            hints,
+            budget=None if args.budget is None else read_budget(args.budget),
+            precision=args.precision,
+            epsilon=args.epsilon,
+            device=device,
+        ) as runtime:
+            quality = compare_with_reference(model, batches, Path(folder))
+            if args.tasks:
+                tasks["ours"] = run_tasks(model, args)
+            stats = runtime.stats()
+            veto = runtime.veto.to_json()
+            held = [str(place.precision) for place in runtime.plan.placements.values()]
+    document: Fields = {
+        "model": args.model,
+        "tier_hints": None if args.tier_hints is None else str(args.tier_hints),
+        "budget": args.budget,
+        "precision": args.precision,
+        "dtype": dtype_names(model),
+        "device": str(device),
+        "epsilon": args.epsilon,
+        "text": {"source": text.source, "sequence_length": text.tokens.shape[1]},
+        "bytes_per_tier": stats.bytes_per_tier,
+        "peak_weight_bytes": stats.peak_resident_bytes,
+        "precisions": {name: held.count(name) for name in dict.fromkeys(held)},
+        "predicted_nats": veto["predicted_nats"],
+        "bound_nats": veto["bound_nats"],
+        **quality.to_json(),
+        "tasks": tasks or None,
+    }
+    _print(document)
+    emit_json(document, args.json)
+    return 0
+
+
+def save_reference(model: torch.nn.Module, batches: Sequence[Tensor], folder: Path) -> None:
+    """Write the model's logits, a file per batch: all of them need not fit in memory."""
+    with torch.inference_mode():
+        for index, ids_BT in enumerate(_show(batches, "full model")):
+            logits_BTV = causal_logits(model, ids_BT).cpu().contiguous()
+            if not bool(logits_BTV.isfinite().all()):
+                fault = find_fault(model) or "they overflow in this dtype"
+                raise FloatingPointError(f"the full model's logits aren't finite: {fault}")
+            save_file({"logits": logits_BTV}, folder / f"{index}.safetensors")
+
+
+def compare_with_reference(
+    model: torch.nn.Module, batches: Sequence[Tensor], folder: Path
+) -> Quality:
+    """Compare the model with what ``save_reference`` wrote."""
+    meter = QualityMeter()
+    with torch.inference_mode():
+        for index, ids_BT in enumerate(_show(batches, "as placed")):
+            reference_BTV = load_file(folder / f"{index}.safetensors")["logits"].to(ids_BT.device)
+            meter.add(ids_BT, reference_BTV, causal_logits(model, ids_BT))
+    return meter.result()
+
+
+def run_tasks(model: Any, args: argparse.Namespace) -> Fields:
+    """Return task -> metric -> value, by lm-evaluation-harness on the model as it is now."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    include = None if args.task_folder is None else str(args.task_folder)
+    manager = TaskManager(include_path=include)
+    if unknown := sorted(set(args.tasks) - set(manager.all_tasks)):
+        raise InputError(f"--tasks {unknown[0]!r} is unknown: lm_eval --tasks list shows them")
+    result = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=load_tokenizer(args.model), batch_size=1),
+        tasks=args.tasks,
+        limit=args.limit,
+        task_manager=manager,
+        random_seed=args.seed,
+        numpy_random_seed=args.seed,
+        torch_random_seed=args.seed,
+        fewshot_random_seed=args.seed,
+        verbosity="ERROR",
+        log_samples=False,
+    )
+    return {
+        task: {key: value for key, value in scores.items() if isinstance(value, int | float)}
+        for task, scores in result["results"].items()
+    }
+
+
+def _print(document: Mapping[str, Any]) -> None:
+    interval = document["kl_interval"]
+    spread = "" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g}, 95 %)"
+    ratio = document["perplexity"] / document["reference_perplexity"] - 1
+    print(f"text            {document['text']['source']}")
+    print(f"                {document['sequences']} sequences, {document['tokens']} tokens")
+    print(f"perplexity      {document['reference_perplexity']:.4f} full")
+    print(f"                {document['perplexity']:.4f} as placed ({ratio:+.2%})")
+    print(f"KL(full || it)  {document['kl_nats']:.4g} nats per token{spread}")
+    if document["epsilon"] is not None:
+        print(
+            f"                {document['predicted_nats']:.4g} predicted, at most "
+            f"{document['bound_nats']:.4g} by its bound; epsilon {document['epsilon']}"
+        )
+    print(f"same top token  {document['top1_agreement']:.2%}")
+    for task, scores in ((document["tasks"] or {}).get("ours") or {}).items():
+        for metric, value in scores.items():
+            full = document["tasks"]["full"][task][metric]
+            print(f"{task} {metric}: {full:.4g} full, {value:.4g} as placed")
+    print()
+
+
+def _show(batches: Sequence[Tensor], name: str) -> "tqdm[Tensor]":
+    return tqdm(batches, desc=name, disable=not sys.stderr.isatty(), leave=False)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for flag, least in (("samples", LEAST_SEQUENCES), ("limit", 1), ("seed", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise InputError(f"--{flag} {value} must be at least {least}")
+    if args.epsilon is not None:
+        parse_epsilon(args.epsilon)
+    if args.tier_hints is None and args.budget is None:
+        raise InputError("nothing says where weights go: give --tier-hints, or --budget HBM=,SSD=")
+    if args.tasks and importlib.util.find_spec(HARNESS) is None:
+        raise InputError(
+            "--tasks needs lm-evaluation-harness, which isn't installed: pip install lm_eval"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Measure perplexity, KL and top-1 agreement of a placed, compressed model.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
+    )
+    default = "(default: %(default)s)"
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, help="folder or hub id of a causal LM checkpoint")
+    model.add_argument("--tier-hints", type=Path, metavar="FILE", help="hints of this model")
+    model.add_argument(
+        "--budget",
+        metavar="TIER=SIZE,...",
+        help="place by bytes per tier, not by the hints: HBM=700MiB,SSD= (no size: no limit)",
+    )
+    model.add_argument(
+        "--precision",
+        choices=[str(precision) for precision in Precision],
+        help="hold the weights so, or at their floor (default: as they are, lossless)",
+    )
+    model.add_argument(
+        "--epsilon",
+        metavar="BOUND",
+        help="hold the weights so that precision costs at most this: nats per token (0.02), or a "
+        "perplexity ratio (ppl=1.02); needs calibrated hints (default: no bound)",
+    )
+    model.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    add_text_flags(parser, samples=64, use="")
+    tasks = parser.add_argument_group("lm-evaluation-harness")
+    tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to run, full and placed")
+    tasks.add_argument(
+        "--task-folder", type=Path, metavar="DIR", help="a folder with more task definitions (YAML)"
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task, at most")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the JSON document here as well"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

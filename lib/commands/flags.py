@@ -1,0 +1,62 @@
+"""Flags that several commands share: the model, the device, the machine."""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from ..machine import MACHINE_FILE
+from ..vocabulary import Precision
+
+
+def parse_device(name: str) -> torch.device:
+    """Return the device of ``--device``; ``auto`` is the GPU where there is one."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name!r} is unknown: give auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    _, _, index = name.partition(":")
+    if name != "cpu" and int(index or 0) >= count:
+        raise InputError(f"--device {name!r} is not there ({count} CUDA devices): give cpu")
+    return torch.device(name)
+
+
+def planned_device(name: str) -> torch.device:
+    """Return the device to plan for; the machine that plans need not have it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model is planned for, and on which machine."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, required=True, help="folder with a config.json")
+    model.add_argument(
+        "--precision",
+        choices=["lossless", *map(str, Precision)],
+        default="lossless",
+        help="of all matrices, though none below its floor (default: lossless)",
+    )
+    model.add_argument(
+        "--hints",
+        type=Path,
+        metavar="FILE",
+        help="tier_hints.json, for floors and importance",
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--machine",
+        type=Path,
+        metavar="FILE",
+        help=f"figures of the machine (default: {MACHINE_FILE}, where there is one)",
+    )
+    machine.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="what computes; need not be here (default: %(default)s)",
+    )

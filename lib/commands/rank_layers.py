@@ -1,0 +1,141 @@
+"""Rank a model's layers by the Fisher trace of their keys and values, for choosing which ones get a
+cheaper attention or a compressed cache.
+
+    tierhints rank-layers --model runs/quickstart/checkpoint --output layers.json
+
+The file lists the layers, least sensitive first, with what compressing each one's cache to 8, 4 and
+2 bits is predicted to cost; "cheapest_first" is the list of their numbers alone.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..files import check_writable, write_json
+from ..vocabulary import Precision
+from .cli import emit_json, run_main
+
+if TYPE_CHECKING:
+    from ..signals.kv import KvLayer, RoundTrip
+
+SHOWN = (Precision.INT8, Precision.INT4, Precision.INT2)
+BATCH = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the arguments, measure, write the ranking and print the result."""
+    args = _parser().parse_args(argv)
+    if args.sequences < 1:
+        raise InputError(f"--sequences {args.sequences} must be at least 1")
+    check_writable(args.output)
+    check_writable(args.json)
+
+    import torch
+
+    from ..checkpoint.models import load_model, quiet_transformers
+    from ..signals.kv import collect_kv_fisher
+    from ..text.held_out import load_heldout
+    from .flags import parse_device
+
+    quiet_transformers(progress=sys.stderr.isatty())
+    device = parse_device(args.device)
+    model: Any = load_model(args.model)
+    text = load_heldout(
+        args.model, vocab_size=model.config.vocab_size, length=context_length(model)
+    )
+    tokens = text.tokens[: args.sequences]
+    layers = collect_kv_fisher(
+        model.to(device),
+        torch.split(tokens, BATCH),
+        round_trips=codec_round_trips(SHOWN),
+        seed=args.seed,
+    )
+    document = {
+        "model": args.model,
+        "text": text.source,
+        "tokens": tokens.numel(),
+        "seed": args.seed,
+        **ranking_document(layers),
+    }
+    write_json(document, args.output)
+    print_ranking(layers)
+    emit_json({"output": str(args.output), **document}, args.json)
+    return 0
+
+
+def context_length(model: Any) -> int:
+    """Return the tokens per sequence to measure with: the model's context, at most 512."""
+    return min(512, getattr(model.config, "max_position_embeddings", None) or 512)
+
+
+def codec_round_trips(precisions: Sequence[Precision]) -> "dict[str, RoundTrip]":
+    """Return what a compressed cache of each precision does to keys and values."""
+    from ..codecs.records import Codec
+    from ..progressive.kv_cache import round_trip
+
+    return {str(p): partial(round_trip, codec=Codec(p)) for p in precisions}
+
+
+def ranking_document(layers: "Sequence[KvLayer]") -> dict[str, Any]:
+    """Return the layers as JSON, least sensitive first."""
+    order = sorted(layers, key=lambda layer: layer.trace)
+    return {
+        "cheapest_first": [layer.layer for layer in order],
+        "layers": [
+            {
+                "layer": layer.layer,
+                "block": layer.block,
+                "fisher_trace": layer.trace,
+                "keys_trace": layer.keys_trace,
+                "values_trace": layer.values_trace,
+                "predicted_kl": {name: d.total for name, d in layer.damage.items()},
+            }
+            for layer in order
+        ],
+    }
+
+
+def print_ranking(layers: "Sequence[KvLayer]") -> None:
+    """Print the ranking for a person."""
+    names = list(layers[0].damage)
+    print(f"{'layer':<6}{'block':<28}{'keys':>10}{'values':>10}  Fisher trace per token")
+    for layer in sorted(layers, key=lambda layer: layer.trace):
+        costs: Mapping[str, Any] = layer.damage
+        text = ", ".join(f"{name} {costs[name].total:.2g}" for name in names)
+        print(
+            f"{layer.layer:<6}{layer.block:<28}{layer.keys_trace:>10.3g}{layer.values_trace:>10.3g}"
+            f"  predicted KL: {text}"
+        )
+    print()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rank_layers.py", description=__doc__.split("\n\n")[0].strip()
+    )
+    default = "(default: %(default)s)"
+    parser.add_argument("--model", required=True, help="hub id or folder of a causal LM checkpoint")
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        default=32,
+        metavar="N",
+        help=f"sequences of held-out text {default}",
+    )
+    parser.add_argument("--seed", type=int, default=0, help=f"of the sampled labels {default}")
+    parser.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    parser.add_argument(
+        "--output", type=Path, default=Path("layer_ranking.json"), metavar="FILE", help=default
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the last line, the result, here"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,218 @@
+"""Ask what a faster link or more memory would bring: bandwidth times budget, through the planner.
+
+    tierhints what-if --model runs/quickstart/checkpoint --tier SSD --bandwidth 1,3,7,14,50
+
+Each point is a plan of its own, made for that bandwidth and played through on the timeline: nothing
+runs. Compute is that of the machine file at every point.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..files import check_writable
+from ..machine import MachineProfile, TierSpec, machine_to_json, read_machine
+from ..policy import BlockNeed, definition_schedule, make_plan, smallest_budget
+from ..report.what_if_plots import plot_what_if
+from ..units import format_bytes, parse_bytes
+from ..vocabulary import Tier
+from .cli import emit_json, run_main
+from .flags import add_model_flags, planned_device
+from .plan import read_model, read_needs
+
+LINK_TIERS = [tier for tier in Tier if tier is not Tier.HBM]
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sweep, print and plot; returns the exit code."""
+    args = _parser().parse_args(argv)
+    for path in (args.json, args.plot):
+        check_writable(path)
+    bandwidths = read_bandwidths(args.bandwidth)
+    machine = read_machine(args.machine)
+    tier = Tier(args.tier)
+    base = link_spec(machine, tier, args.setup_us)
+    device = planned_device(args.device)
+    needs, scratch_bytes = read_needs(args, *read_model(args), device, machine)
+    total = sum(need.resident_bytes for need in needs)
+    budgets = read_budgets(args.budgets, total)
+    rows = sweep(needs, scratch_bytes, machine, base, tier, bandwidths, budgets)
+    resident = resident_tokens_per_s(needs)
+    document = {
+        "model": str(args.model),
+        "precision": args.precision,
+        "machine": machine_to_json(machine),
+        "tier": str(tier),
+        "setup_us": base.setup_us,
+        "weight_bytes": total,
+        "resident_tokens_per_s": resident,
+        "rows": rows,
+    }
+    print(
+        f"{args.model}, {args.precision}, {format_bytes(total)}: predicted tokens per second, "
+        f"weights in HBM and {tier}\n"
+    )
+    print(_table(rows, resident), end="\n\n")
+    if args.plot is not None:
+        plot_what_if(document, args.plot)
+        print(f"plot: {args.plot}\n")
+    emit_json(document, args.json)
+    return 0
+
+
+def sweep(
+    needs: Sequence[BlockNeed],
+    scratch_bytes: int,
+    machine: MachineProfile,
+    base: TierSpec,
+    tier: Tier,
+    bandwidths: Sequence[float],
+    budgets: Sequence[tuple[str, int]],
+) -> list[dict[str, Any]]:
+    """Plan each budget at each bandwidth; ``tokens_per_s`` is None where a budget is too small."""
+    schedule = definition_schedule(needs)
+    rows = []
+    for label, size in budgets:
+        for bandwidth in tqdm(bandwidths, desc=f"HBM={label}", leave=False, disable=None):
+            spec = dataclasses.replace(base, bandwidth_gb_s=bandwidth)
+            tiers = {**machine.tiers, tier: spec}
+            there = dataclasses.replace(machine, tiers=tiers, capacity_bytes={}, measured=False)
+            budget = {Tier.HBM: size, tier: None}
+            smallest = smallest_budget(needs, schedule, budget, there, scratch_bytes)
+            row: dict[str, Any] = {
+                "budget": label,
+                "hbm_bytes": size,
+                "bandwidth_gb_s": bandwidth,
+                "smallest_hbm_bytes": smallest,
+                "tokens_per_s": None,
+                "ms_per_token": None,
+                "bytes_per_token": None,
+                "link_utilisation": None,
+            }
+            if smallest <= size:
+                predicted = make_plan(needs, schedule, budget, there, scratch_bytes).predicted
+                row |= {
+                    "tokens_per_s": 1 / predicted.seconds,
+                    "ms_per_token": predicted.seconds * 1e3,
+                    "bytes_per_token": predicted.moved_bytes,
+                    "link_utilisation": predicted.link_seconds / predicted.seconds,
+                }
+            rows.append(row)
+    return rows
+
+
+def resident_tokens_per_s(needs: Sequence[BlockNeed]) -> float:
+    """Return what the compute alone would allow, everything resident."""
+    steps = definition_schedule(needs)
+    seconds = {need.name: need.compute_seconds for need in needs}
+    return 1 / sum(seconds[step.block] for step in steps if not step.lookup)
+
+
+def link_spec(machine: MachineProfile, tier: Tier, setup_us: float | None) -> TierSpec:
+    """Return the machine's figures of a tier, or those of one that it lacks; raises InputError."""
+    spec = machine.tiers.get(tier)
+    if setup_us is None and spec is None:
+        raise InputError(
+            f"machine {machine.name!r} has no {tier}: give --setup-us, or a machine file that has"
+        )
+    if spec is None or setup_us is not None:
+        name = str(tier) if spec is None else spec.name
+        spec = TierSpec(name, setup_us if setup_us is not None else 0.0, 1.0)
+    return spec
+
+
+def read_bandwidths(text: str) -> list[float]:
+    """Read ``1,3,7``: GB/s, each more than 0; raises InputError."""
+    bandwidths = []
+    for entry in text.split(","):
+        try:
+            bandwidth = float(entry)
+        except ValueError:
+            bandwidth = 0.0
+        if not 0 < bandwidth < float("inf"):
+            raise InputError(f"--bandwidth {entry!r} is no GB/s above 0: give such as 1,3,7")
+        bandwidths.append(bandwidth)
+    return sorted(set(bandwidths))
+
+
+def read_budgets(text: str, total: int) -> list[tuple[str, int]]:
+    """Read ``25%,700MiB``: shares of ``total`` or sizes, with their bytes; raises InputError."""
+    budgets = []
+    for entry in map(str.strip, text.split(",")):
+        if match := _PERCENT.fullmatch(entry):
+            budgets.append((entry, int(total * float(match[1]) / 100)))
+        else:
+            budgets.append((entry, parse_bytes(entry)))
+    return sorted(dict(budgets).items(), key=lambda budget: budget[1])
+
+
+def _table(rows: Sequence[dict[str, Any]], resident: float) -> str:
+    bandwidths = list(dict.fromkeys(row["bandwidth_gb_s"] for row in rows))
+    header = f"{'HBM budget':22}" + "".join(f"{value:>10g}" for value in bandwidths) + "  GB/s"
+    lines = [header]
+    for label in dict.fromkeys(row["budget"] for row in rows):
+        mine = [row for row in rows if row["budget"] == label]
+        size = format_bytes(mine[0]["hbm_bytes"])
+        cells = "".join(
+            f"{'-':>10}" if row["tokens_per_s"] is None else f"{row['tokens_per_s']:>10.3g}"
+            for row in mine
+        )
+        lines.append(f"{label if label == size else f'{label} ({size})':22}{cells}")
+    lines.append(f"everything resident: {resident:.3g} tokens/s")
+    if any(row["tokens_per_s"] is None for row in rows):
+        smallest = format_bytes(min(row["smallest_hbm_bytes"] for row in rows))
+        lines.append(f"-: too small; the smallest budget that works is {smallest}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Predict tokens per second over bandwidth and budget, for machines that may "
+        "not exist.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
+    )
+    add_model_flags(parser)
+    sweep_flags = parser.add_argument_group("sweep")
+    sweep_flags.add_argument(
+        "--tier",
+        choices=list(map(str, LINK_TIERS)),
+        default=str(Tier.SSD),
+        help="where streamed weights lie, and whose bandwidth is varied (default: %(default)s)",
+    )
+    sweep_flags.add_argument(
+        "--bandwidth",
+        default="1,3,7,14,50,400",
+        metavar="GB/S,...",
+        help="bandwidths of the tier's link (default: %(default)s)",
+    )
+    sweep_flags.add_argument(
+        "--budgets",
+        default="25%,50%,75%,100%",
+        metavar="SIZE,...",
+        help="fast memory: shares of the model's bytes at the precision, or sizes (default: "
+        "25%%,50%%,75%%,100%%)",
+    )
+    sweep_flags.add_argument(
+        "--setup-us",
+        type=float,
+        metavar="US",
+        help="setup time of a transfer (default: the machine file's)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="PNG to draw")
+    output.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the last line's JSON here as well"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,55 @@
+"""The configuration: Kconfig evaluates ``.config``, and frozen dataclass groups carry it on.
+
+Ranges and defaults live in the Kconfig files, beside what they configure, and are not repeated
+here. Here are the Python types, the numbers that Kconfig holds as strings, and the checks over more
+than one symbol. Nothing else reads ``.config``.
+"""
+
+from .build import build_config, load_config
+from .groups import (
+    BenchConfig,
+    Clock,
+    Config,
+    DataConfig,
+    Device,
+    DtypeName,
+    FisherLabels,
+    Mode,
+    ModelConfig,
+    Parallel,
+    PrecisionName,
+    PruneConfig,
+    PruneScoreName,
+    ReportConfig,
+    RunConfig,
+    Signal,
+    Source,
+    TieringConfig,
+    TierNumbers,
+    TrainConfig,
+)
+
+__all__ = [
+    "BenchConfig",
+    "Clock",
+    "Config",
+    "DataConfig",
+    "Device",
+    "DtypeName",
+    "FisherLabels",
+    "Mode",
+    "ModelConfig",
+    "Parallel",
+    "PrecisionName",
+    "PruneConfig",
+    "PruneScoreName",
+    "ReportConfig",
+    "RunConfig",
+    "Signal",
+    "Source",
+    "TierNumbers",
+    "TieringConfig",
+    "TrainConfig",
+    "build_config",
+    "load_config",
+]

@@ -1,0 +1,87 @@
+"""What kernels cost beyond the weights' own error: KL(weights as stored || the runtime's output).
+
+A block's curve is that of its weights. Kernels round more: compressed weights are multiplied by
+bfloat16 activations, and on machines that compute in bfloat16 expanded ones are rounded too. A
+rounding of activations is the same whatever the weights were stored at, so one figure bounds it for
+a whole model: the largest over precisions, all blocks together, through the runtime itself. Which
+kernel computes depends on the number of activation rows, so both a whole sequence and a few tokens
+at a time are measured.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codecs.encoded import FUSED_INT8_ROWS
+from ..codecs.kernels import kernel_name
+from ..precision.perturb import curve_precisions, lossy_blocks, perturb
+from ..precision.quality import QualityMeter, Reference
+from ..signals.summary import causal_logits
+from ..tiering import attach
+from ..vocabulary import Precision
+
+_SEQUENCES = 8
+_LENGTH = 128
+
+
+def measure_kernels(
+    model: Any,
+    tokens: Tensor,
+    *,
+    device: torch.device,
+    progress: Callable[[int], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Return the ``kernels`` of hints' quality, on sequences (N, T) and the model in its own dtype.
+
+    ``nats``: the upper end of the largest figure's 95 % interval.
+    """
+    sequences = torch.split(tokens[:_SEQUENCES, :_LENGTH].to(device), 1)
+    upper: dict[str, float] = {}
+    for precision in curve_precisions(model):
+        blocks = {block.name: precision for block in lossy_blocks(model, precision)}
+        meters = _measure_precision(model, sequences, precision, blocks, device=device)
+        qualities = [meter.result() for meter in meters]
+        upper[str(precision)] = max((q.kl_interval or (0, q.kl_nats))[1] for q in qualities)
+        progress(1)
+    return {"name": kernel_name(device), "nats": max(upper.values()), "by_precision": upper}
+
+
+@torch.inference_mode()
+def _measure_precision(
+    model: Any,
+    sequences: Sequence[Tensor],
+    precision: Precision,
+    blocks: Mapping[str, Precision],
+    *,
+    device: torch.device,
+) -> tuple[QualityMeter, QualityMeter]:
+    with perturb(model, blocks):
+        references = [Reference(ids_1T, causal_logits(model, ids_1T)) for ids_1T in sequences]
+    whole, stepwise = QualityMeter(), QualityMeter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of small matrices that stay as they are
+        runtime = attach(
+            model, budget={"HBM": None, "SSD": None}, precision=precision, device=device
+        )
+    with runtime:
+        for reference in references:
+            whole.compare(reference, causal_logits(model, reference.ids_BT))
+            stepwise.compare(reference, _stepwise_logits(model, reference.ids_BT))
+    return whole, stepwise
+
+
+def _stepwise_logits(model: Any, ids_1T: Tensor) -> Tensor:
+    """Return the logits as decoding makes them: few tokens at a time, with a cache. A model that
+    keeps none decodes whole sequences.
+    """
+    parts, cache = [], None
+    for ids in torch.split(ids_1T, FUSED_INT8_ROWS, dim=1):
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        parts.append(output.logits)
+        cache = output.get("past_key_values")
+        if cache is None:
+            return causal_logits(model, ids_1T)
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,35 @@
+"""tier_hints.json: what the file says, how it is made, loaded, checked and matched with a model's
+blocks.
+
+The file is intent: for each block its importance, its precision floor where one is known, and the
+tier it deserves. It names no device and no bandwidth. No torch here. The flat form
+``{"transformer.h.0.attn": "HBM"}`` is read as well.
+"""
+
+from .building import assign_tiers, build_hints, rank_blocks
+from .document import (
+    SCHEMA_PATH,
+    SCHEMA_VERSION,
+    hints_from_json,
+    hints_to_json,
+    load_hints,
+    save_hints,
+)
+from .matching import match_hints
+from .records import BlockHint, Hints, ModelInfo
+
+__all__ = [
+    "BlockHint",
+    "Hints",
+    "ModelInfo",
+    "SCHEMA_PATH",
+    "SCHEMA_VERSION",
+    "assign_tiers",
+    "build_hints",
+    "hints_from_json",
+    "hints_to_json",
+    "load_hints",
+    "match_hints",
+    "rank_blocks",
+    "save_hints",
+]

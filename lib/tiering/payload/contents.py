@@ -1,0 +1,129 @@
+"""The bytes of a payload, made from weights, and the key that names them."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ...codecs.records import RecordLayout, encode_from
+from ...codecs.storage import name_weights
+from ...errors import InputError
+from .layout import _PART_BYTES, Payload, _encode_shard
+from .parts import Part
+
+_FORMAT = 2
+"""Of payloads and of the records in them: a change makes what earlier versions stored unknown."""
+
+
+Reader = Callable[[str, int | None, int | None], Tensor]
+"""Reads a parameter's native weights, or rows [start, end) of them, to host memory."""
+
+
+def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
+    """Yield the payload as uint8 tensors in order; holds a record or 8 MiB of weights at a time."""
+    end = 0
+    if payload.by_rows:
+        for shard in payload.shards:
+            yield from _padding(shard.offset - end)
+            part = payload.parts[0]
+            weights = read(part.parameter, shard.start, shard.end)
+            if shard.record is None:
+                yield _flat_bytes(weights)
+            else:
+                yield _encode_shard(payload, shard, shard.record, weights)
+            end = shard.offset + shard.data_bytes
+    else:
+        for part in payload.parts:
+            yield from _padding(part.offset - end)
+            if part.record is not None:
+                yield _encode_part(payload, part, part.record, read)
+            elif part.is_contiguous:
+                for start, stop in _row_steps(part):
+                    yield _flat_bytes(read(part.parameter, start, stop))
+            else:
+                yield _flat_bytes(read(part.parameter, None, None))
+            end = part.offset + part.num_bytes
+    yield from _padding(payload.num_bytes - end)
+
+
+def payload_pieces(
+    payload: Payload, read: Reader
+) -> Iterator[tuple[Part, int, Tensor, RecordLayout | None]]:
+    """Yield what goes into a payload: (part, first row, record, its layout), or the whole weights
+    of a part that is not encoded, without a layout.
+    """
+    if payload.by_rows:
+        part = payload.parts[0]
+        for shard in payload.shards:
+            data = read(part.parameter, shard.start, shard.end)
+            if shard.record is not None:
+                data = _encode_shard(payload, shard, shard.record, data)
+            yield part, shard.start, data, shard.record
+        return
+    for part in payload.parts:
+        if part.record is None:
+            yield part, 0, read(part.parameter, None, None), None
+        else:
+            yield part, 0, _encode_part(payload, part, part.record, read), part.record
+
+
+def content_key(payload: Payload, identities: Mapping[str, str]) -> str:
+    """Name a payload by what is in it: layout, codec, and the identity of each parameter's
+    weights.
+    """
+    digest = xxhash.xxh3_128(f"format {_FORMAT};{payload.by_rows}|".encode())
+    for shard in payload.shards:
+        digest.update(f"{shard.start}-{shard.end}@{shard.offset}+{shard.num_bytes}|".encode())
+    for part in payload.parts:
+        codec = part.codec
+        text = (
+            f"{part.offset};{tuple(part.shape)};{part.stride};{part.dtype};{part.transposed};"
+            f"{codec.precision if codec else 'raw'};{codec.group_size if codec else 0};"
+            f"{identities[part.parameter]}|"
+        )
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def raw_view(buffer: Tensor, part: Part) -> Tensor:
+    """Return a raw part's weights as a view into its payload's bytes."""
+    flat = buffer[part.offset : part.offset + part.num_bytes].view(part.dtype)
+    return flat.as_strided(part.shape, part.stride, flat.storage_offset())
+
+
+def _padding(num_bytes: int) -> Iterator[Tensor]:
+    if num_bytes:
+        yield torch.zeros(num_bytes, dtype=torch.uint8)
+
+
+def _flat_bytes(weights: Tensor) -> Tensor:
+    """View dense weights as bytes in memory order."""
+    flat = weights.as_strided((weights.numel(),), (1,), weights.storage_offset())
+    return flat.view(torch.uint8)
+
+
+def _encode_part(payload: Payload, part: Part, layout: RecordLayout, read: Reader) -> Tensor:
+    """Return a parameter's record, made from its native weights a few rows at a time."""
+    name, blocks = part.parameter, payload.group.blocks
+    try:
+        if len(part.shape) == 2 and not part.transposed:
+            return encode_from(lambda a, b: read(name, a, b), layout, part.dtype)
+        weights = read(name, None, None)
+        matrix = weights.t() if part.transposed else weights.reshape(-1, layout.cols)
+        return encode_from(lambda a, b: matrix[a:b], layout, part.dtype)
+    except InputError as error:
+        whole = read(name, None, None)
+        raise name_weights(error, name, blocks, whole, layout.codec) from error
+
+
+def _row_steps(part: Part) -> Iterator[tuple[int | None, int | None]]:
+    """Cut a parameter into ranges of its first dimension of about 8 MiB."""
+    if len(part.shape) < 2:
+        yield None, None
+        return
+    row_bytes = math.prod(part.shape[1:]) * part.dtype.itemsize
+    step = max(_PART_BYTES // max(row_bytes, 1), 1)
+    for start in range(0, part.shape[0], step):
+        yield start, min(start + step, part.shape[0])

@@ -1,0 +1,213 @@
+"""From a budget to a plan: what a model's groups are held as, what they need, and where they go.
+
+Without a budget every group goes where its hints say; with one, the planner decides. Floors that a
+measurement has raised change what groups are held as, and with that every plan that follows.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ...blocks import Block
+from ...errors import InputError
+from ...hints import Hints
+from ...machine import MachineProfile
+from ...policy.plan import BlockNeed, Placement, Plan, Step, definition_schedule
+from ...policy.planner.planner import make_plan
+from ...policy.states import placed_state
+from ...policy.timeline import PassTime
+from ...vocabulary import Precision, Tier
+from ..payload.layout import Payload
+from ..residency.casting import copy_bytes
+from ..transfer.emulation import EmulatedLink
+from .budget import _REAL_TIERS, Budget, leave_room, original_bytes, parse_budget, with_originals
+from .demands import Demand
+from .needs import PrecisionChoice, block_needs, expanded_bytes, make_payloads, scratch_bytes
+
+Mode = Literal["real", "emulated"]
+
+
+class Planning:
+    """Makes the plans of one model. ``tiers``: those of the hints by block, for plans without a
+    budget; ``precision`` None: lossless, or with ``at_floors`` what the floors allow.
+    ``keeps_originals``: those of compressed weights have to be stored.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        hints: Hints | None,
+        *,
+        precision: PrecisionChoice,
+        at_floors: bool,
+        floors: Mapping[str, Precision],
+        tiers: Mapping[str, Tier],
+        device: torch.device,
+        mode: Mode,
+        machine: MachineProfile,
+        keeps_originals: bool,
+        emulated: EmulatedLink | None,
+    ) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._hints = hints
+        self._precision = precision
+        self._at_floors = at_floors
+        self._tiers = tiers
+        self._device = device
+        self._mode: Mode = mode
+        self._machine = machine
+        self._keeps_originals = keeps_originals
+        self._emulated = emulated
+        self.casts: frozenset[torch.dtype] = frozenset()
+        """What autocast computes in: plans have room for copies of the weights in use."""
+        self.payloads: dict[str, Payload] = {}
+        """What each group is held as in the plans that are made now."""
+        self._demands: dict[Demand, None] = {}
+        """What forwards have needed at the same time, in the order in which it was seen."""
+        self.set_floors(floors)
+
+    @property
+    def schedule(self) -> tuple[Step, ...]:
+        """The uses to expect before a forward was traced."""
+        return definition_schedule(self._needs)
+
+    def set_floors(self, floors: Mapping[str, Precision]) -> None:
+        """Hold every group as asked for, but none below its floor, from the next plan on."""
+        self.payloads = make_payloads(
+            self._model,
+            self._blocks,
+            precision=floors if self._at_floors else self._precision,
+            floors=floors,
+        )
+        self._ask()
+
+    def learn(self, demand: Demand) -> None:
+        """Meet a demand in every plan from now on, and what corresponds to it in other layers."""
+        self._demands |= dict.fromkeys(demand.like(self.payloads))
+        self._ask()
+
+    def explain(
+        self, budget: Budget | None, schedule: Sequence[Step], demands: Iterable[Demand]
+    ) -> str:
+        """Say why a budget isn't enough for these demands, too; they are not learnt."""
+        known = self._demands
+        self._demands = dict(known)
+        try:
+            for demand in demands:
+                self.learn(demand)
+            self.make_plan(budget, schedule)
+        except InputError as refusal:
+            return str(refusal)
+        finally:
+            self._demands = known
+            self._ask()
+        return "give a larger HBM budget"
+
+    def _ask(self) -> None:
+        self._needs: list[BlockNeed] = block_needs(
+            self._model,
+            self.payloads,
+            hints=self._hints,
+            device=self._device,
+            machine=self._machine,
+            demands=self._demands,
+        )
+
+    def _with_demands(self, schedule: Sequence[Step]) -> list[Step]:
+        """Add full uses of what was foreseen to be looked up only."""
+        full = {step.block for step in schedule if not step.lookup}
+        asked = {name: None for demand in self._demands for name in sorted(demand.groups)}
+        looked_up = {need.name for need in self._needs if need.lookup_bytes}
+        return [*schedule, *(Step(name) for name in asked if name in looked_up - full)]
+
+    def make_plan(self, budget: Budget | None, schedule: Sequence[Step]) -> Plan:
+        """Plan within a budget, or None: by the hints.
+
+        Raises InputError for a budget that is none, or too small, with the smallest that works.
+        """
+        scratch = scratch_bytes(self.payloads, self._demands)
+        schedule = self._with_demands(schedule)
+        kept = 0
+        if self._keeps_originals:
+            kept = original_bytes(self._model, self.payloads.values())
+        if budget is not None:
+            parsed = parse_budget(budget, self._device, self._mode)
+            room = leave_room(parsed, kept)
+            scratch += max(
+                copy_bytes(payload, self.casts, whole=False) for payload in self.payloads.values()
+            )
+            needs = [self._need_with_copies(need) for need in self._needs]
+            plan = make_plan(needs, schedule, room, self._machine, scratch)
+        else:
+            parsed, plan = {}, self._plan_by_hints(scratch)
+        if self._emulated is not None:
+            self._emulated.check(plan)
+        expanded = expanded_bytes(self.payloads, self._demands)
+        return with_originals(replace(plan, expanded_bytes=expanded), parsed, kept)
+
+    def _need_with_copies(self, need: BlockNeed) -> BlockNeed:
+        """Add what a weight that moves by rows takes more where it resides: its whole copy."""
+        payload = self.payloads[need.name]
+        whole = copy_bytes(payload, self.casts, whole=True)
+        more = whole - copy_bytes(payload, self.casts, whole=False)
+        return replace(need, resident_bytes=need.resident_bytes + more) if more else need
+
+    def _plan_by_hints(self, scratch: int) -> Plan:
+        """Put every group where the hints of its blocks say: where most of its bytes should be.
+
+        What computes around other groups stays in fast memory. One slot, and two where they cost
+        less than half of what leaving saves.
+        """
+        placements = {}
+        for need in self._needs:
+            shares: dict[Tier, int] = {}
+            for block in self.payloads[need.name].group.blocks:
+                tier = self._served_tier(block.name)
+                shares[tier] = shares.get(tier, 0) + block.num_bytes
+            order = list(Tier)
+            tier = max(shares, key=lambda tier: (shares[tier], order.index(tier)))
+            reason = "the hints' tier"
+            if need.must_reside and tier is not Tier.HBM:
+                tier, reason = Tier.HBM, "other blocks compute inside it"
+            resident = tier is Tier.HBM
+            placements[need.name] = Placement(
+                tier=tier,
+                precision=need.precision,
+                state=placed_state(tier, need.precision, computed_as_is=need.computed_as_is),
+                reason=reason,
+                resident_bytes=need.resident_bytes if resident else 0,
+                stored_bytes=need.stored_bytes,
+                unit_bytes=() if resident else need.unit_bytes,
+            )
+        units = [size for placement in placements.values() for size in placement.unit_bytes]
+        saved = sum(
+            need.resident_bytes
+            for need in self._needs
+            if placements[need.name].tier is not Tier.HBM
+        )
+        slot_bytes = max(units, default=0)
+        return Plan(
+            placements=placements,
+            slot_bytes=slot_bytes,
+            num_slots=0 if not units else 2 if len(units) > 1 and 4 * slot_bytes < saved else 1,
+            scratch_bytes=scratch,
+            budget={},
+            predicted=PassTime(0.0, 0.0, 0.0, 0),
+        )
+
+    def _served_tier(self, block: str) -> Tier:
+        """Return where a block is on this machine; refuses tiers that it lacks."""
+        tier = self._tiers[block]
+        if self._mode == "emulated":
+            return tier
+        if tier not in _REAL_TIERS:
+            raise InputError(
+                f"block {block!r}: real mode has no {tier} tier; use HBM, CPU, CXL or SSD, or "
+                "mode='emulated'"
+            )
+        return Tier.HBM if tier is Tier.CPU and self._device.type == "cpu" else tier

@@ -1,0 +1,202 @@
+"""What lies in the stores: payloads written once, read whole, in shards, or by rows."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ...vocabulary import Tier
+from ..payload.contents import content_key, payload_bytes, raw_view
+from ..payload.layout import Payload, Shard
+from ..payload.parts import Part
+from ..stores import CHUNK_BYTES, DeviceStore, Store, aligned_buffer
+from .originals import Originals
+
+_PIECE_BYTES = 4 * CHUNK_BYTES
+"""What is read at a time where weights get memory of their own."""
+
+Stored = tuple[Tier, str]
+"""Tier and key of a payload."""
+
+
+class Archive:
+    """Payloads of one model in the stores of the tiers."""
+
+    def __init__(self, stores: Mapping[Tier, Store], originals: Originals) -> None:
+        self._stores = stores
+        self._originals = originals
+        self._kept: set[Stored] = set()
+
+    def put(self, payload: Payload, tier: Tier, before: Stored | None = None) -> Stored:
+        """Store a payload in a tier, unless it is there: from another tier, or from the originals.
+
+        Its key is its content, so that what an earlier run stored serves again.
+        """
+        store = self._stores[tier]
+        if before is not None:
+            key = before[1]
+            parts: Iterator[Tensor] = (buffer for buffer, _ in self.shards(before, payload))
+        else:
+            key = self.key(payload)
+            parts = payload_bytes(payload, self._originals.read)
+        store.put(key, payload.num_bytes, parts)
+        self._kept.add((tier, key))
+        return tier, key
+
+    def key(self, payload: Payload) -> str:
+        """Return the key of a payload that is made from the originals as they are now."""
+        names = [part.parameter for part in payload.parts]
+        return content_key(payload, {name: self._originals.identity(name) for name in names})
+
+    def keep_only(self, wanted: set[Stored]) -> None:
+        """Free the payloads that nothing refers to any more."""
+        for tier, key in self._kept - wanted:
+            self._stores[tier].free(key)
+        self._kept &= wanted
+
+    def view(self, stored: Stored) -> Tensor | None:
+        """Return a payload where it lies; None where that is no memory."""
+        return self._stores[stored[0]].view(stored[1])
+
+    def shards(self, stored: Stored, payload: Payload) -> Iterator[tuple[Tensor, Shard]]:
+        """Read a payload shard by shard."""
+        for shard in payload.shards:
+            yield self.read_shard(stored, shard), shard
+
+    def weights(
+        self, stored: Stored, payload: Payload, device_of: Callable[[str], torch.device]
+    ) -> Iterator[tuple[Part, Tensor]]:
+        """Read a payload: raw parts as tensors of their own on a device, others as records."""
+        if payload.by_rows:
+            part = payload.parts[0]
+            whole = torch.empty(part.shape, dtype=part.dtype, device=device_of(part.parameter))
+            for buffer, shard in self.shards(stored, payload):
+                data = buffer[: shard.data_bytes].view(part.dtype)
+                whole[shard.start : shard.end] = data.view(-1, part.columns)
+            yield part, whole
+            return
+        for buffer, _ in self.shards(stored, payload):
+            for part in payload.parts:
+                if part.record is None:
+                    view = raw_view(buffer, part)
+                    weights = torch.empty_like(view, device=device_of(part.parameter))
+                    yield part, weights.copy_(view)
+                else:
+                    yield part, buffer[part.offset : part.offset + part.num_bytes]
+
+    def original(
+        self, stored: Stored, payload: Payload, name: str, start: int | None, end: int | None
+    ) -> Tensor:
+        """Read a raw payload's parameter, or rows [start, end) of it, to host memory; read-only."""
+        part = next(part for part in payload.parts if part.parameter == name)
+        if start is not None and not part.is_contiguous:
+            return self.original(stored, payload, name, None, None)[start:end]
+        if payload.by_rows:
+            rows = []
+            for shard in payload.shards:
+                low, high = max(start or 0, shard.start), shard.end
+                high = high if end is None else min(end, high)
+                if low < high:
+                    data = self.read_shard(stored, shard)[: shard.data_bytes].view(part.dtype)
+                    rows.append(data.view(-1, part.columns)[low - shard.start : high - shard.start])
+            return (rows[0] if len(rows) == 1 else torch.cat(rows)).cpu()
+        row_bytes = part.num_bytes // max(part.shape[0], 1) if part.shape else part.num_bytes
+        low = part.offset + (start or 0) * row_bytes
+        high = part.offset + (part.num_bytes if end is None else end * row_bytes)
+        flat = torch.empty((high - low) // part.dtype.itemsize, dtype=part.dtype)
+        self._copy_bytes(stored, payload, low, flat.view(torch.uint8))
+        if start is None:
+            return flat.as_strided(part.shape, part.stride, flat.storage_offset())
+        return flat.view(-1, *part.shape[1:])
+
+    def copy(self, stored: Stored, payload: Payload, part: Part, device: torch.device) -> Tensor:
+        """Read a raw part into memory of its own, of exactly its bytes; takes 1 MiB besides."""
+        weights = torch.empty_strided(part.shape, part.stride, dtype=part.dtype, device=device)
+        target = weights.as_strided((weights.numel(),), (1,)).view(torch.uint8)
+        if not payload.by_rows:
+            self._copy_bytes(stored, payload, part.offset, target)
+        for shard in payload.shards if payload.by_rows else ():
+            start = shard.start * part.columns * part.dtype.itemsize
+            rows = target[start : start + shard.data_bytes]
+            self._copy_bytes(stored, payload, shard.offset, rows)
+        return weights
+
+    def _copy_bytes(self, stored: Stored, payload: Payload, start: int, target: Tensor) -> None:
+        """Fill a tensor with a payload's bytes from ``start`` on, a piece at a time."""
+        end = start + len(target)
+        if (view := self.view(stored)) is not None:
+            target.copy_(view[start:end])
+            return
+        buffer = aligned_buffer(_PIECE_BYTES)
+        # Whole chunks, since these are what has a checksum.
+        for first in range(start // CHUNK_BYTES * CHUNK_BYTES, end, _PIECE_BYTES):
+            chunks_end = min(-(-end // CHUNK_BYTES) * CHUNK_BYTES, payload.num_bytes)
+            piece = buffer[: min(_PIECE_BYTES, chunks_end - first)]
+            self._stores[stored[0]].read_into(stored[1], first, piece)
+            low, high = max(start, first), min(end, first + len(piece))
+            target[low - start : high - start] = piece[low - first : high - first]
+
+    def raw_rows(
+        self, stored: Stored, part: Part, shard: Shard, ids: Tensor, buffer: Tensor
+    ) -> tuple[Tensor, int]:
+        """Read rows (n, columns) of a raw shard; ids are sorted. Returns the bytes moved, too."""
+        row_bytes = part.columns * part.dtype.itemsize
+        if (view := self.view(stored)) is not None:
+            data = view[shard.offset : shard.offset + shard.data_bytes].view(part.dtype)
+            return data.view(-1, part.columns)[ids.to(data.device)], len(ids) * row_bytes
+        rows = torch.empty(len(ids), part.columns, dtype=part.dtype)
+        target = rows.view(torch.uint8)
+        moved_bytes, low, high = 0, 0, 0
+        for place, row in enumerate(ids.tolist()):
+            start = shard.offset + row * row_bytes
+            if not low <= start < start + row_bytes <= high:
+                # Whole chunks, since these are what has a checksum; the next rows may be there,
+                # too.
+                low = start // CHUNK_BYTES * CHUNK_BYTES
+                end = -(-(start + row_bytes) // CHUNK_BYTES) * CHUNK_BYTES
+                high = min(end, shard.offset + shard.num_bytes)
+                self._stores[stored[0]].read_into(stored[1], low, buffer[: high - low])
+                moved_bytes += high - low
+            target[place] = buffer[start - low : start - low + row_bytes]
+        return rows, moved_bytes
+
+    def raw_range(
+        self, stored: Stored, part: Part, shard: Shard, rows: tuple[int, int], buffer: Tensor
+    ) -> Tensor:
+        """Read the bytes of rows [start, end) of a raw shard, into ``buffer`` where they aren't in
+        memory: it holds the chunks that they lie in.
+        """
+        row_bytes = part.columns * part.dtype.itemsize
+        start, end = (shard.offset + row * row_bytes for row in rows)
+        if (view := self.view(stored)) is not None:
+            return view[start:end]
+        low = start // CHUNK_BYTES * CHUNK_BYTES  # whole chunks have a checksum
+        high = min(-(-end // CHUNK_BYTES) * CHUNK_BYTES, shard.offset + shard.num_bytes)
+        self._stores[stored[0]].read_into(stored[1], low, buffer[: high - low])
+        return buffer[start - low : end - low]
+
+    def read_shard(self, stored: Stored, shard: Shard) -> Tensor:
+        """Return one shard, in memory of its own where it isn't in memory."""
+        if (view := self.view(stored)) is not None:
+            return view[shard.offset : shard.offset + shard.num_bytes]
+        buffer = aligned_buffer(shard.num_bytes)
+        self._stores[stored[0]].read_into(stored[1], shard.offset, buffer)
+        return buffer
+
+    def shard_record(self, stored: Stored, shard: Shard, buffer: Tensor) -> Tensor:
+        """Read a shard's record, into ``buffer`` where it isn't in memory."""
+        if (view := self.view(stored)) is not None:
+            return view[shard.offset : shard.offset + shard.data_bytes]
+        self._stores[stored[0]].read_into(stored[1], shard.offset, buffer[: shard.num_bytes])
+        return buffer[: shard.data_bytes]
+
+    def memory_bytes(self) -> int:
+        """Measure the payloads that lie in memory."""
+        return sum(
+            store.used_bytes() for store in self._stores.values() if isinstance(store, DeviceStore)
+        )
+
+    def close(self) -> None:
+        """Close the stores."""
+        for store in self._stores.values():
+            store.close()

@@ -1,0 +1,237 @@
+"""RealLink: reader threads that carry units from stores into page-aligned slots.
+
+In front of an accelerator they stage through pinned memory and copy on a stream of its own, with
+events both ways and no synchronization on the host.
+"""
+
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ...vocabulary import Tier
+from ..stores import NUM_READERS, PIECE_BYTES, Store, aligned_buffer
+from .link import Left, Ticket, Unit
+
+_Job = Ticket | None
+
+
+class RealLink:
+    """Reads units from real stores."""
+
+    virtual_seconds = 0.0
+
+    def __init__(self, stores: Mapping[Tier, Store], device: torch.device) -> None:
+        self._stores = stores
+        self._device = device
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._slots: list[Tensor] = []
+        self._host_slots: list[Tensor] = []
+        self._stream = (
+            torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if device.type == "cuda"
+            else None
+        )
+        self._in_slot: dict[int, Ticket] = {}
+        self._used: dict[int, torch.cuda.Event] = {}
+        self._staged: dict[int, torch.cuda.Event] = {}
+        self._threads: list[threading.Thread] = []
+        self._num_own_users = 0
+        self._left: list[Left] = []
+        """Former slots that others had views of."""
+        # The threads know the queue alone, so that a forgotten runtime is freed. They end before
+        # the interpreter does: it would abort with a thread in the middle of a read.
+        self._finish = weakref.finalize(self, _end_threads, self._jobs, self._threads, os.getpid())
+
+    def make_slots(self, num_slots: int, slot_bytes: int) -> None:
+        """Allocate slots in fast memory, and as many pinned ones where a disk feeds a device."""
+        self._free_slots()
+        self._slots = [self._allocate(slot_bytes) for _ in range(num_slots)]
+        if self._slots:
+            self._num_own_users = _num_users(self._slots[0])
+        for slot in range(num_slots if self._stream is not None else 0):
+            # The allocator may have given us memory that kernels on the current stream still use.
+            self.done_with(slot, shared=False)
+        if self._stream is not None and Tier.SSD in self._stores:
+            self._host_slots = [
+                torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True)
+                for _ in range(num_slots)
+            ]
+
+    def submit(self, unit: Unit, slot: int) -> Ticket:
+        """Queue the unit's pieces for the reader threads, or the copy on the stream."""
+        assert unit.num_bytes <= self._slots[slot].numel(), "the plan's slots are too small"
+        if (before := self._in_slot.get(slot)) is not None:
+            before.arrived.wait()
+        ticket = Ticket(unit, slot)
+        store = ticket.store = self._stores[unit.tier]
+        there = store.view(unit.key) if self._stream is not None else None
+        if there is not None:
+            self._copy(ticket, there[unit.offset : unit.offset + unit.num_bytes])
+            ticket.arrived.set()
+            return ticket
+        if self._stream is not None and slot in self._staged:
+            self._staged.pop(slot).synchronize()  # the copy before has left the pinned slot
+        target = (self._host_slots or self._slots)[slot][: unit.num_bytes]
+        if self._stream is not None:
+            ticket.finish = lambda: self._copy_staged(ticket, target)
+        self._start_threads()
+        for start in range(0, unit.num_bytes, PIECE_BYTES):
+            ticket._pieces.append((unit.offset + start, target[start : start + PIECE_BYTES]))
+        ticket._num_open = len(ticket._pieces)
+        try:
+            self._in_slot[slot] = ticket
+            for _ in range(min(NUM_READERS, ticket._num_open)):
+                self._jobs.put(ticket)
+        except BaseException:  # KeyboardInterrupt: nobody may write into the slot any more
+            unread = 0
+            while ticket.take_piece() is not None:
+                unread += 1
+            if ticket.end_pieces(unread):
+                ticket.arrived.set()
+            ticket.arrived.wait()
+            raise
+        return ticket
+
+    def wait(self, ticket: Ticket) -> Tensor | None:
+        """Wait for the threads; a device is made to wait for its copy stream."""
+        ticket.arrived.wait()
+        if ticket.error is not None:
+            raise ticket.error
+        if self._stream is not None:
+            assert ticket.copied is not None
+            torch.cuda.current_stream(self._device).wait_event(ticket.copied)
+        return self._slots[ticket.slot][: ticket.unit.num_bytes]
+
+    def done_with(self, slot: int, *, shared: bool) -> bool:
+        """Let the copy stream know after which of the device's work a slot may be overwritten.
+
+        A module may return its weight, or keep a view of it: that slot's memory is theirs then, and
+        the slot gets memory of its own again.
+        """
+        kept = not shared or not self.is_lent(slot)
+        if not kept:
+            self._leave(slot)
+            self._slots[slot] = self._allocate(self._slots[slot].numel())
+        if self._stream is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+            self._used[slot] = event
+        return kept
+
+    def is_lent(self, slot: int) -> bool:
+        """Say whether somebody else has a view of a slot's memory."""
+        return _num_users(self._slots[slot]) > self._num_own_users
+
+    def left_bytes(self) -> int:
+        """Return the memory of former slots that somebody else still has views of."""
+        self._left = [left for left in self._left if not left.is_free]
+        return sum(left.num_bytes for left in self._left)
+
+    def _leave(self, slot: int) -> None:
+        self._left.append(Left(self._slots[slot]))
+
+    def fetch(self, tier: Tier, num_bytes: int) -> None:
+        """Nothing to account for: the time has really passed."""
+
+    def use_in_place(self, num_bytes: int) -> None:
+        """Nothing to account for: the time has really passed."""
+
+    def wait_error(self) -> None:
+        """Real transfers have no target to miss."""
+        return None
+
+    def reset(self) -> None:
+        """There are no figures."""
+
+    def slots(self) -> Sequence[Tensor]:
+        """Return the slots, to measure them."""
+        return self._slots
+
+    def close(self) -> None:
+        """End the threads and free the slots."""
+        self._finish()
+        self._free_slots()
+
+    def _free_slots(self) -> None:
+        for ticket in self._in_slot.values():
+            ticket.arrived.wait()
+        if self._stream is not None:
+            self._stream.synchronize()  # copies into the slots, and out of pinned memory
+        for slot in range(len(self._slots)):
+            if self.is_lent(slot):
+                self._leave(slot)
+        self._slots, self._host_slots = [], []
+        for kept in (self._in_slot, self._used, self._staged):
+            kept.clear()
+
+    def _allocate(self, num_bytes: int) -> Tensor:
+        if self._stream is None:
+            return aligned_buffer(num_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def _copy(self, ticket: Ticket, source: Tensor) -> None:
+        assert self._stream is not None
+        with torch.cuda.stream(self._stream):
+            if (used := self._used.pop(ticket.slot, None)) is not None:
+                self._stream.wait_event(used)
+            self._slots[ticket.slot][: len(source)].copy_(source, non_blocking=True)
+            ticket.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ticket.copied.record(self._stream)
+
+    def _copy_staged(self, ticket: Ticket, staged: Tensor) -> None:
+        self._copy(ticket, staged)
+        assert ticket.copied is not None
+        self._staged[ticket.slot] = ticket.copied
+
+    def _start_threads(self) -> None:
+        while len(self._threads) < NUM_READERS:
+            thread = threading.Thread(
+                target=_read_pieces, args=(self._jobs,), daemon=True, name="tierhints-reader"
+            )
+            self._threads.append(thread)
+            thread.start()
+
+
+def _read_pieces(jobs: "queue.SimpleQueue[_Job]") -> None:
+    """Read and check pieces until told to end; a failure goes to whoever waits for the unit."""
+    while (ticket := jobs.get()) is not None:
+        while (piece := ticket.take_piece()) is not None:
+            start, target = piece
+            try:
+                if ticket.error is None:
+                    assert ticket.store is not None
+                    ticket.store.read_into(ticket.unit.key, start, target)
+            except BaseException as error:
+                ticket.error = error
+            del piece, target  # views of the slot, which must not be taken for somebody else's
+            if ticket.end_pieces(1):
+                try:
+                    if ticket.error is None and ticket.finish is not None:
+                        ticket.finish()
+                except BaseException as error:
+                    ticket.error = error
+                ticket.finish = None
+                ticket.arrived.set()
+        del ticket
+
+
+def _end_threads(
+    jobs: "queue.SimpleQueue[_Job]", threads: list[threading.Thread], process: int
+) -> None:
+    if os.getpid() != process:
+        return  # a forked child, which has none of them
+    for _ in threads:
+        jobs.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join()
+
+
+def _num_users(buffer: Tensor) -> int:
+    """Count the tensors on a buffer's memory (and its own handles, a constant)."""
+    return int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))
