@@ -9,6 +9,8 @@ from .errors import InputError
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 GB = 10**9
+SECTOR_BYTES = 4096
+"""What is read past the page cache, and what slots are made of: whole multiples of this."""
 """One gigabyte of link bandwidth (GB/s), decimal as in every data sheet."""
 
 _SIZE_UNITS = {

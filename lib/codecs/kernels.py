@@ -30,7 +30,7 @@ __all__ = [
     "PairedWeight",
     "Scratch",
     "Use",
-    "allocate",
+    "empty_weight",
     "kernel_name",
     "prepare",
     "resident_bytes",
@@ -134,14 +134,14 @@ def prepare(
     """Make the resident form of a whole record, in new memory on ``device``.
 
     ``dtype`` is the weight's own; ``scratch`` is on ``device``. The record isn't checked here
-    (``codecs.check_record``). For one that comes in shards: ``allocate`` and ``fill``.
+    (``codecs.check_record``). For one that comes in shards: ``empty_weight`` and ``fill``.
     """
-    weight = allocate(layout, dtype=dtype, device=device, uses=uses, scratch=scratch)
+    weight = empty_weight(layout, dtype=dtype, device=device, uses=uses, scratch=scratch)
     weight.fill(0, record, layout)
     return weight
 
 
-def allocate(
+def empty_weight(
     layout: RecordLayout,
     *,
     dtype: torch.dtype,

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from ..hints import Hints
-from ..precision.plans import draw_plans, predicted_kl
+from ..precision.plans import draw_precisions, predicted_kl
 from ..precision.quality import Quality
 from ..precision.sensitivity import Curves, monotone
-from ..precision.sizes import Plan, stored_sizes
+from ..precision.sizes import PrecisionMap, stored_sizes
 from ..precision.tolerance import (
     CONFIDENCE,
     COVERAGE,
@@ -56,7 +56,7 @@ class CalibratedModel:
     """Those measured, in random order."""
     measured: Sequence[Quality]
     """Each with a KL above 0."""
-    plans: Sequence[Plan]
+    plans: Sequence[PrecisionMap]
     plan_ratios: Sequence[float]
     """Measured over predicted KL of each plan."""
 
@@ -118,7 +118,7 @@ def calibrate_model(
         if block not in unexercised
     }
     sizes = stored_sizes(model, names=curves)
-    plans = draw_plans(model, sizes, curves, count=PLANS, seed=seed)
+    plans = draw_precisions(model, sizes, curves, count=PLANS, seed=seed)
     plan_kl = [quality.kl_nats for quality in measure(model, batches, plans)]
     return CalibratedModel(
         predictions=predictions,

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ..precision.allocate import allocate
+from ..precision.allocate import allocate_precisions
 from ..precision.plans import predicted_kl
 from ..precision.quality import Quality, measure_perturbations
 from ..precision.sensitivity import Curves
-from ..precision.sizes import Plan, stored_sizes
+from ..precision.sizes import PrecisionMap, stored_sizes
 from ..precision.tolerance import spearman
 from ..vocabulary import Precision
 from .predictions import Pair, Predictions
@@ -74,13 +74,13 @@ def check_additivity(
     ``curves`` predict.
     """
     sizes = stored_sizes(model, names=curves)
-    plans: dict[str, Plan] = {}
+    plans: dict[str, PrecisionMap] = {}
     for precision in sizes.precisions:
         plans[f"uniform {precision}"] = sizes.uniform(precision)
     smallest = sizes.bits_of(sizes.uniform(sizes.precisions[-1]))
     for bits in BUDGET_BITS:
         if bits >= smallest:
-            allocation = allocate(sizes.options(curves), cost_budget=sizes.budget(bits))
+            allocation = allocate_precisions(sizes.options(curves), cost_budget=sizes.budget(bits))
             plans[f"{bits:g} bits per weight"] = allocation.precisions
     # A precision that the weights have already costs nothing.
     plans = {

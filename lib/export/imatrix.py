@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from .gguf_names import GgufNames, import_gguf, is_quantizable
-from .outline import Export, Layout, Outline, Weight, list_some
+from .outline import Export, MatrixKind, Outline, Weight, list_some
 
 FILE = "imatrix.gguf"
 _LEAST = 1e-6
@@ -126,7 +126,7 @@ def _sum_outputs(
     values: NDArray[np.float32], weight: Weight, parts: int
 ) -> Iterator[NDArray[np.float32]]:
     """Yield Σ_i F_ij as (matrices, inputs), for each of the ``parts`` fused along the outputs."""
-    by_columns = weight.layout in (Layout.CONV1D, Layout.EXPERTS_TRANSPOSED)
+    by_columns = weight.layout in (MatrixKind.CONV1D, MatrixKind.EXPERTS_TRANSPOSED)
     matrices = values.reshape(-1, *values.shape[-2:])
     if by_columns:
         matrices = matrices.swapaxes(1, 2)
@@ -141,6 +141,6 @@ def _unique_matrices(outline: Outline) -> Iterator[Weight]:
     seen: set[str] = set()
     for block in outline.blocks:
         for weight in block.weights:
-            if weight.layout is not Layout.OTHER and weight.name not in seen:
+            if weight.layout is not MatrixKind.OTHER and weight.name not in seen:
                 seen.add(weight.name)
                 yield weight

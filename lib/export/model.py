@@ -7,7 +7,7 @@ from torch import nn
 
 from ..blocks import Piece, partition_model, tied_modules, unique_parameters
 from ..hints import Hints, match_hints
-from .outline import Layout, Outline, OutlineBlock, Weight
+from .outline import MatrixKind, Outline, OutlineBlock, Weight
 
 
 def outline_model(model: nn.Module, hints: Hints, *, parameter_digest: str | None) -> Outline:
@@ -79,16 +79,16 @@ def _weight(
     )
 
 
-def _layout(module: nn.Module, piece: Piece, shape: tuple[int, ...]) -> Layout:
+def _layout(module: nn.Module, piece: Piece, shape: tuple[int, ...]) -> MatrixKind:
     if piece.expert is not None:
         if len(shape) != 3:
-            return Layout.OTHER
+            return MatrixKind.OTHER
         transposed = getattr(module, "is_transposed", False)
-        return Layout.EXPERTS_TRANSPOSED if transposed else Layout.EXPERTS
+        return MatrixKind.EXPERTS_TRANSPOSED if transposed else MatrixKind.EXPERTS
     if len(shape) != 2:
-        return Layout.OTHER
+        return MatrixKind.OTHER
     if type(module).__name__ == "Conv1D":
-        return Layout.CONV1D
+        return MatrixKind.CONV1D
     if isinstance(module, nn.Embedding):
-        return Layout.EMBEDDING
-    return Layout.LINEAR if isinstance(module, nn.Linear) else Layout.OTHER
+        return MatrixKind.EMBEDDING
+    return MatrixKind.LINEAR if isinstance(module, nn.Linear) else MatrixKind.OTHER

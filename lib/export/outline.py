@@ -11,7 +11,7 @@ from enum import StrEnum
 from ..hints import BlockHint
 
 
-class Layout(StrEnum):
+class MatrixKind(StrEnum):
     """How a matrix lies in memory, and what may be done with it."""
 
     LINEAR = "linear"  # nn.Linear: (out, in)
@@ -28,7 +28,7 @@ class Weight:
 
     name: str
     module: str
-    layout: Layout
+    layout: MatrixKind
     shape: tuple[int, ...]
     num_params: int
     num_bytes: int
@@ -38,7 +38,7 @@ class Weight:
     @property
     def row_length(self) -> int:
         """Weights that one output (or one embedded token) multiplies: the input's width."""
-        by_columns = self.layout in (Layout.CONV1D, Layout.EXPERTS_TRANSPOSED)
+        by_columns = self.layout in (MatrixKind.CONV1D, MatrixKind.EXPERTS_TRANSPOSED)
         return self.shape[-2 if by_columns else -1]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..vocabulary import Precision
-from .outline import Export, Layout, Outline, OutlineBlock, Weight, list_some
+from .outline import Export, MatrixKind, Outline, OutlineBlock, Weight, list_some
 from .widths import Candidate, choose_widths
 
 FILE = "torchao.json"
@@ -23,10 +23,10 @@ _CUDA_STEPS = (Precision.INT8, Precision.INT4)
 _CPU_STEPS = (Precision.INT6, Precision.INT5, Precision.INT4, Precision.INT3)
 _LEFT_ALONE = "left as they are"
 _LEFT = {
-    Layout.CONV1D: "GPT-2's Conv1D, which torchao skips (it takes nn.Linear)",
-    Layout.EXPERTS: "experts packed into one parameter",
-    Layout.EXPERTS_TRANSPOSED: "experts packed into one parameter",
-    Layout.EMBEDDING: "embeddings",
+    MatrixKind.CONV1D: "GPT-2's Conv1D, which torchao skips (it takes nn.Linear)",
+    MatrixKind.EXPERTS: "experts packed into one parameter",
+    MatrixKind.EXPERTS_TRANSPOSED: "experts packed into one parameter",
+    MatrixKind.EMBEDDING: "embeddings",
 }
 _FLOATS = (Precision.FP32, Precision.BF16, Precision.FP16)
 _CUDA_SIZES = (*_FLOATS, Precision.INT8, Precision.INT4)
@@ -83,7 +83,7 @@ def export_torchao(outline: Outline, *, device: str, bits: float | None) -> Expo
 
 
 def _is_plain(weight: Weight) -> bool:
-    return weight.layout is Layout.LINEAR and not weight.tied
+    return weight.layout is MatrixKind.LINEAR and not weight.tied
 
 
 def _candidate(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 from ..hints import BlockHint
-from ..precision.allocate import Option, allocate
+from ..precision.allocate import Option, allocate_precisions
 from ..vocabulary import Precision
 from .outline import list_some
 
@@ -71,7 +71,7 @@ def choose_widths(
         c.name: [Option(p, c.sizes[p], curves[c.name][p]) for p in allowed[c.name]]
         for c in candidates
     }
-    chosen = allocate(options, cost_budget=max(budget, least)).precisions
+    chosen = allocate_precisions(options, cost_budget=max(budget, least)).precisions
     return _report(candidates, chosen, basis, lost)
 
 

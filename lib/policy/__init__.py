@@ -4,7 +4,7 @@ from ..vocabulary import State
 from .plan import BlockNeed, Placement, Plan, Step, definition_schedule
 from .planner.planner import make_plan, smallest_budget
 from .states import ALLOWED, Transition, find_path, placed_state
-from .timeline import PassTime, Timeline, Transfer, Use, simulate
+from .timeline import PassTime, TimedUse, Timeline, Transfer, simulate
 
 __all__ = [
     "ALLOWED",
@@ -17,7 +17,7 @@ __all__ = [
     "Timeline",
     "Transfer",
     "Transition",
-    "Use",
+    "TimedUse",
     "definition_schedule",
     "find_path",
     "make_plan",

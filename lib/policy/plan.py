@@ -11,9 +11,6 @@ from typing import Any
 from ..vocabulary import Precision, State, Tier
 from .timeline import PassTime
 
-SECTOR_BYTES = 4096
-"""Units and slots are whole sectors, so that they can be read directly."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockNeed:

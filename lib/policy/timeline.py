@@ -22,7 +22,7 @@ from ..vocabulary import Tier
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class TimedUse:
     """One use of a block in a pass. ``lookup``: it takes a few rows of an embedding, no more."""
 
     block: str
@@ -90,7 +90,7 @@ class Timeline:
 
 
 def simulate(
-    uses: Sequence[Use],
+    uses: Sequence[TimedUse],
     transfers: Mapping[str, Transfer],
     tiers: Mapping[Tier, TierSpec],
     num_slots: int,
@@ -138,7 +138,7 @@ _Step = tuple[float, Tier | None, int]
 
 
 def _compile(
-    uses: Sequence[Use], transfers: Mapping[str, Transfer]
+    uses: Sequence[TimedUse], transfers: Mapping[str, Transfer]
 ) -> tuple[list[_Step], list[_Unit]]:
     """Return a pass as steps, with resident stretches put together, and its units in order."""
     steps: list[_Step] = []

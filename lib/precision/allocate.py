@@ -67,7 +67,7 @@ class Allocation:
         return {name: option.precision for name, option in self.options.items()}
 
 
-def allocate(
+def allocate_precisions(
     options: Mapping[str, Sequence[Option]],
     *,
     cost_budget: float | None = None,

@@ -26,7 +26,7 @@ from typing import Any
 from ..errors import InputError
 from ..hints import BlockHint, Hints
 from ..vocabulary import Precision, is_below, most_precise
-from .allocate import Option, allocate
+from .allocate import Option, allocate_precisions
 from .tolerance import LEAST_PROBES
 
 LARGEST_EPSILON = 4.0
@@ -65,8 +65,8 @@ class Trust:
 class Curve:
     """What a block costs at each precision below its own, ``native``, which is lossless.
 
-    ``kl_nats``: predicted; ``cost``: as for ``allocate``, of these precisions and of ``native``.
-    ``lowest``: a floor that is there already, such as the hints'.
+    ``kl_nats``: predicted; ``cost``: as for ``allocate_precisions``, of these precisions and of
+    ``native``. ``lowest``: a floor that is there already, such as the hints'.
     """
 
     native: Precision
@@ -191,7 +191,7 @@ def make_ledger(
             if allowed and bound is not None:
                 options[name].append(Option(precision, curve.cost[precision], bound))
     kernel_nats = _round_up(kernel_nats)
-    allocation = allocate(options, kl_budget=max(epsilon - kernel_nats, 0.0))
+    allocation = allocate_precisions(options, kl_budget=max(epsilon - kernel_nats, 0.0))
     return Ledger(
         epsilon=epsilon,
         factor=factor,

@@ -18,24 +18,24 @@ from torch import nn
 from ..blocks import partition_model
 from ..codecs.storage import native_precision
 from ..vocabulary import Precision
-from .allocate import Option, allocate
+from .allocate import Option, allocate_precisions
 from .sensitivity import Curves
-from .sizes import Plan, StoredSizes
+from .sizes import PrecisionMap, StoredSizes
 
 _COST_SPREAD = 1.0
 """Standard deviation of the logarithm of what a byte costs: a factor of e."""
 
 
-def draw_plans(
+def draw_precisions(
     model: nn.Module, sizes: StoredSizes, curves: Curves, *, count: int, seed: int
-) -> list[Plan]:
+) -> list[PrecisionMap]:
     """Return plans that change some weights; blocks that stay as they are aren't in them."""
     options = _with_native(model, sizes, curves)
     lossy = [[option.kl for option in choices if option.kl > 0] for choices in options.values()]
     least = min(kl for block in lossy for kl in block)
     most = math.fsum(max(block, default=0.0) for block in lossy)
     random = np.random.default_rng(seed)
-    plans: list[Plan] = []
+    plans: list[PrecisionMap] = []
     while len(plans) < count:
         epsilon = math.exp(random.uniform(math.log(least), math.log(most)))
         prices = np.exp(random.normal(0, _COST_SPREAD, len(options)))
@@ -43,14 +43,14 @@ def draw_plans(
             name: [replace(option, cost=option.cost * price) for option in choices]
             for (name, choices), price in zip(options.items(), prices, strict=True)
         }
-        chosen = allocate(priced, kl_budget=epsilon).options
+        chosen = allocate_precisions(priced, kl_budget=epsilon).options
         plan = {name: o.precision for name, o in chosen.items() if o.precision in curves[name]}
         if any(chosen[name].kl > 0 for name in plan):
             plans.append(plan)
     return plans
 
 
-def predicted_kl(curves: Curves, plan: Plan) -> float:
+def predicted_kl(curves: Curves, plan: PrecisionMap) -> float:
     """Return the sum of what curves predict for the blocks of a plan."""
     return math.fsum(curves[block][precision] for block, precision in plan.items())
 

@@ -17,7 +17,7 @@ from .allocate import Option
 from .perturb import curve_precisions, lossy_blocks
 from .sensitivity import Curves, monotone
 
-Plan = Mapping[str, Precision]
+PrecisionMap = Mapping[str, Precision]
 """Block -> the precision that it is held at."""
 
 
@@ -40,11 +40,11 @@ class StoredSizes:
         """Return the bytes of these blocks at an average of bits per weight."""
         return bits / 8 * self.num_weights + self.raw_bytes
 
-    def bytes_of(self, plan: Plan) -> int:
+    def bytes_of(self, plan: PrecisionMap) -> int:
         """Return the bytes that these blocks take in a plan."""
         return sum(self.num_bytes[pair] for pair in plan.items())
 
-    def bits_of(self, plan: Plan) -> float:
+    def bits_of(self, plan: PrecisionMap) -> float:
         """Return the average bits per weight of a plan."""
         return (self.bytes_of(plan) - self.raw_bytes) * 8 / self.num_weights
 

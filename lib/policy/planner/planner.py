@@ -14,7 +14,7 @@ from ...units import KIB, MIB, format_bytes, format_seconds
 from ...vocabulary import Tier
 from ..plan import BlockNeed, Placement, Plan, Step
 from ..states import placed_state
-from .problem import Layout, Problem, least
+from .problem import Problem, SlotLayout, least
 from .search import Choice, Search
 
 
@@ -90,7 +90,7 @@ def _placements(problem: Problem, choice: Choice) -> dict[str, Placement]:
     return {name: placements[name] for name in problem.needs}
 
 
-def _reason(problem: Problem, layout: Layout, index: int, tier: Tier) -> str:
+def _reason(problem: Problem, layout: SlotLayout, index: int, tier: Tier) -> str:
     group = problem.groups[index]
     if tier is not Tier.HBM:
         seconds = group.link_seconds(problem.tiers[tier])

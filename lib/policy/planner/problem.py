@@ -12,9 +12,10 @@ from functools import cached_property
 
 from ...errors import InputError
 from ...machine import MachineProfile, TierSpec
+from ...units import SECTOR_BYTES
 from ...vocabulary import Tier
-from ..plan import SECTOR_BYTES, BlockNeed, Step
-from ..timeline import Use
+from ..plan import BlockNeed, Step
+from ..timeline import TimedUse
 from .knapsack import Kind, fill
 
 MAX_SLOTS = 3
@@ -26,7 +27,7 @@ _NEVER = math.inf
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Cohort:
     """Blocks alike in all that placement looks at. ``members`` are in order of first use;
     ``units``: bytes of the transfers of one full use.
     """
@@ -60,7 +61,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SlotLayout:
     """A number of slots and their size, and what follows for fast memory.
 
     ``forced``: groups (by index) that can't be streamed through these slots. ``kept``: where the
@@ -108,7 +109,7 @@ class Problem:
         self.scratch_bytes = scratch_bytes
         self.uses = read_schedule(schedule, self.needs)
         self.compute_seconds = sum(use.compute_seconds for use in self.uses)
-        self.groups = group_blocks(self.needs.values(), self.uses)
+        self.groups = form_cohorts(self.needs.values(), self.uses)
         self.slot_needs = [group.smallest_slot for group in self.groups]
         self.below = sorted(
             (
@@ -121,7 +122,7 @@ class Problem:
         """Tiers below fast memory, fastest first, with what may be put there."""
 
     @cached_property
-    def layouts(self) -> list[Layout]:
+    def layouts(self) -> list[SlotLayout]:
         """All layouts that are looked at: without slots, and with each number and size of them."""
         sizes = self._slot_sizes() if self.below else []
         return [
@@ -129,7 +130,7 @@ class Problem:
             *(self._layout(number, size) for size in sizes for number in range(1, MAX_SLOTS + 1)),
         ]
 
-    def _layout(self, num_slots: int, slot_bytes: int) -> Layout:
+    def _layout(self, num_slots: int, slot_bytes: int) -> SlotLayout:
         forced = frozenset(
             index
             for index, smallest in enumerate(self.slot_needs)
@@ -142,7 +143,7 @@ class Problem:
             if index in forced or kept:
                 resident += group.need.resident_bytes * held
         smallest = self.scratch_bytes + num_slots * slot_bytes + resident
-        return Layout(num_slots, slot_bytes, forced, kept, smallest)
+        return SlotLayout(num_slots, slot_bytes, forced, kept, smallest)
 
     def _keep_below(self, forced: frozenset[int]) -> tuple[tuple[int, ...], ...]:
         """Fill tiers that all have a limit so that the least fast memory is needed."""
@@ -203,9 +204,9 @@ def pad(num_bytes: int) -> int:
 
 def read_schedule(
     schedule: Sequence[str | Step], needs: Mapping[str, BlockNeed]
-) -> tuple[Use, ...]:
+) -> tuple[TimedUse, ...]:
     """Return the uses of a pass. A lookup computes nothing worth counting."""
-    uses: list[Use] = []
+    uses: list[TimedUse] = []
     seen: set[str] = set()
     for entry in schedule:
         name = entry if isinstance(entry, str) else entry.block
@@ -219,11 +220,11 @@ def read_schedule(
         if lookup and not need.lookup_bytes:
             raise InputError(f"the schedule looks {name!r} up, but its lookup_bytes are 0")
         seen.add(name)
-        uses.append(Use(name, 0.0 if lookup else need.compute_seconds, lookup))
+        uses.append(TimedUse(name, 0.0 if lookup else need.compute_seconds, lookup))
     return tuple(uses)
 
 
-def group_blocks(needs: Iterable[BlockNeed], uses: Sequence[Use]) -> tuple[Group, ...]:
+def form_cohorts(needs: Iterable[BlockNeed], uses: Sequence[TimedUse]) -> tuple[Cohort, ...]:
     """Put blocks together that weigh and cost the same, in order of first use; unused ones last."""
     full = dict.fromkeys((use.block for use in uses), 0)
     lookups = dict(full)
@@ -244,7 +245,7 @@ def group_blocks(needs: Iterable[BlockNeed], uses: Sequence[Use]) -> tuple[Group
         )
         alike.setdefault(key, []).append(need)
     return tuple(
-        Group(
+        Cohort(
             need=members[0],
             members=tuple(need.name for need in members),
             units=members[0].unit_bytes or (pad(members[0].stored_bytes),),

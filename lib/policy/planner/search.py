@@ -15,7 +15,7 @@ from ...vocabulary import Tier
 from ..timeline import PassTime, Transfer, simulate
 from .knapsack import Kind, fill, fractional_value, sort_by_density
 from .polish import exchanges
-from .problem import Layout, Problem
+from .problem import Problem, SlotLayout
 from .spread import phases, pick_evenly
 
 _FAVOUR = 10.0
@@ -49,7 +49,7 @@ _Counts = tuple[tuple[int, ...], ...]
 class Choice:
     """A tier for each block, and what comes of it. ``fast_bytes`` are without scratch."""
 
-    layout: Layout
+    layout: SlotLayout
     tiers: Mapping[str, Tier]
     predicted: PassTime
     fast_bytes: int
@@ -87,7 +87,7 @@ class Search:
         self._favoured = by_size[:_MAX_FAVOURED] if len(sizes) > 1 else []
         self._group_of = {name: group for group in problem.groups for name in group.members}
 
-    def best(self, layouts: Sequence[Layout]) -> Choice:
+    def best(self, layouts: Sequence[SlotLayout]) -> Choice:
         """Try layouts, the most promising first, until the bounds of the rest are worse."""
         bounds = {id(layout): self._bound(layout) for layout in layouts}
         order = sorted(
@@ -120,7 +120,7 @@ class Search:
             left -= capacity
         return problem.tiers[problem.below[-1][0]] if problem.below else None
 
-    def _kinds(self, layout: Layout, favoured: int | None = None) -> list[Kind]:
+    def _kinds(self, layout: SlotLayout, favoured: int | None = None) -> list[Kind]:
         """Return what may be resident beyond what must be, with the seconds that it saves."""
         values = self._saved[layout.num_slots == 1]
         kinds = []
@@ -148,7 +148,7 @@ class Search:
             values.append(value or _UNUSED_VALUE * spec.transfer_seconds(group.need.stored_bytes))
         return values
 
-    def _bound(self, layout: Layout) -> float:
+    def _bound(self, layout: SlotLayout) -> float:
         """Return a cost that no choice of this layout can beat, where there is one tier below."""
         if self._marginal is None:
             return self._problem.compute_seconds
@@ -159,7 +159,7 @@ class Search:
         link = streamed - fractional_value(kinds, self._orders[single], space)
         return max(self._problem.compute_seconds, link * (1 if single else 1 + _LINK_COST))
 
-    def _choices(self, layout: Layout) -> Iterator[Choice]:
+    def _choices(self, layout: SlotLayout) -> Iterator[Choice]:
         """Play through the choices of one layout; at least one."""
         tried: set[_Counts] = set()
         for favoured in (None, *self._favoured):
@@ -176,7 +176,7 @@ class Search:
                 if self._steps > _SEARCH_STEPS:
                     return
 
-    def _count(self, layout: Layout, favoured: int | None) -> _Counts:
+    def _count(self, layout: SlotLayout, favoured: int | None) -> _Counts:
         """Decide how many blocks of each group go where."""
         groups = self._problem.groups
         if self._marginal is None:
@@ -219,7 +219,7 @@ class Search:
                 members = [members[place] for place in pick_evenly(len(members), further, phase)]
         return tiers
 
-    def _play(self, layout: Layout, tiers: Mapping[str, Tier]) -> Choice:
+    def _play(self, layout: SlotLayout, tiers: Mapping[str, Tier]) -> Choice:
         """Simulate a choice."""
         problem = self._problem
         transfers: dict[str, Transfer] = {}

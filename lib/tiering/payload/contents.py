@@ -87,7 +87,7 @@ def content_key(payload: Payload, identities: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def raw_view(buffer: Tensor, part: Part) -> Tensor:
+def part_view(buffer: Tensor, part: Part) -> Tensor:
     """Return a raw part's weights as a view into its payload's bytes."""
     flat = buffer[part.offset : part.offset + part.num_bytes].view(part.dtype)
     return flat.as_strided(part.shape, part.stride, flat.storage_offset())

@@ -21,12 +21,12 @@ from ...codecs.kernels import Use
 from ...codecs.records import RecordLayout, encode_from
 from ...codecs.storage import name_weights, native_precision
 from ...errors import InputError
+from ...units import SECTOR_BYTES
 from ...vocabulary import Precision, precision_rank
 from ..stores import CHUNK_BYTES
 from .groups import Group
 from .parts import Part, make_part
 
-SECTOR_BYTES = 4096
 SHARD_ROWS = 256
 """Shards begin at multiples of this many rows and have no fewer: with it, matrix products of shards
 have the bits of the whole product's (smaller ones take other kernels).

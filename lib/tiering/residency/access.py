@@ -20,7 +20,7 @@ from ...codecs.kernels import CompressedWeight, EncodedWeight, Scratch, Use
 from ...errors import PlacementError
 from ...units import format_bytes
 from ...vocabulary import Tier
-from ..payload.contents import raw_view
+from ..payload.contents import part_view
 from ..payload.layout import Payload
 from ..payload.parts import Part
 from ..transfer.link import Left, Link, Unit
@@ -262,7 +262,7 @@ class Access:
         """Make a group's parameters views of its bytes in a slot."""
         for part in held.payload.parts:
             if part.record is None:
-                set_weights(self.parameter(part), raw_view(buffer, part))
+                set_weights(self.parameter(part), part_view(buffer, part))
             else:
                 assert self.scratch is not None
                 record = buffer[part.offset : part.offset + part.num_bytes]
@@ -321,7 +321,7 @@ class Access:
                 assert ops is not None
                 if not _is_put_together(held, part):
                     buffer = stack.enter_context(GroupReader(self, held).hold(0, shared=True))
-                    set_weights(parameter, raw_view(buffer, part))
+                    set_weights(parameter, part_view(buffer, part))
                 else:
                     self._put_together(part, ops, stack)
                 stack.callback(self._take_away, held, part, ops)

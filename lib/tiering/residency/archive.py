@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...vocabulary import Tier
-from ..payload.contents import content_key, payload_bytes, raw_view
+from ..payload.contents import content_key, part_view, payload_bytes
 from ..payload.layout import Payload, Shard
 from ..payload.parts import Part
 from ..stores import CHUNK_BYTES, DeviceStore, Store, aligned_buffer
@@ -78,7 +78,7 @@ class Archive:
         for buffer, _ in self.shards(stored, payload):
             for part in payload.parts:
                 if part.record is None:
-                    view = raw_view(buffer, part)
+                    view = part_view(buffer, part)
                     weights = torch.empty_like(view, device=device_of(part.parameter))
                     yield part, weights.copy_(view)
                 else:

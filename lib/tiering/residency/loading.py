@@ -6,7 +6,7 @@ are compressed on the way, without a file (``encode``).
 
 from torch import Tensor
 
-from ...codecs.kernels import CompressedWeight, allocate
+from ...codecs.kernels import CompressedWeight, empty_weight
 from ..payload.contents import payload_pieces
 from ..payload.parts import Part
 from .access import Access, Held
@@ -70,7 +70,7 @@ def encode(access: Access, held: Held) -> None:
 
 def _allocate(access: Access, part: Part) -> CompressedWeight:
     assert part.record is not None and access.scratch is not None
-    return allocate(
+    return empty_weight(
         part.record,
         dtype=part.dtype,
         device=access.device,

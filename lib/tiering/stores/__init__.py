@@ -1,12 +1,4 @@
-from .base import (
-    CHUNK_BYTES,
-    NUM_READERS,
-    PIECE_BYTES,
-    SECTOR_BYTES,
-    Store,
-    aligned_buffer,
-    byte_view,
-)
+from .base import CHUNK_BYTES, NUM_READERS, PIECE_BYTES, Store, aligned_buffer, byte_view
 from .device import DeviceStore
 from .file import FileStore
 from .folders import MEMORY_FILESYSTEMS, default_spill_folder, filesystem_type
@@ -19,7 +11,6 @@ __all__ = [
     "MEMORY_FILESYSTEMS",
     "NUM_READERS",
     "PIECE_BYTES",
-    "SECTOR_BYTES",
     "DeviceStore",
     "FileStore",
     "HostStore",

@@ -15,8 +15,6 @@ from torch import Tensor
 from ...errors import PlacementError
 from ...vocabulary import Tier
 
-SECTOR_BYTES = 4096
-"""Payloads are a multiple of this, and lie in memory at a multiple: direct reads need both."""
 CHUNK_BYTES = 256 * 2**10
 """What has a checksum of its own. A read starts at a multiple of it."""
 PIECE_BYTES = 4 * 2**20

@@ -19,7 +19,8 @@ from pathlib import Path
 import xxhash
 
 from ...files import drop_cached_pages
-from .base import CHUNK_BYTES, SECTOR_BYTES, aligned_buffer, byte_view
+from ...units import SECTOR_BYTES
+from .base import CHUNK_BYTES, aligned_buffer, byte_view
 
 _MAGIC = b"TIERBLK\n"
 _VERSION = 1

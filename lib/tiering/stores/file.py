@@ -22,16 +22,9 @@ from torch import Tensor
 
 from ...errors import PlacementError
 from ...files import drop_cached_pages
-from ...units import format_bytes
+from ...units import SECTOR_BYTES, format_bytes
 from ...vocabulary import Tier
-from .base import (
-    PIECE_BYTES,
-    SECTOR_BYTES,
-    aligned_buffer,
-    byte_view,
-    check_range,
-    lost,
-)
+from .base import PIECE_BYTES, aligned_buffer, byte_view, check_range, lost
 from .block_file import (
     BlockFile,
     Damage,

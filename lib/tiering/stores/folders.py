@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import InputError
-from .base import SECTOR_BYTES, aligned_buffer, byte_view
+from ...units import SECTOR_BYTES
+from .base import aligned_buffer, byte_view
 
 MEMORY_FILESYSTEMS = {"tmpfs", "ramfs"}
 """File systems whose files are memory: no place for the SSD tier."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...errors import PlacementError
-from ...units import format_bytes
+from ...units import SECTOR_BYTES, format_bytes
 from ...vocabulary import Tier
-from .base import SECTOR_BYTES, aligned_buffer, check_range, lost
+from .base import aligned_buffer, check_range, lost
 from .limits import available_memory
 
 

@@ -15,8 +15,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...errors import InputError, PlacementError
+from ...units import SECTOR_BYTES
 from ...vocabulary import Tier
-from .base import SECTOR_BYTES, aligned_buffer
+from .base import aligned_buffer
 from .host import MemoryStore
 from .limits import available_memory, read_system_file
 

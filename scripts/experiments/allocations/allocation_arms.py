@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from lib.errors import InputError
 from lib.hints import Hints
-from lib.precision.allocate import allocate
+from lib.precision.allocate import allocate_precisions
 from lib.precision.sensitivity import Curves
-from lib.precision.sizes import Plan, StoredSizes
+from lib.precision.sizes import PrecisionMap, StoredSizes
 from scripts.experiments.allocations.controls import (
     ends_first,
     inverse_givers,
@@ -46,25 +46,25 @@ def choose_budgets(
 
 def plan_arms(
     sizes: StoredSizes, signals: Mapping[str, Curves], *, bits: float, seed: int
-) -> dict[str, list[Plan]]:
+) -> dict[str, list[PrecisionMap]]:
     """Return the plans of each arm within a budget; ``signals`` must have "ours"."""
     budget = sizes.budget(bits)
     names = list(sizes.num_params)
     own = sizes.options(signals["ours"])
     seeds = range(seed, seed + DRAWS)
-    arms: dict[str, list[Plan]] = {
-        signal: [allocate(sizes.options(curves), cost_budget=budget).precisions]
+    arms: dict[str, list[PrecisionMap]] = {
+        signal: [allocate_precisions(sizes.options(curves), cost_budget=budget).precisions]
         for signal, curves in signals.items()
     }
     arms["depth"] = [raise_in_order(own, ends_first(names), cost_budget=budget)]
     inverse = permute_curves(own, sizes.num_params, inverse_givers(own, sizes.num_params))
-    arms["inverse"] = [allocate(inverse, cost_budget=budget).precisions]
+    arms["inverse"] = [allocate_precisions(inverse, cost_budget=budget).precisions]
     arms["uniform"] = [
         raise_in_order(own, random_order(names, seed=s), cost_budget=budget) for s in seeds
     ]
     arms["random"] = [raise_at_random(own, cost_budget=budget, seed=s) for s in seeds]
     arms["shuffled"] = [
-        allocate(
+        allocate_precisions(
             permute_curves(own, sizes.num_params, shuffled_givers(names, seed=s)),
             cost_budget=budget,
         ).precisions

@@ -38,7 +38,7 @@ from lib.hints import load_hints, match_hints
 from lib.precision.plans import predicted_kl
 from lib.precision.quality import Quality, bootstrap_statistic
 from lib.precision.sensitivity import Curves, magnitude_curves
-from lib.precision.sizes import Plan, StoredSizes, stored_sizes
+from lib.precision.sizes import PrecisionMap, StoredSizes, stored_sizes
 from lib.text.parts import vocabulary_size
 from lib.vocabulary import Precision
 from scripts.experiments.allocations.allocation_arms import (
@@ -196,7 +196,7 @@ class Comparison:
 def _compare(
     sizes: StoredSizes,
     bits: float,
-    plans: Mapping[str, Sequence[Plan]],
+    plans: Mapping[str, Sequence[PrecisionMap]],
     qualities: Mapping[str, Sequence[Quality]],
     *,
     curves: Curves,

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.precision.allocate import allocate
+from lib.precision.allocate import allocate_precisions
 from lib.precision.floors import Curve, JointCheck, make_ledger
 from lib.precision.quality import measure_perturbations
 from lib.precision.sensitivity import Curves, monotone
-from lib.precision.sizes import Plan, StoredSizes
+from lib.precision.sizes import PrecisionMap, StoredSizes
 from lib.vocabulary import Precision
 from scripts.experiments.allocations.controls import raise_at_random
 
@@ -39,7 +39,7 @@ class Meter:
         self._batches = torch.split(tokens, 32)
         self._known: dict[frozenset[tuple[str, Precision]], float] = {}
 
-    def measure(self, plans: Sequence[Plan]) -> list[float]:
+    def measure(self, plans: Sequence[PrecisionMap]) -> list[float]:
         """Return the KL of each plan; what stays in fp32 is left as it is."""
         keys = [
             frozenset((name, p) for name, p in plan.items() if p is not Precision.FP32)
@@ -70,7 +70,7 @@ def compare_allocations(
     for bits in BITS:
         budget = sizes.budget(bits)
         plans = {
-            signal: allocate(sizes.options(own), cost_budget=budget).precisions
+            signal: allocate_precisions(sizes.options(own), cost_budget=budget).precisions
             for signal, own in curves.items()
         }
         options = sizes.options(curves["magnitude"])
@@ -145,7 +145,7 @@ def _floor_curve(
     )
 
 
-def _bits_per_weight(sizes: StoredSizes, plan: Plan) -> float:
+def _bits_per_weight(sizes: StoredSizes, plan: PrecisionMap) -> float:
     num_bytes = sum(
         4 * sizes.num_params[name] if p is Precision.FP32 else sizes.num_bytes[name, p]
         for name, p in plan.items()
@@ -153,5 +153,5 @@ def _bits_per_weight(sizes: StoredSizes, plan: Plan) -> float:
     return 8 * num_bytes / sum(sizes.num_params.values())
 
 
-def _same(plan: Plan, other: Plan) -> float:
+def _same(plan: PrecisionMap, other: PrecisionMap) -> float:
     return sum(plan[name] is other[name] for name in plan) / len(plan)

@@ -11,7 +11,7 @@ from lib.codecs.kernels import (
     PairedWeight,
     Scratch,
     Use,
-    allocate,
+    empty_weight,
     prepare,
     resident_bytes,
     scratch_bytes,
@@ -135,7 +135,7 @@ def test_a_weight_filled_by_shards_is_the_same(codec: Codec, uses: frozenset[Use
     values = torch.randn(200, 128)
     layout, scratch = codec.layout(200, 128), Scratch(1 << 17)
     whole, parts = (
-        allocate(layout, dtype=torch.float32, device="cpu", uses=uses, scratch=scratch)
+        empty_weight(layout, dtype=torch.float32, device="cpu", uses=uses, scratch=scratch)
         for _ in range(2)
     )
     whole.fill(0, encode(values, codec), layout)

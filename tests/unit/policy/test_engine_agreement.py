@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_blocks import make_machine
 
-from lib.policy import Timeline, Transfer, Use, simulate
+from lib.policy import TimedUse, Timeline, Transfer, simulate
 from lib.tiering.transfer.link import Ticket, Unit
 from lib.tiering.transfer.prefetch import Prefetcher
 from lib.vocabulary import Tier
@@ -45,7 +45,7 @@ blocks = st.tuples(
 def test_a_predicted_pass_is_what_the_engine_does(
     model: list[tuple[Tier, list[int], float]], num_slots: int, resident_seconds: float
 ) -> None:
-    uses = [Use(str(index), seconds) for index, (_, _, seconds) in enumerate(model)]
+    uses = [TimedUse(str(index), seconds) for index, (_, _, seconds) in enumerate(model)]
     transfers = {str(i): Transfer(tier, tuple(sizes)) for i, (tier, sizes, _) in enumerate(model)}
     units = {
         name: [
@@ -69,6 +69,6 @@ def test_a_predicted_pass_is_what_the_engine_does(
         link.timeline.compute(resident_seconds)
         engine.end_forward()
     predicted = simulate(
-        [*uses, Use("resident", resident_seconds)], transfers, TIERS, num_slots, PASSES
+        [*uses, TimedUse("resident", resident_seconds)], transfers, TIERS, num_slots, PASSES
     )
     assert link.timeline.now - start == pytest.approx(predicted.seconds, abs=1e-9)

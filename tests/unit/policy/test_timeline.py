@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.machine import TierSpec
-from lib.policy import Timeline, Transfer, Use, simulate
+from lib.policy import TimedUse, Timeline, Transfer, simulate
 from lib.vocabulary import Tier
 
 SSD = {Tier.SSD: TierSpec("SSD", 0.0, 1.0), Tier.CPU: TierSpec("CPU", 0.0, 10.0)}
@@ -13,20 +13,20 @@ MB = 10**6  # a millisecond of the SSD's link
 
 
 def test_a_resident_model_takes_its_compute_time() -> None:
-    result = simulate([Use("a", 0.25), Use("b", 0.5)], {}, SSD, num_slots=0)
+    result = simulate([TimedUse("a", 0.25), TimedUse("b", 0.5)], {}, SSD, num_slots=0)
     assert result.seconds == result.compute_seconds == pytest.approx(0.75)
     assert result.wait_seconds == result.link_seconds == result.moved_bytes == 0
 
 
 def test_setup_is_paid_for_each_transfer() -> None:
     tiers = {Tier.SSD: TierSpec("SSD", 500.0, 1.0)}
-    result = simulate([Use("a", 0.0)], {"a": Transfer(Tier.SSD, (MB, MB))}, tiers, 1)
+    result = simulate([TimedUse("a", 0.0)], {"a": Transfer(Tier.SSD, (MB, MB))}, tiers, 1)
     assert result.seconds == pytest.approx(3e-3)
     assert result.link_seconds == pytest.approx(3e-3)
 
 
 def test_one_slot_reads_only_after_its_block_has_computed() -> None:
-    uses = [Use("a", 2e-3), Use("b", 3e-3)]
+    uses = [TimedUse("a", 2e-3), TimedUse("b", 3e-3)]
     transfers = {name: Transfer(Tier.SSD, (4 * MB,)) for name in "ab"}
     result = simulate(uses, transfers, SSD, 1)
     assert result.seconds == pytest.approx(13e-3)
@@ -35,14 +35,14 @@ def test_one_slot_reads_only_after_its_block_has_computed() -> None:
 
 
 def test_two_slots_hide_compute_behind_the_link() -> None:
-    uses = [Use("a", 2e-3), Use("b", 3e-3), Use("c", 1e-3)]
+    uses = [TimedUse("a", 2e-3), TimedUse("b", 3e-3), TimedUse("c", 1e-3)]
     transfers = {name: Transfer(Tier.SSD, (4 * MB,)) for name in "abc"}
     result = simulate(uses, transfers, SSD, 2, passes=6)
     assert result.seconds == pytest.approx(12e-3)  # the link is never idle
 
 
 def test_prefetch_wraps_around_the_end_of_a_pass() -> None:
-    uses = [Use("a", 0.0), Use("b", 1e-3), Use("resident", 20e-3)]
+    uses = [TimedUse("a", 0.0), TimedUse("b", 1e-3), TimedUse("resident", 20e-3)]
     transfers = {name: Transfer(Tier.SSD, (4 * MB,)) for name in "ab"}
     first = simulate(uses, transfers, SSD, 1, passes=1)
     steady = simulate(uses, transfers, SSD, 1)
@@ -52,14 +52,14 @@ def test_prefetch_wraps_around_the_end_of_a_pass() -> None:
 
 def test_a_unit_that_is_still_in_its_slot_is_not_read_again() -> None:
     transfers = {"a": Transfer(Tier.SSD, (4 * MB,))}
-    assert simulate([Use("a", 1e-3)] * 3, transfers, SSD, 1).moved_bytes == 0
-    twice = [Use("a", 0.0), Use("a", 0.0), Use("b", 0.0), Use("c", 0.0)]
+    assert simulate([TimedUse("a", 1e-3)] * 3, transfers, SSD, 1).moved_bytes == 0
+    twice = [TimedUse("a", 0.0), TimedUse("a", 0.0), TimedUse("b", 0.0), TimedUse("c", 0.0)]
     transfers |= {name: Transfer(Tier.SSD, (MB,)) for name in "bc"}
     assert simulate(twice, transfers, SSD, 2).moved_bytes == 6 * MB
 
 
 def test_tiers_have_links_of_their_own() -> None:
-    uses = [Use(name, 0.0) for name in "abcd"]
+    uses = [TimedUse(name, 0.0) for name in "abcd"]
     transfers = {name: Transfer(Tier.SSD, (4 * MB,)) for name in "ac"}
     transfers |= {name: Transfer(Tier.CPU, (40 * MB,)) for name in "bd"}
     both = simulate(uses, transfers, SSD, 3, passes=9)
@@ -69,15 +69,15 @@ def test_tiers_have_links_of_their_own() -> None:
 
 
 def test_a_block_in_shards_computes_shard_by_shard() -> None:
-    whole = simulate([Use("a", 8e-3)], {"a": Transfer(Tier.SSD, (8 * MB,))}, SSD, 1)
+    whole = simulate([TimedUse("a", 8e-3)], {"a": Transfer(Tier.SSD, (8 * MB,))}, SSD, 1)
     assert whole.wait_seconds == 0  # it never leaves its slot
     shards = {"a": Transfer(Tier.SSD, (2 * MB,) * 4)}
-    assert simulate([Use("a", 8e-3)], shards, SSD, 1).seconds == pytest.approx(16e-3)
-    assert simulate([Use("a", 8e-3)], shards, SSD, 2).seconds == pytest.approx(8e-3)
+    assert simulate([TimedUse("a", 8e-3)], shards, SSD, 1).seconds == pytest.approx(16e-3)
+    assert simulate([TimedUse("a", 8e-3)], shards, SSD, 2).seconds == pytest.approx(8e-3)
 
 
 def test_a_lookup_waits_behind_what_was_asked_for_before() -> None:
-    uses = [Use("embedding", 0.0, lookup=True), Use("a", 0.0), Use("b", 0.0)]
+    uses = [TimedUse("embedding", 0.0, lookup=True), TimedUse("a", 0.0), TimedUse("b", 0.0)]
     transfers = {name: Transfer(Tier.SSD, (4 * MB,)) for name in "ab"}
     transfers["embedding"] = Transfer(Tier.SSD, (64 * MB,), lookup_bytes=MB)
     result = simulate(uses, transfers, SSD, 1)
@@ -116,7 +116,7 @@ def test_a_pass_takes_at_least_its_compute_and_its_link(
     blocks: list[tuple[Tier | None, list[int], float]], num_slots: int
 ) -> None:
     names = [str(number) for number, _ in zip(count(), blocks, strict=False)]
-    uses = [Use(name, seconds) for name, (_, _, seconds) in zip(names, blocks, strict=True)]
+    uses = [TimedUse(name, seconds) for name, (_, _, seconds) in zip(names, blocks, strict=True)]
     transfers = {
         name: Transfer(tier, tuple(size * MB for size in sizes))
         for name, (tier, sizes, _) in zip(names, blocks, strict=True)

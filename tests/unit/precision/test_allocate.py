@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, milp
 
 from lib.errors import InputError
-from lib.precision.allocate import Allocation, Option, allocate
+from lib.precision.allocate import Allocation, Option, allocate_precisions
 from lib.vocabulary import Precision
 
 LADDER = [Precision.BF16, Precision.INT8, Precision.INT6, Precision.INT5, Precision.INT4]
@@ -93,7 +93,7 @@ def test_small_problems_are_solved_within_one_percent_of_the_best(
         low, high = sum(map(min, values)), sum(map(max, values))
         budget = low + (high - low) * percent / 100
         limits = {f"{name}_budget": budget}
-        allocation = allocate(options, **limits)
+        allocation = allocate_precisions(options, **limits)
         best = solve_exactly(options, **{"cost_budget": None, "kl_budget": None, **limits})
         found = allocation.kl if name == "cost" else allocation.cost
         assert is_choice(allocation, options)
@@ -108,7 +108,7 @@ def test_small_problems_are_solved_within_one_percent_of_the_best(
 def test_real_sizes_are_solved_within_a_hair_of_the_best(count: int, bits: float) -> None:
     options = random_options(count, seed=count)
     budget = cost_at(options, bits)
-    allocation = allocate(options, cost_budget=budget)
+    allocation = allocate_precisions(options, cost_budget=budget)
     assert allocation.cost <= budget
     assert allocation.gap <= 1e-3
     best = solve_exactly(options, cost_budget=budget, kl_budget=None)
@@ -117,8 +117,8 @@ def test_real_sizes_are_solved_within_a_hair_of_the_best(count: int, bits: float
 
 def test_a_budget_of_kl_is_the_same_problem_seen_from_the_other_side() -> None:
     options = random_options(100, seed=1)
-    within_bytes = allocate(options, cost_budget=cost_at(options, 4.5))
-    within_kl = allocate(options, kl_budget=within_bytes.kl)
+    within_bytes = allocate_precisions(options, cost_budget=cost_at(options, 4.5))
+    within_kl = allocate_precisions(options, kl_budget=within_bytes.kl)
     assert within_kl.kl <= within_bytes.kl
     assert within_kl.cost <= within_bytes.cost * 1.001
     assert within_kl.exchange_rate == pytest.approx(within_bytes.exchange_rate, rel=0.1)
@@ -126,7 +126,7 @@ def test_a_budget_of_kl_is_the_same_problem_seen_from_the_other_side() -> None:
 
 def test_no_change_within_the_budget_is_worth_more_than_the_exchange_rate() -> None:
     options = random_options(500, seed=2)
-    allocation = allocate(options, cost_budget=cost_at(options, 4.0))
+    allocation = allocate_precisions(options, cost_budget=cost_at(options, 4.0))
     rate = allocation.exchange_rate
     for name, choices in options.items():
         chosen = allocation.options[name]
@@ -139,26 +139,26 @@ def test_no_change_within_the_budget_is_worth_more_than_the_exchange_rate() -> N
 def test_what_is_moved_more_often_gets_fewer_bits() -> None:
     once = Option(Precision.INT8, 1000.0, 1e-5), Option(Precision.INT4, 500.0, 1e-3)
     often = Option(Precision.INT8, 4000.0, 1e-5), Option(Precision.INT4, 2000.0, 1e-3)
-    allocation = allocate({"once": once, "often": often}, kl_budget=1.5e-3)
+    allocation = allocate_precisions({"once": once, "often": often}, kl_budget=1.5e-3)
     assert allocation.precisions == {"once": Precision.INT8, "often": Precision.INT4}
 
 
 def test_a_budget_for_everything_is_not_cut() -> None:
     options = random_options(5, seed=3)
-    best = allocate(options, cost_budget=1e12)
+    best = allocate_precisions(options, cost_budget=1e12)
     assert set(best.precisions.values()) == {Precision.BF16}
     assert (best.kl, best.gap) == (0.0, 0.0)
-    cheapest = allocate(options, kl_budget=1e9)
+    cheapest = allocate_precisions(options, kl_budget=1e9)
     assert set(cheapest.precisions.values()) == {Precision.INT2}
-    assert allocate({}, cost_budget=0).options == {}
+    assert allocate_precisions({}, cost_budget=0).options == {}
 
 
 def test_too_small_a_budget_names_the_smallest() -> None:
     options = random_options(5, seed=4)
     smallest = sum(choices[-1].cost for choices in options.values())
     with pytest.raises(InputError, match=f"the smallest that works is {smallest}"):
-        allocate(options, cost_budget=smallest - 1)
-    assert allocate(options, cost_budget=smallest).cost == smallest
+        allocate_precisions(options, cost_budget=smallest - 1)
+    assert allocate_precisions(options, cost_budget=smallest).cost == smallest
 
 
 def test_twenty_thousand_blocks_take_less_than_a_second() -> None:
@@ -166,7 +166,7 @@ def test_twenty_thousand_blocks_take_less_than_a_second() -> None:
     seconds = []
     for _ in range(2):  # the faster of two: the machine may be busy
         start = time.process_time()
-        allocation = allocate(options, cost_budget=cost_at(options, 4.5))
+        allocation = allocate_precisions(options, cost_budget=cost_at(options, 4.5))
         seconds.append(time.process_time() - start)
     assert allocation.gap < 1e-5
     assert min(seconds) < 1

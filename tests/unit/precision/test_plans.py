@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lib.precision.plans import draw_plans, predicted_kl
+from lib.precision.plans import draw_precisions, predicted_kl
 from lib.precision.sensitivity import Curves, magnitude_curves
 from lib.precision.sizes import StoredSizes, stored_sizes
 from lib.vocabulary import Precision
@@ -24,7 +24,7 @@ def toy() -> tuple[GPT2LMHeadModel, StoredSizes, Curves]:
 
 def test_plans_change_something_and_span_the_range() -> None:
     model, sizes, curves = toy()
-    plans = draw_plans(model, sizes, curves, count=60, seed=0)
+    plans = draw_precisions(model, sizes, curves, count=60, seed=0)
     predicted = [predicted_kl(curves, plan) for plan in plans]
     assert len(plans) == 60 and min(predicted) > 0
     assert max(predicted) > 100 * min(predicted)
@@ -37,7 +37,7 @@ def test_plans_change_something_and_span_the_range() -> None:
 def test_the_seed_decides() -> None:
     model, sizes, curves = toy()
     first, again, other = (
-        draw_plans(model, sizes, curves, count=5, seed=seed) for seed in (1, 1, 2)
+        draw_precisions(model, sizes, curves, count=5, seed=seed) for seed in (1, 1, 2)
     )
     assert first == again != other
 
@@ -45,5 +45,5 @@ def test_the_seed_decides() -> None:
 def test_a_width_that_changes_nothing_is_no_plan() -> None:
     model, sizes, curves = toy()
     exact = {name: {**curve, Precision.INT8: 0.0} for name, curve in curves.items()}
-    for plan in draw_plans(model, sizes, exact, count=20, seed=0):
+    for plan in draw_precisions(model, sizes, exact, count=20, seed=0):
         assert predicted_kl(exact, plan) > 0

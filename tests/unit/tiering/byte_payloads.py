@@ -7,15 +7,8 @@ import torch
 from torch import Tensor
 
 from lib.errors import PlacementError
-from lib.tiering.stores import (
-    CHUNK_BYTES,
-    SECTOR_BYTES,
-    NumaStore,
-    Store,
-    aligned_buffer,
-    memory_nodes,
-    numa,
-)
+from lib.tiering.stores import CHUNK_BYTES, NumaStore, Store, aligned_buffer, memory_nodes, numa
+from lib.units import SECTOR_BYTES
 
 SIZE = 2 * CHUNK_BYTES + 3 * SECTOR_BYTES
 """Three chunks, the last one short."""

@@ -13,13 +13,13 @@ from lib.errors import PlacementError
 from lib.tiering.stores import (
     CHUNK_BYTES,
     PIECE_BYTES,
-    SECTOR_BYTES,
     FileStore,
     HostStore,
     Store,
     aligned_buffer,
     file,
 )
+from lib.units import SECTOR_BYTES
 from lib.vocabulary import Tier
 
 

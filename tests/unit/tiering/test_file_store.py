@@ -17,7 +17,6 @@ from torch import Tensor
 from lib.errors import InputError, PlacementError
 from lib.tiering.stores import (
     CHUNK_BYTES,
-    SECTOR_BYTES,
     FileStore,
     aligned_buffer,
     block_file,
@@ -25,6 +24,7 @@ from lib.tiering.stores import (
     filesystem_type,
     folders,
 )
+from lib.units import SECTOR_BYTES
 
 
 def test_files_are_used_again(tmp_path: Path) -> None:

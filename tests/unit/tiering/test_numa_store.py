@@ -2,13 +2,8 @@ import pytest
 from byte_payloads import KEY, SIZE, only_node_store, payload
 
 from lib.errors import InputError, PlacementError
-from lib.tiering.stores import (
-    SECTOR_BYTES,
-    NumaStore,
-    aligned_buffer,
-    memory_nodes,
-    numa,
-)
+from lib.tiering.stores import NumaStore, aligned_buffer, memory_nodes, numa
+from lib.units import SECTOR_BYTES
 
 
 def test_one_numa_node_is_no_far_memory(monkeypatch: pytest.MonkeyPatch) -> None:
