@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             elif stage == "bench":
                 documents = benchmark(config)
             else:
-                text, _ = run_command(["lib.commands.report", str(config.run.directory)])
+                text, _ = run_command(["lib.commands", "report", str(config.run.directory)])
                 print(text)
     except StageFailed as error:
         return error.code
@@ -172,7 +172,7 @@ def compare_uses(config: Config, checkpoint: Path) -> None:
         flags = ["--json", str(folder / "kv_cache.json")]
         commands.append(["scripts.experiments.kv_cache.compare_kv_cache", *model, *flags])
         flags = ["--output", str(folder / "layers.json"), "--device", config.run.device]
-        commands.append(["lib.commands.rank_layers", *model, *flags])
+        commands.append(["lib.commands", "rank-layers", *model, *flags])
     for command in commands:
         text, _ = run_command(command)
         print(text)
@@ -190,7 +190,7 @@ def calibrate(config: Config, checkpoint: Path) -> None:
         return
     except InputError:
         pass
-    command = ["lib.commands.calibrate", "--model", str(checkpoint)]
+    command = ["lib.commands", "calibrate", "--model", str(checkpoint)]
     command += ["--tier-hints", str(config.hints_path)]
     text, _ = run_command(command)
     print(text)

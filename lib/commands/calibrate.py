@@ -34,7 +34,7 @@ from ..precision.quality import Quality
 from ..precision.sensitivity import find_violations
 from ..precision.tolerance import LARGEST_TRUSTED_FACTOR
 from ..text.parts import vocabulary_size
-from .cli import emit_json, run_main
+from .cli import emit_json
 from .flags import parse_device
 from .text_flags import add_text_flags, read_parts
 
@@ -255,7 +255,3 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="write the JSON document here as well"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

@@ -20,7 +20,7 @@ from ..hints import Hints, save_hints
 from ..text.files import find_text_files, make_sequences, read_chunks
 from ..units import format_bytes, parse_thresholds
 from ..vocabulary import Tier
-from .cli import emit_json, run_main
+from .cli import emit_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,7 +226,3 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="also write the last line, the result, here"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

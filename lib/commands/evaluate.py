@@ -35,7 +35,7 @@ from ..text.parts import vocabulary_size
 from ..tiering import attach
 from ..tiering.planning.budget import read_budget
 from ..vocabulary import Precision
-from .cli import emit_json, run_main
+from .cli import emit_json
 from .flags import parse_device
 from .text_flags import add_text_flags, read_held_out
 
@@ -232,7 +232,3 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="write the JSON document here as well"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

@@ -26,7 +26,7 @@ from ..export import (
 )
 from ..files import check_writable, write_bytes
 from ..hints import Hints, load_hints
-from .cli import emit_json, run_main
+from .cli import emit_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -175,7 +175,3 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="also write the last line, the result, here"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

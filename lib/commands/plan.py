@@ -10,7 +10,6 @@ are those of machine.json (make probe) played through on the planner's timeline,
 
 import argparse
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..tiering.planning.ledger import ledger_of, may_stream
 from ..tiering.planning.needs import PrecisionChoice, model_needs
 from ..units import GB, format_bytes
 from ..vocabulary import Precision, Tier
-from .cli import emit_json, run_main
+from .cli import emit_json
 from .flags import add_model_flags, planned_device
 
 
@@ -296,7 +295,3 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="write the last line's JSON here as well"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

@@ -3,7 +3,6 @@ of each precision; write machine.json for planner and emulator.
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..tiering.stores import (
     total_memory,
 )
 from ..units import GB, GIB, MIB, format_bytes, format_seconds, parse_bytes
-from .cli import emit_json, run_main
+from .cli import emit_json
 
 _QUICK_BYTES = 128 * MIB
 _QUICK_LARGEST = 16 * MIB
@@ -172,7 +171,3 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="write the JSON document here too"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..files import check_writable, write_json
 from ..vocabulary import Precision
-from .cli import emit_json, run_main
+from .cli import emit_json
 
 if TYPE_CHECKING:
     from ..signals.kv import KvLayer, RoundTrip
@@ -135,7 +135,3 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="also write the last line, the result, here"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

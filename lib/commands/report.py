@@ -17,7 +17,7 @@ from ..report.benchmark_plots import plot_latency, plot_memory
 from ..report.page import render_page
 from ..report.plots import attention_traces, plot_attention, plot_importance, plot_loss, plot_tiers
 from ..report.run import Missing, Run, load_run
-from .cli import emit_json, run_main
+from .cli import emit_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +86,3 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="write the last line's JSON here as well"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

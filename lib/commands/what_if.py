@@ -9,7 +9,6 @@ runs. Compute is that of the machine file at every point.
 import argparse
 import dataclasses
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ..policy import BlockNeed, definition_schedule, make_plan, smallest_budget
 from ..report.what_if_plots import plot_what_if
 from ..units import format_bytes, parse_bytes
 from ..vocabulary import Tier
-from .cli import emit_json, run_main
+from .cli import emit_json
 from .flags import add_model_flags, planned_device
 from .plan import read_model, read_needs
 
@@ -212,7 +211,3 @@ def _parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="write the last line's JSON here as well"
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

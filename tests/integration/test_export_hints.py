@@ -87,8 +87,8 @@ def test_the_command_writes_a_device_map_that_transformers_loads(
     gpt2: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("accelerate")
-    command = [sys.executable, "lib/commands/export.py", "--to", "accelerate", "--device", "cpu"]
-    command += ["--tier-hints", str(gpt2 / "hints.json"), "--model", str(gpt2)]
+    command = [sys.executable, "-m", "lib.commands", "export", "--to", "accelerate"]
+    command += ["--device", "cpu", "--tier-hints", str(gpt2 / "hints.json"), "--model", str(gpt2)]
     command += ["--output", str(tmp_path), "--json", str(tmp_path / "result.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from lib.commands.__main__ import VERBS
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = sorted(
-    path for path in (ROOT / "scripts").glob("*.py") if "ArgumentParser(" in path.read_text()
-)
+PROGRAMS = [
+    *(
+        [str(path.relative_to(ROOT))]
+        for path in sorted((ROOT / "scripts").rglob("*.py"))
+        if "ArgumentParser(" in path.read_text() and "__main__" in path.read_text()
+    ),
+    *(["-m", "lib.commands", verb] for verb in VERBS),
+    ["-m", "lib.commands"],
+]
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
@@ -41,11 +49,17 @@ def test_documented_commands_exist(command: list[str]) -> None:
             presets = (preset[1] or preset[2]).split("+") if preset else []
             assert known or presets, f"no target {goal}"
             assert all((ROOT / "defconfigs" / name).exists() for name in presets)
-    elif command[0] == "python" and command[1] != "-c":
-        script = command[2].replace(".", "/") + ".py" if command[1] == "-m" else command[1]
+    elif "tierhints" in command[0] or command[0] == "python" and command[1] != "-c":
+        if command[0] == "python":
+            script = command[2].replace(".", "/") + ".py" if command[1] == "-m" else command[1]
+        else:
+            assert command[1] in VERBS
+            script = f"lib/commands/{command[1].replace('-', '_')}.py"
         text = (ROOT / script).read_text()
-        for module in re.findall(r"^from (scripts\.[\w.]+) import", text, flags=re.MULTILINE):
-            path = ROOT / (module.replace(".", "/") + ".py")  # flags that several scripts share
+        shared = r"^ *from (lib\.commands|scripts|)\.([\w.]+) import"  # flags of several programs
+        for package, module in re.findall(shared, text, flags=re.MULTILINE):
+            folder = ROOT / package.replace(".", "/") if package else (ROOT / script).parent
+            path = folder / (module.replace(".", "/") + ".py")
             text += path.read_text() if path.exists() else ""
         for word in command:
             if word.startswith("--"):
@@ -64,10 +78,10 @@ def test_links_lead_to_files(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_every_script_has_help(script: Path) -> None:
+@pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
+def test_every_program_has_help(program: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, *program, "--help"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage:")

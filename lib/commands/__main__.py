@@ -1,0 +1,49 @@
+"""``tierhints <verb>``: one command for every verb, each in a file of its own."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .cli import run_main
+
+VERBS = {
+    "collect": "measure the Fisher information of a model on a text, and write its hints",
+    "calibrate": "predict and measure what each precision costs each block, into the hints",
+    "plan": "say where weights would go within a budget, and how fast that would be",
+    "what-if": "ask what a faster link or more memory would bring",
+    "evaluate": "measure perplexity and KL of a model under a plan",
+    "export": "write hints in the format of another tool",
+    "probe": "measure the memory tiers of this machine",
+    "rank-layers": "rank a model's layers by what their KV cache is worth",
+    "report": "draw the plots of a run, and one HTML page",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb that the first argument names; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if verb not in VERBS:
+        print(
+            f"error: no verb {verb!r}; there are: {', '.join(VERBS)} (tierhints --help)",
+            file=sys.stderr,
+        )
+        return 2
+    command = importlib.import_module(f"{__package__}.{verb.replace('-', '_')}")
+    sys.argv[0] = f"tierhints {verb}"  # what argparse calls the program
+    return run_main(lambda: command.main(arguments[1:]))
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:{width}}  {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        ["usage: tierhints <verb> ...", "", *lines, "", "tierhints <verb> --help has its flags."]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
