@@ -4,7 +4,6 @@ Times are of a wall clock, the device synchronized around each pass, plus the em
 a virtual clock runs. The process's memory is the kernel's own high-water mark, reset before a run.
 """
 
-import ctypes
 import gc
 import math
 import time
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..precision.quality import Quality, QualityMeter, next_token_nll, perplexity
+from ..tiering.residency.fast_memory import trim_heap
 
 T = TypeVar("T")
 PERPLEXITY_TOKENS = 8192
@@ -187,11 +187,3 @@ def peak_rss() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no VmHWM line")
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library (glibc) can."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        return

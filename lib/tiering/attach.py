@@ -10,7 +10,6 @@ from torch import nn
 
 from ..blocks import (
     Block,
-    BlockKind,
     digest_parameters,
     partition_model,
     tied_modules,
@@ -25,21 +24,20 @@ from ..machine import DEFAULT_SPECS, MachineProfile, TierSpec, load_machine
 from ..policy.veto import Measure, Veto
 from ..precision.floors import JointCheck
 from ..vocabulary import Tier
-from .hooks.forwards import refuse_managed
-from .hooks.progress import placing_bar
+from .hooks.managed import refuse_managed
+from .keeper import PlanKeeper
 from .planning.budget import Budget, check_names_tiers, warn_of_incompressible
 from .planning.ledger import ledger_of, may_stream
 from .planning.needs import PrecisionChoice
 from .planning.plans import Mode, Planning
 from .residency.archive import Archive
 from .residency.originals import Originals
-from .residency.reader import plain_tensors
-from .residency.residency import Residency
+from .residency.stand_ins import plain_tensors
 from .runtime import Runtime
 from .stores import DeviceStore, FileStore, HostStore, NumaStore, Store
-from .transfer.emulation import EmulatedLink
-from .transfer.link import Link
-from .transfer.readers import RealLink
+from .transfer.charges import Charges
+from .transfer.emulation import EmulatedTime, EmulatedTransport
+from .transfer.readers import ReaderTransport
 from .transfer.specs import EmulationSpec
 
 _DECLARED = MachineProfile(name="default specs", tiers=DEFAULT_SPECS)
@@ -127,7 +125,7 @@ def attach(
             device=compute_device,
         )
     )
-    emulated = EmulatedLink(emulation, compute_device) if emulation is not None else None
+    charges = EmulatedTime(emulation, compute_device) if emulation is not None else Charges()
     labels: dict[str, Tier] = {}
     if budget is None:
         assert loaded is not None
@@ -144,48 +142,30 @@ def attach(
         mode=mode,
         machine=profile,
         keeps_originals=checkpoint is None and mode == "real",
-        emulated=emulated,
+        charges=charges,
     )
-    payloads = planning.payloads
-    warn_of_incompressible(payloads.values())
-    schedule = planning.schedule
-    plan = planning.make_plan(budget, schedule)
-    moves = veto.judge(plan)
+    warn_of_incompressible(planning.payloads.values())
+    plan = planning.make_plan(budget, planning.schedule)
     stores = _Stores(Path(spill_dir) if spill_dir is not None else None, mode, compute_device)
-    link: Link = emulated or RealLink(stores, compute_device)
     with plain_tensors():
         originals = Originals(model, checkpoint)
-        archive = Archive(stores, originals)
-        residency = Residency(
-            payloads, originals, link, archive, device=compute_device, emulated=mode == "emulated"
-        )
-        try:
-            originals.prepare(
-                compute_device,
-                one_expert_at_a_time=[
-                    payload.group.modules[0]
-                    for payload in payloads.values()
-                    if payload.lossy and payload.group.kind is BlockKind.EXPERT
-                ],
-            )
-            with placing_bar(sum(each.num_bytes for each in payloads.values())) as progress:
-                residency.apply(plan, payloads, schedule, moves, progress=progress)
-            veto.adopt(plan)
-            runtime = Runtime(
-                model,
-                blocks,
-                residency,
-                plan,
-                planning,
-                veto,
-                emulated=emulated,
-                device=compute_device,
-                schedule=schedule,
-                labels=labels,
-            )
-        except BaseException:
-            residency.close()
-            raise
+    keeper = PlanKeeper(
+        plan,
+        planning,
+        veto,
+        originals=originals,
+        archive=Archive(stores, originals),
+        transport=(
+            EmulatedTransport(charges)
+            if isinstance(charges, EmulatedTime)
+            else ReaderTransport(stores, compute_device)
+        ),
+        charges=charges,
+        device=compute_device,
+        labels=labels,
+        emulated=mode == "emulated",
+    )
+    runtime = Runtime(keeper)
     if measure is not None:
         try:
             runtime.check_quality(measure)

@@ -148,7 +148,7 @@ def test_evaluation_of_the_placed_model(run: Run, capsys: pytest.CaptureFixture[
 
 def test_evaluation_under_a_bound(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--model", run.checkpoint, "--tier-hints", run.hints)
-    with pytest.raises(InputError, match="calibrate_hints.py"):
+    with pytest.raises(InputError, match="tierhints calibrate"):
         evaluate.main([*map(str, arguments), "--epsilon", "0.02"])
     call(calibrate_hints.main, capsys, *arguments, "--draws", 32)
     document = call(evaluate.main, capsys, *arguments, "--epsilon", "ppl=1.02")

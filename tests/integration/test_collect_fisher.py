@@ -82,7 +82,7 @@ def test_a_checkpoint_gets_hints_without_training(
     checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     command = [
-        *(sys.executable, ROOT / "scripts" / "collect_fisher.py"),
+        *(sys.executable, "-m", "lib.commands", "collect"),
         *("--model", checkpoint, "--data", text, "--samples", "6", "--batch-size", "2"),
         *("--output", tmp_path / "hints.json", "--save-diagonal", tmp_path / "f.safetensors"),
         *("--json", tmp_path / "result.json", "--device", "cpu"),

@@ -49,7 +49,7 @@ def plain_weights(module: nn.Module, *, trains: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for parameter in module.parameters():
             if isinstance(parameter, OffloadedParameter):
-                stack.enter_context(parameter._tierhints_fetch())
+                stack.enter_context(parameter._tierhints_away.fetch())
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         if trains and torch.is_grad_enabled():
             torch.backends.mha.set_fastpath_enabled(False)

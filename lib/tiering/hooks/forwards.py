@@ -9,38 +9,42 @@ import contextlib
 import os
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ...errors import InputError, PlacementError
+from ...errors import PlacementError
 from ...policy.plan import Step
-from ..payload.groups import Group
 from ..residency.casting import UnkeptCopies, autocast_dtype
+from ..residency.held import HeldGroup
 from ..residency.residency import Residency
 from ..residency.stand_ins import NO_GRADIENTS, requires_grad
 from ..telemetry import Recorder
 from .fast_path import EncoderPaths
+from .group_hook import GroupHook
 from .guards import Guards
+from .managed import attached
 from .progress import PassBar
 from .tracing import refuse_tracing
 
-_attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Modules of models that a runtime holds; weak, so that a forgotten model is freed."""
+
+class Supervisor(Protocol):
+    """Who decides whether a forward may begin, and what follows from its end."""
+
+    def begin_forward(self) -> int:
+        """Let a forward begin, or raise; returns the bytes that it will stream."""
+
+    def end_forward(self, error: BaseException | None) -> None:
+        """Hear of a forward's end, and of the error that ended it."""
 
 
 class Forwards:
-    """The hooks on a model, and the forward that it is in. One thread at a time may be in one.
-
-    ``begin_forward`` is asked before each forward: it may refuse, and returns the bytes that will
-    be streamed; ``end_forward`` is told of its end, and of the error that ended it.
-    """
+    """The hooks on a model, and the forward that it is in. One thread at a time may be in one."""
 
     def __init__(
         self,
@@ -49,8 +53,7 @@ class Forwards:
         recorder: Recorder,
         schedule: Sequence[Step],
         *,
-        begin_forward: Callable[[], int],
-        end_forward: Callable[[BaseException | None], None],
+        supervisor: Supervisor,
     ) -> None:
         self.schedule = tuple(schedule)
         """The uses that the next forward is expected to make."""
@@ -61,10 +64,10 @@ class Forwards:
         self._residency = residency
         self._recorder = recorder
         self._looked_up = {step.block for step in schedule if step.lookup}
-        self._begin_outside, self._end_outside = begin_forward, end_forward
+        self._supervisor = supervisor
         self.casts: set[torch.dtype] = set()
         """What autocast has computed in so far."""
-        self._held: list[tuple[_GroupHook, list[str], UnkeptCopies | None]] = []
+        self._held: list[tuple[GroupHook, list[HeldGroup], UnkeptCopies | None]] = []
         self._unkept: UnkeptCopies | None = None
         self._implicit: nn.Module | None = None
         """The submodule whose call by itself is the present forward."""
@@ -75,8 +78,7 @@ class Forwards:
         self._bar = PassBar()
         self._handles: list[RemovableHandle] = []
         self._encoders = EncoderPaths(trains=residency.trains)
-        residency.access.on_move = self._moving
-        residency.access.alone = self._alone
+        self._memory = residency.memory
         self._install()
 
     def remove(self) -> None:
@@ -86,7 +88,7 @@ class Forwards:
         self._handles.clear()
         self._encoders.remove()
         for module in self._model.modules():
-            _attached.discard(module)
+            attached.discard(module)
         self._guards.remove()
         self._bar.close()
 
@@ -108,12 +110,12 @@ class Forwards:
         return (*self.trace, *(step for step in self.schedule if step.block not in named))
 
     def _install(self) -> None:
-        users: dict[str, list[Group]] = {}
-        for group in self._residency.groups:
-            for module_name in group.modules:
+        users: dict[str, list[HeldGroup]] = {}
+        for group in self._residency.groups.values():
+            for module_name in group.payload.group.modules:
                 users.setdefault(module_name, []).append(group)
         for module_name, groups in users.items():
-            module, hook = self._model.get_submodule(module_name), _GroupHook(self, groups)
+            module, hook = self._model.get_submodule(module_name), GroupHook(self, groups)
             if isinstance(module, nn.TransformerEncoderLayer):
                 self._encoders.add_layer(module, partial(hook.hold, module))
             else:
@@ -129,7 +131,7 @@ class Forwards:
             end = self._model.register_forward_hook(self._end_forward, always_call=True)
             self._handles += [begin, end]
         for module in self._model.modules():
-            _attached.add(module)
+            attached.add(module)
         self._guards = Guards(self._model, self._save_state)
 
     def _install_entry(self, module: nn.Module) -> None:
@@ -167,7 +169,7 @@ class Forwards:
                 "weights are held compressed, and a state_dict would have them for good: detach "
                 "first"
             )
-        with self.lock, self._residency.access.copies_on_host():
+        with self.lock, self._memory.copies_on_host():
             save(destination, prefix, keep_vars)
 
     def _begin_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -183,7 +185,7 @@ class Forwards:
         self._refuse_other_threads()
         # KeyboardInterrupt skips post-hooks: give back what an interrupted forward held.
         self._end_leftovers()
-        streamed = self._begin_outside()
+        streamed = self._supervisor.begin_forward()
         self._thread = threading.current_thread()
         self._callers_error = sys.exc_info()[1]
         self._implicit = implicit
@@ -191,7 +193,7 @@ class Forwards:
         self._residency.begin_forward()
         self._recorder.forwards += 1
         self._bar.begin(streamed)
-        if autocast_dtype(self._residency.device) is not None:
+        if autocast_dtype(self._memory.device) is not None:
             self._unkept = UnkeptCopies().__enter__()
 
     def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -211,8 +213,8 @@ class Forwards:
         self._callers_error = None
         if error is None:
             self.schedule = self._expected_schedule()
-            self._residency.end_forward()
-        self._end_outside(error)
+            self._memory.prefetcher.end_forward()
+        self._supervisor.end_forward(error)
 
     def _expected_schedule(self) -> tuple[Step, ...]:
         """Expect what this forward used; the forward of a part says nothing of the other blocks."""
@@ -220,44 +222,42 @@ class Forwards:
             return tuple(self.trace) or self.schedule
         return self.expected
 
-    def _acquire(self, hook: "_GroupHook", module: nn.Module) -> None:
+    def acquire(self, hook: GroupHook, module: nn.Module) -> None:
+        """Bring the weights of a module that begins into fast memory."""
         refuse_tracing()
         with self.lock:
             self._refuse_other_threads()
             if self._thread is not threading.current_thread() or self._was_interrupted(module):
                 self._begin(implicit=module)
-            held: list[str] = []
+            held: list[HeldGroup] = []
             self._held.append((hook, held, self._enter_casting(hook)))
             for group in hook.groups:
-                block = group.blocks[0].name
+                block, *others = [block.name for block in group.payload.group.blocks]
                 lookup = hook.lookup and group.name in self._looked_up
                 self.trace.append(Step(group.name, lookup=lookup))
                 self._recorder.begin_transfer(block)
-                before, moved_bytes = self._residency.virtual_seconds, 0
+                before, moved_bytes = self._memory.charges.virtual_seconds, 0
                 try:
-                    moved_bytes = self._residency.acquire(group.name)
-                    held.append(group.name)
+                    moved_bytes = group.acquire()
+                    held.append(group)
                 finally:
-                    charged = self._residency.virtual_seconds - before
+                    charged = self._memory.charges.virtual_seconds - before
                     self._recorder.end_transfer(block, moved_bytes, charged)
-                    if group.name not in held:
+                    if group not in held:
                         self._recorder.end_compute()
-                for other in group.blocks[1:]:
-                    self._recorder.count_call(other.name)
+                for other in others:
+                    self._recorder.count_call(other)
                 self._bar.update(moved_bytes)
 
-    def _enter_casting(self, hook: "_GroupHook") -> UnkeptCopies | None:
+    def _enter_casting(self, hook: GroupHook) -> UnkeptCopies | None:
         """Keep autocast, where it is on, from keeping copies; those of this module are booked."""
-        dtype = autocast_dtype(self._residency.device)
+        dtype = autocast_dtype(self._memory.device)
         if dtype is None:
             return None
         self.casts.add(dtype)
-        copied = sum(self._residency.copy_bytes(group.name, dtype) for group in hook.groups)
+        copied = sum(group.copy_bytes(dtype) for group in hook.groups)
         self._recorder.book_moment(copied)
         return UnkeptCopies(copied).__enter__()
-
-    def _wants_gradients(self, hook: "_GroupHook") -> bool:
-        return any(self._residency.requires_grad(group.name) for group in hook.groups)
 
     def _was_interrupted(self, module: nn.Module) -> bool:
         """Say whether the call of a submodule that is taken for the present forward has ended: its
@@ -267,7 +267,8 @@ class Forwards:
             return False
         return _num_running(self._implicit) <= (self._implicit is module)
 
-    def _release(self, hook: "_GroupHook", module: nn.Module) -> None:
+    def release(self, hook: GroupHook, module: nn.Module) -> None:
+        """End the use of a module's weights, also where acquiring them failed."""
         with self.lock:
             mine = self._thread is threading.current_thread()
             if not (mine and self._held and self._held[-1][0] is hook):
@@ -275,10 +276,10 @@ class Forwards:
             _, held, unkept = self._held.pop()
             if unkept is not None:
                 unkept.__exit__()
-                self._residency.give_back_copies(unkept.num_bytes)
+                self._memory.give_back_copies(unkept.num_bytes)
             for group in reversed(held):
                 self._recorder.end_compute()
-                self._residency.release(group)
+                group.release()
             if not self._held and self._implicit is module:
                 self._end()
 
@@ -314,68 +315,27 @@ class Forwards:
         self._thread = None
 
     @contextlib.contextmanager
-    def _moving(self, group: str) -> Iterator[Callable[[int], None]]:
+    def moving(self, group: str) -> Iterator[Callable[[int], None]]:
         """Book a transfer that no module hook asked for."""
-        block = self._residency.first_block(group)
+        block = self._residency.groups[group].payload.group.blocks[0].name
         moved: list[int] = []
-        with self._alone():
-            before = self._residency.virtual_seconds
+        with self.alone():
+            before = self._memory.charges.virtual_seconds
             self._recorder.begin_transfer(block, counts=False)
             try:
                 yield moved.append
             finally:
-                charged = self._residency.virtual_seconds - before
+                charged = self._memory.charges.virtual_seconds - before
                 self._recorder.end_transfer(block, sum(moved), charged)
                 self._recorder.end_compute()
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """Keep other threads from the slots, and a forked child from waiting for its parent's."""
         with self.lock:
             self.refuse_other_processes()
             self._refuse_other_threads()
             yield
-
-
-class _GroupHook:
-    """The pair of hooks on one module, for the groups whose weights its forward uses."""
-
-    def __init__(self, forwards: Forwards, groups: list[Group]) -> None:
-        self._forwards = forwards
-        self.groups = groups
-        self.lookup = False
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(group.name for group in self.groups)})"
-
-    def install(self, module: nn.Module, handles: list[RemovableHandle]) -> None:
-        self.lookup = isinstance(module, nn.Embedding)
-        # In front of a user's own hooks: they find the weights there, and one that raises leaves
-        # our pair balanced.
-        handles.append(
-            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-        )
-        handles.append(module.register_forward_hook(self._after, always_call=True))
-
-    @contextlib.contextmanager
-    def hold(self, module: nn.Module, args: Any, kwargs: Any) -> Iterator[None]:
-        """Do as the pair of hooks does, for as long as the context lasts."""
-        try:
-            self._before(module, args, kwargs)
-            yield
-        finally:
-            self._after(module, args, None)
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._forwards._acquire(self, module)
-        # Also inputs that come from elsewhere: a user's hook, layers that are called one by one.
-        if torch.is_grad_enabled() and (
-            requires_grad((args, kwargs)) or self._forwards._wants_gradients(self)
-        ):
-            raise PlacementError(f"inputs or weights require gradients, {NO_GRADIENTS}")
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._forwards._release(self, module)
 
 
 def _containers(users: Collection[str]) -> list[str]:
@@ -399,27 +359,3 @@ def _num_running(module: nn.Module) -> int:
         )
         frame = frame.f_back
     return count
-
-
-def refuse_managed(model: nn.Module) -> None:
-    """Raise PlacementError where this or another offloader manages the model, InputError where it
-    is compiled.
-    """
-    if any(
-        "_orig_mod" in module._modules or module._compiled_call_impl is not None
-        for module in model.modules()
-    ):
-        raise InputError("the model is compiled (torch.compile): attach to the uncompiled model")
-    for name, module in model.named_modules():
-        place = f"module {name!r}" if name else "the model"
-        if module in _attached:
-            raise PlacementError(f"{place} is attached already: detach its runtime first")
-        if hasattr(module, "_hf_hook"):
-            raise PlacementError(
-                f"{place} is managed by Accelerate: remove_hook_from_submodules(model) first, or "
-                "load without device_map"
-            )
-        if hasattr(module, "_diffusers_hook"):
-            raise PlacementError(
-                f"{place} has Diffusers hooks (group offloading): remove them first"
-            )

@@ -22,7 +22,7 @@ from ...policy.timeline import PassTime
 from ...vocabulary import Precision, Tier
 from ..payload.layout import Payload
 from ..residency.casting import copy_bytes
-from ..transfer.emulation import EmulatedLink
+from ..transfer.charges import Charges
 from .budget import _REAL_TIERS, Budget, leave_room, original_bytes, parse_budget, with_originals
 from .demands import Demand
 from .needs import PrecisionChoice, block_needs, expanded_bytes, make_payloads, scratch_bytes
@@ -50,7 +50,7 @@ class Planning:
         mode: Mode,
         machine: MachineProfile,
         keeps_originals: bool,
-        emulated: EmulatedLink | None,
+        charges: Charges,
     ) -> None:
         self._model = model
         self._blocks = blocks
@@ -62,7 +62,7 @@ class Planning:
         self._mode: Mode = mode
         self._machine = machine
         self._keeps_originals = keeps_originals
-        self._emulated = emulated
+        self._charges = charges
         self.casts: frozenset[torch.dtype] = frozenset()
         """What autocast computes in: plans have room for copies of the weights in use."""
         self.payloads: dict[str, Payload] = {}
@@ -145,8 +145,7 @@ class Planning:
             plan = make_plan(needs, schedule, room, self._machine, scratch)
         else:
             parsed, plan = {}, self._plan_by_hints(scratch)
-        if self._emulated is not None:
-            self._emulated.check(plan)
+        self._charges.check(plan)
         expanded = expanded_bytes(self.payloads, self._demands)
         return with_originals(replace(plan, expanded_bytes=expanded), parsed, kept)
 

@@ -77,13 +77,27 @@ class WeightOps(Protocol):
         """Return W[start:end] in the model's dtype."""
 
 
-class Prepare(Protocol):
-    """Makes room for all that an operation needs at the same time, before any of it is fetched."""
+class Away(Protocol):
+    """What stands behind a parameter whose weights are away."""
 
-    def __call__(
-        self, whole: "Sequence[OffloadedParameter]", by_rows: "Sequence[OffloadedParameter]"
-    ) -> bool:
-        """Return whether parameters have come or gone for it: the operation begins anew then."""
+    shape: Tensor
+    """Meta tensor with the size, strides and dtype of the weights."""
+    ops: WeightOps | None
+    """What can be computed without the weights as a tensor."""
+    transposed: bool
+    """The parameter is W.T, as in GPT-2's Conv1D."""
+
+    def prepare(self, whole: "Sequence[Away]", by_rows: "Sequence[Away]") -> bool:
+        """Make room for all that an operation needs at the same time, before any of it is fetched.
+
+        Returns whether parameters have come or gone for it: the operation begins anew then.
+        """
+
+    def fetch(self) -> contextlib.AbstractContextManager[None]:
+        """Make the parameter a plain one for as long as the context lasts."""
+
+    def copy(self) -> Tensor | None:
+        """Read the weights, to be kept, into memory of their own; None where fetching does that."""
 
 
 class OffloadedParameter(nn.Parameter):
@@ -91,15 +105,7 @@ class OffloadedParameter(nn.Parameter):
     back.
     """
 
-    _tierhints_shape: Tensor
-    """Meta tensor with the size, strides and dtype of the weights that are away."""
-    _tierhints_fetch: Callable[[], contextlib.AbstractContextManager[None]]
-    _tierhints_prepare: "Prepare | None"
-    _tierhints_copy: Callable[[], Tensor] | None
-    """Reads the weights, to be kept, into memory of their own; None where fetching does that."""
-    _tierhints_ops: WeightOps | None
-    _tierhints_transposed: bool
-    """The parameter is W.T, as in GPT-2's Conv1D."""
+    _tierhints_away: Away
 
     def __getattr__(self, name: str) -> Any:
         """Refuse to be one that ``set_away`` didn't make: other code has made it of this class."""
@@ -138,7 +144,7 @@ class OffloadedParameter(nn.Parameter):
         """
         kwargs = kwargs or {}
         if func in _SHAPE_QUESTIONS:
-            return func(args[0]._tierhints_shape, *args[1:], **kwargs)
+            return func(args[0]._tierhints_away.shape, *args[1:], **kwargs)
         if func in _METADATA:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -146,8 +152,8 @@ class OffloadedParameter(nn.Parameter):
             raise PlacementError(_WRITTEN)
         refuse_tracing()
         if func in _DETACHING:
-            if (copy := args[0]._tierhints_copy) is not None:
-                return copy()
+            if (copied := args[0]._tierhints_away.copy()) is not None:
+                return copied
             func = Tensor.detach  # as .data, but for sharing the counter that shows later writes
         with contextlib.ExitStack() as stack:
             if torch.is_grad_enabled():
@@ -162,50 +168,30 @@ class OffloadedParameter(nn.Parameter):
                 for parameter in _find_offloaded((args, kwargs))
                 if own is None or parameter is not own[0]
             ]
-            streamed = [own[0]] if own is not None and func is F.linear else []
-            for parameter in (*needed, *streamed):
-                prepare = parameter._tierhints_prepare
-                if prepare is not None and prepare(needed, streamed):
+            whole = [parameter._tierhints_away for parameter in needed]
+            by_rows = [own[0]._tierhints_away] if own is not None and func is F.linear else []
+            for away in (*whole, *by_rows):
+                if away.prepare(whole, by_rows):
                     return func(*args, **kwargs)  # what is away has changed: look again
             for parameter in needed:
                 if isinstance(parameter, OffloadedParameter):  # its group may be there by now
-                    stack.enter_context(parameter._tierhints_fetch())
+                    stack.enter_context(parameter._tierhints_away.fetch())
             return func(*args, **kwargs) if own is None else own[1]()
 
 
-def set_away(
-    parameter: nn.Parameter,
-    shape: Tensor,
-    fetch: Callable[[], contextlib.AbstractContextManager[None]],
-    ops: WeightOps | None = None,
-    *,
-    placeholder: Tensor,
-    copy: Callable[[], Tensor] | None = None,
-    transposed: bool = False,
-    prepare: Prepare | None = None,
-) -> None:
-    """Take a parameter's weights from it. ``ops`` compute what they can without it; for anything
-    else ``fetch`` brings the weights back for as long as its context lasts, after ``prepare`` has
-    made room for all that an operation needs. ``copy`` returns weights that may be kept.
-    """
+def set_away(parameter: nn.Parameter, away: Away, *, placeholder: Tensor) -> None:
+    """Take a parameter's weights from it; ``away`` computes or fetches what is asked of it."""
     set_weights(parameter, placeholder)
     parameter.__class__ = OffloadedParameter
     assert isinstance(parameter, OffloadedParameter)
-    parameter._tierhints_shape = shape
-    parameter._tierhints_fetch = fetch
-    parameter._tierhints_prepare = prepare
-    parameter._tierhints_copy = copy
-    parameter._tierhints_ops = ops
-    parameter._tierhints_transposed = transposed
+    parameter._tierhints_away = away
 
 
 def set_weights(parameter: nn.Parameter, weights: Tensor) -> None:
     """Make a parameter a plain one with these weights."""
     if isinstance(parameter, OffloadedParameter):
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-        del parameter._tierhints_shape, parameter._tierhints_fetch
-        del parameter._tierhints_prepare, parameter._tierhints_copy
-        del parameter._tierhints_ops, parameter._tierhints_transposed
+        del parameter._tierhints_away
     parameter.data = weights
 
 
@@ -225,18 +211,22 @@ def _own_operation(
     if func is F.linear:
         named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
         weight, x, bias = named["weight"], named["input"], named.get("bias")
-        if (ops := _ops(weight)) and not weight._tierhints_transposed and _is_plain(x):
+        if (ops := _ops(weight)) and not weight._tierhints_away.transposed and _is_plain(x):
             return weight, lambda: _linear(ops, x, bias)
     elif func is torch.addmm and not kwargs and len(args) == 3:
         bias, x, weight = args
-        if (ops := _ops(weight)) and weight._tierhints_transposed and _is_plain(x):
+        if (ops := _ops(weight)) and weight._tierhints_away.transposed and _is_plain(x):
             return weight, lambda: _linear(ops, x, bias)
     elif func is F.embedding:
         named = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False))
         named |= kwargs
         weight, ids = named["weight"], named["input"]
         ops = _ops(weight)
-        if ops and ops.looks_up and not (weight._tierhints_transposed or named.get("max_norm")):
+        if (
+            ops
+            and ops.looks_up
+            and not (weight._tierhints_away.transposed or named.get("max_norm"))
+        ):
             return weight, lambda: ops.rows(ids)
     elif func is Tensor.__getitem__ and (index := _as_index(args[1])) is not None:
         weight = args[0]
@@ -252,7 +242,7 @@ def _linear(ops: WeightOps, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _ops(weight: Any) -> WeightOps | None:
-    return weight._tierhints_ops if isinstance(weight, OffloadedParameter) else None
+    return weight._tierhints_away.ops if isinstance(weight, OffloadedParameter) else None
 
 
 def _as_index(index: Any) -> int | None:
@@ -296,3 +286,16 @@ def _find_offloaded(value: Any) -> Iterator[OffloadedParameter]:
             yield from _find_offloaded(item)
     elif isinstance(value, dict):
         yield from _find_offloaded(tuple(value.values()))
+
+
+@contextlib.contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Make ordinary tensors, whatever the caller's modes: those made in inference mode could not be
+    used outside it, and a default device (``torch.device("meta")``) is for the caller's tensors.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.no_grad())
+        if torch._C._len_torch_function_stack():
+            stack.enter_context(torch.device("cpu"))
+        yield

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...errors import PlacementError
-from .link import Link, Ticket, Unit
+from .transport import Ticket, Transport, Unit
 
 
 @dataclass(slots=True, eq=False)
@@ -31,11 +31,16 @@ class Prefetcher:
     """
 
     def __init__(
-        self, link: Link, num_slots: int, schedule: Sequence[Unit], *, slot_bytes: int = 2**63
+        self,
+        transport: Transport,
+        num_slots: int,
+        schedule: Sequence[Unit],
+        *,
+        slot_bytes: int = 2**63,
     ) -> None:
         self.slot_bytes = slot_bytes if num_slots else 0
         """The largest unit that can be acquired."""
-        self._link = link
+        self._transport = transport
         self._num_slots = num_slots
         self._free = list(range(num_slots))
         self._live: dict[Unit, _Live] = {}
@@ -72,7 +77,7 @@ class Prefetcher:
         try:
             self._advance(unit)
             self._prefetch()
-            return self._link.wait(live.ticket)
+            return self._transport.wait(live.ticket)
         except BaseException as error:
             live.holds -= 1
             if live.holds == 0 and not isinstance(error, KeyboardInterrupt):
@@ -81,15 +86,15 @@ class Prefetcher:
 
     def release(self, unit: Unit, *, shared: bool) -> None:
         """End one hold; the slot may then serve another unit. ``shared`` as in
-        ``Link.done_with``.
+        ``Transport.done_with``.
         """
         live = self._live[unit]
-        if shared and live.holds == 1 and self._link.is_lent(live.ticket.slot):
+        if shared and live.holds == 1 and self._transport.is_lent(live.ticket.slot):
             self._lent.add(unit)
             return
         live.holds -= 1
         if live.holds == 0:
-            if not self._link.done_with(live.ticket.slot, shared=shared):
+            if not self._transport.done_with(live.ticket.slot, shared=shared):
                 self._drop(unit)
             self._prefetch()
 
@@ -102,7 +107,7 @@ class Prefetcher:
     def _take_back(self) -> None:
         """End the holds of lent slots that nobody has views of any more."""
         for unit in list(self._lent):
-            if not self._link.is_lent(self._live[unit].ticket.slot):
+            if not self._transport.is_lent(self._live[unit].ticket.slot):
                 self._lent.discard(unit)
                 self.release(unit, shared=True)
 
@@ -126,7 +131,7 @@ class Prefetcher:
         for unit, live in list(self._live.items()):
             if live.holds and unit not in self._lent:
                 live.holds = 0
-                if not self._link.done_with(live.ticket.slot, shared=True):
+                if not self._transport.done_with(live.ticket.slot, shared=True):
                     self._drop(unit)
         self._tracing = False
         taken = {live.ticket.slot for live in self._live.values()}
@@ -198,7 +203,7 @@ class Prefetcher:
     def _submit(self, unit: Unit, slot: int | None) -> _Live:
         assert slot is not None
         try:
-            live = _Live(self._link.submit(unit, slot))
+            live = _Live(self._transport.submit(unit, slot))
         except BaseException:
             self._free.append(slot)
             raise

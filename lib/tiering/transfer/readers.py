@@ -1,4 +1,4 @@
-"""RealLink: reader threads that carry units from stores into page-aligned slots.
+"""ReaderTransport: reader threads that carry units from stores into page-aligned slots.
 
 In front of an accelerator they stage through pinned memory and copy on a stream of its own, with
 events both ways and no synchronization on the host.
@@ -15,15 +15,13 @@ from torch import Tensor
 
 from ...vocabulary import Tier
 from ..stores import NUM_READERS, PIECE_BYTES, Store, aligned_buffer
-from .link import Left, Ticket, Unit
+from .transport import Left, Ticket, Unit
 
 _Job = Ticket | None
 
 
-class RealLink:
+class ReaderTransport:
     """Reads units from real stores."""
-
-    virtual_seconds = 0.0
 
     def __init__(self, stores: Mapping[Tier, Store], device: torch.device) -> None:
         self._stores = stores
@@ -134,19 +132,6 @@ class RealLink:
 
     def _leave(self, slot: int) -> None:
         self._left.append(Left(self._slots[slot]))
-
-    def fetch(self, tier: Tier, num_bytes: int) -> None:
-        """Nothing to account for: the time has really passed."""
-
-    def use_in_place(self, num_bytes: int) -> None:
-        """Nothing to account for: the time has really passed."""
-
-    def wait_error(self) -> None:
-        """Real transfers have no target to miss."""
-        return None
-
-    def reset(self) -> None:
-        """There are no figures."""
 
     def slots(self) -> Sequence[Tensor]:
         """Return the slots, to measure them."""

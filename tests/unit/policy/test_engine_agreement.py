@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from toy_blocks import make_machine
 
 from lib.policy import TimedUse, Timeline, Transfer, simulate
-from lib.tiering.transfer.link import Ticket, Unit
 from lib.tiering.transfer.prefetch import Prefetcher
+from lib.tiering.transfer.transport import Ticket, Unit
 from lib.vocabulary import Tier
 
 TIERS = make_machine().tiers

@@ -68,7 +68,7 @@ def test_what_kernels_cost_counts_against_epsilon(tmp_path: Path) -> None:
 
 def test_a_bound_needs_calibrated_hints() -> None:
     uncalibrated = replace(calibrated(), quality={})
-    with pytest.raises(InputError, match="calibrate_hints.py"):
+    with pytest.raises(InputError, match="tierhints calibrate"):
         attach(model(), uncalibrated, budget=BUDGET, epsilon=0.01)
     with pytest.raises(InputError, match="epsilon needs hints"):
         attach(model(), budget=BUDGET, epsilon=0.01)

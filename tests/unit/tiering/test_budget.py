@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lib.blocks import storage_bytes
+from lib.blocks import partition_model, storage_bytes
 from lib.errors import InputError, PlacementError
 from lib.hints import BlockHint, Hints
 from lib.tiering import attach, empty_weights
-from lib.tiering.residency.placing import Placing
+from lib.tiering.residency.held import HeldGroup
 from lib.tiering.stores import FileStore, NumaStore, numa
 from lib.tiering.stores.numa import page_nodes
+from lib.tiering.transfer.prefetch import Prefetcher
 from lib.vocabulary import Precision, Tier
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -90,7 +91,9 @@ def test_fast_memory_stays_within_the_budget_for_20_random_plans(tmp_path: Path)
         ) as runtime:
             found = logits(model)
             stats = runtime.stats()
-            assert max(stats.peak_resident_bytes, runtime._residency.resident_bytes()) <= budget
+            assert (
+                max(stats.peak_resident_bytes, runtime._keeper.residency.resident_bytes()) <= budget
+            )
         assert precision is not None or torch.equal(found, expected)
 
 
@@ -188,7 +191,7 @@ class TestPrecision:
         hints = Hints(
             blocks={
                 block: BlockHint(tier=Tier.HBM, floor=Precision.INT8 if block == names[1] else None)
-                for block in runtime._blocks
+                for block in (each.name for each in partition_model(model))
             }
         )
         with attach(model, hints, budget=budget, precision="int4", spill_dir=tmp_path) as runtime:
@@ -297,10 +300,11 @@ class TestLiveBudget:
                 runtime.budget = {"HBM": size, "SSD": None}
                 assert torch.equal(logits(model), expected)
                 stats = runtime.stats()
-                assert stats.resident_bytes == runtime._residency.resident_bytes()
+                assert stats.resident_bytes == runtime._keeper.residency.resident_bytes()
                 assert stats.resident_bytes <= runtime.plan.fast_bytes
                 assert stats.bytes_per_tier == {
-                    str(tier): size for tier, size in runtime._residency.bytes_per_tier().items()
+                    str(tier): size
+                    for tier, size in runtime._keeper.residency.bytes_per_tier().items()
                 }
         assert torch.equal(logits(model), expected)
 
@@ -398,7 +402,6 @@ class TestFailures:
     def test_out_of_memory_during_attach_restores_the_model(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from lib.tiering.transfer import link
 
         model = medium()
         expected = logits(model)
@@ -406,8 +409,10 @@ class TestFailures:
         def fail(num_bytes: int) -> Tensor:
             raise torch.OutOfMemoryError("simulated")
 
+        from lib.tiering.transfer import readers
+
         with monkeypatch.context() as patch:
-            patch.setattr(link, "aligned_buffer", fail)
+            patch.setattr(readers, "aligned_buffer", fail)
             with pytest.raises(torch.OutOfMemoryError):
                 attach(model, budget={"HBM": "9MiB", "SSD": None}, spill_dir=tmp_path)
         assert torch.equal(logits(model), expected)
@@ -463,11 +468,11 @@ def test_generate_batched_sampled_and_greedy_equals_the_resident_model(tmp_path:
 def test_steady_state_allocates_no_slots(tmp_path: Path) -> None:
     model = medium()
     with attach(model, budget={"HBM": "9MiB", "SSD": None}, spill_dir=tmp_path) as runtime:
-        slots = [slot.data_ptr() for slot in runtime._residency._link.slots()]
+        slots = [slot.data_ptr() for slot in runtime._keeper.memory.transport.slots()]
         for _ in range(3):
             logits(model)
         gc.collect()
-        assert [slot.data_ptr() for slot in runtime._residency._link.slots()] == slots
+        assert [slot.data_ptr() for slot in runtime._keeper.memory.transport.slots()] == slots
 
 
 class Functional(nn.Module):
@@ -529,13 +534,13 @@ def test_strides_of_a_checkpoint_s_model_are_kept(tmp_path: Path) -> None:
             assert torch.allclose(empty(inputs), expected, atol=1e-5)
 
 
-def interrupted_after(stop: int, acquire: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def interrupted_after(stop: int, acquire: Callable[..., Any]) -> Callable[..., Any]:
     """Return an acquire whose call number ``stop`` does its work and is then interrupted."""
     calls: list[Any] = []
 
-    def interrupt(unit: Any) -> Any:
-        result = acquire(unit)
-        calls.append(unit)
+    def interrupt(*args: Any) -> Any:
+        result = acquire(*args)
+        calls.append(args)
         if len(calls) == stop:
             raise KeyboardInterrupt
         return result
@@ -544,24 +549,19 @@ def interrupted_after(stop: int, acquire: Callable[[Any], Any]) -> Callable[[Any
 
 
 class TestInterrupts:
-    @pytest.mark.parametrize("place", ["_residency.acquire", "_residency._prefetcher.acquire"])
+    @pytest.mark.parametrize("owner", [HeldGroup, Prefetcher])
     def test_ctrl_c_after_an_acquire_leaves_the_model_right(
-        self, place: str, tmp_path: Path
+        self, owner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = medium()
         expected = logits(model)
         with attach(model, budget={"HBM": "9MiB", "SSD": None}, spill_dir=tmp_path) as runtime:
             for stop in (1, 3, 5):
-                owner: Any = runtime
-                *path, name = place.split(".")
-                for part in path:
-                    owner = getattr(owner, part)
-                interrupt = interrupted_after(stop, getattr(owner, name))
-                setattr(owner, name, interrupt)
-                with pytest.raises(KeyboardInterrupt):
+                interrupt = interrupted_after(stop, owner.acquire)
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(owner, "acquire", interrupt)
                     for _ in range(3):
                         logits(model)
-                delattr(owner, name)
                 for _ in range(2):
                     assert torch.equal(logits(model), expected)
             runtime.budget = {"HBM": "12MiB", "SSD": None}
@@ -624,21 +624,21 @@ class TestFailedMoves:
         model = medium()
         expected = logits(model)
         with attach(model, budget={"HBM": "64MiB", "SSD": None}, spill_dir=tmp_path) as runtime:
-            moves = {name: getattr(Placing, name) for name in ("send_off", "bring_in")}
+            moves = {name: getattr(HeldGroup, name) for name in ("send_off", "bring_in")}
             calls: list[str] = []
 
             def failing(name: str) -> Callable[..., None]:
-                def move(self: Placing, held: Any, *args: Any, **options: Any) -> None:
+                def move(self: HeldGroup, *args: Any, **options: Any) -> None:
                     calls.append(name)
                     if name == "bring_in" or len(calls) > 3:
                         raise PlacementError(f"no {name}")
-                    moves[name](self, held, *args, **options)
+                    moves[name](self, *args, **options)
 
                 return move
 
             with monkeypatch.context() as patch:
                 for name in moves:
-                    patch.setattr(Placing, name, failing(name))
+                    patch.setattr(HeldGroup, name, failing(name))
                 with pytest.raises(PlacementError, match="no send_off"):
                     runtime.budget = {"HBM": "9MiB", "SSD": None}
             assert set(calls) == set(moves)
@@ -647,7 +647,7 @@ class TestFailedMoves:
             for size in ("64MiB", "12MiB"):  # as before, and less
                 runtime.budget = {"HBM": size, "SSD": None}
                 assert torch.equal(logits(model), expected)
-                held = {name: held.tier for name, held in runtime._residency._held.items()}
+                held = {name: held.tier for name, held in runtime._keeper.residency.groups.items()}
                 assert held == {name: p.tier for name, p in runtime.plan.placements.items()}
         assert torch.equal(logits(model), expected)
 

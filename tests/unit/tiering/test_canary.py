@@ -24,7 +24,7 @@ from lib.errors import InputError, PlacementError
 from lib.policy.audit import Rule
 from lib.policy.veto import Measured
 from lib.tiering import Runtime, attach, empty_weights
-from lib.tiering.residency.placing import Placing
+from lib.tiering.residency.held import HeldGroup
 from lib.tiering.stores import FileStore
 from lib.vocabulary import Precision, Tier, is_below
 
@@ -104,14 +104,14 @@ def watch_fast_memory(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list
     held: list[int] = []
 
     def watched(move: Callable[..., None]) -> Callable[..., None]:
-        def moved(self: Placing, *args: Any, **options: Any) -> None:
+        def moved(self: HeldGroup, *args: Any, **options: Any) -> None:
             move(self, *args, **options)
-            held.append(runtime._residency.resident_bytes())
+            held.append(runtime._keeper.residency.resident_bytes())
 
         return moved
 
     for name in ("let_go", "send_off", "bring_in"):
-        monkeypatch.setattr(Placing, name, watched(getattr(Placing, name)))
+        monkeypatch.setattr(HeldGroup, name, watched(getattr(HeldGroup, name)))
     return held
 
 
@@ -148,7 +148,7 @@ def test_originals_that_are_gone_stop_the_model_and_nothing_wrong_is_computed(
     assert measure().kl_nats > EPSILON
     for path in tmp_path.glob("*.block"):
         path.write_bytes(b"")
-    runtime._residency._archive._stores[Tier.SSD]._files.clear()  # type: ignore[attr-defined]
+    runtime._keeper.residency._archive._stores[Tier.SSD]._files.clear()  # type: ignore[attr-defined]
     with pytest.raises(PlacementError, match="above epsilon 0.01 .* payload"):
         runtime.check_quality(measure)
     with pytest.raises(PlacementError):
@@ -273,6 +273,6 @@ def test_a_limited_disk_holds_no_more_than_its_budget() -> None:
 
 def stored_bytes(runtime: Runtime) -> int:
     """Add up the files that a temporary folder holds, less their headers."""
-    store = runtime._residency._archive._stores[Tier.SSD]
+    store = runtime._keeper.residency._archive._stores[Tier.SSD]
     assert isinstance(store, FileStore)
     return sum(store.num_bytes(path.stem) for path in store.folder.glob("*.block"))

@@ -279,7 +279,7 @@ with torch.no_grad(), attach(model, budget=budget, spill_dir={str(tmp_path)!r}) 
         torch.cat([model[0].weight, model[1].weight])
     except PlacementError as refusal:
         print("refused:", refusal)
-    runtime._residency.resident_bytes = lambda: 10**9
+    runtime._keeper.residency.resident_bytes = lambda: 10**9
     try:
         runtime.budget = {{"HBM": "40KiB", "SSD": None}}
     except PlacementError as refusal:

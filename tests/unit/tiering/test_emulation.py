@@ -9,7 +9,7 @@ from torch import nn
 
 from lib.errors import InputError
 from lib.tiering import Clock, EmulationSpec, TierSpec, attach
-from lib.tiering.transfer.emulation import HostWaiter, Overshoot
+from lib.tiering.transfer.waiting import HostWaiter, Overshoot
 from lib.vocabulary import Tier
 
 pytestmark = pytest.mark.filterwarnings("ignore:flat hints")
@@ -31,9 +31,9 @@ def test_a_use_is_charged_setup_plus_bytes_over_bandwidth_less_what_compute_hid(
             Tier.SSD: TierSpec("SSD", 2e5, 0.5),
         }
     )
-    with attach(toy(), HINTS, mode="emulated", emulation=spec) as runtime, torch.no_grad():
+    with attach(model := toy(), HINTS, mode="emulated", emulation=spec) as runtime, torch.no_grad():
         for _ in range(3):
-            runtime._model(torch.ones(1, 8))
+            model(torch.ones(1, 8))
         stats = runtime.stats()
         assert [stats.blocks[name].calls for name in HINTS] == [3, 3, 3]
         # The two links work at the same time, and while the model computes.
@@ -49,10 +49,10 @@ def test_a_first_transfer_is_charged_in_full() -> None:
         specs={Tier.HBM: TierSpec("HBM", 0, 1000), Tier.SSD: TierSpec("SSD", 5e5, 1)}
     )
     with attach(
-        nn.Linear(8, 8), {"weight": "SSD", "bias": "SSD"}, mode="emulated", emulation=spec
+        model := nn.Linear(8, 8), {"weight": "SSD", "bias": "SSD"}, mode="emulated", emulation=spec
     ) as runtime:
         with torch.no_grad():
-            runtime._model(torch.ones(1, 8))
+            model(torch.ones(1, 8))
         assert runtime.virtual_seconds == pytest.approx(0.5, rel=0.02)
 
 
@@ -60,9 +60,11 @@ def test_weights_in_hbm_cost_time_only_on_a_declared_machine() -> None:
     specs = {Tier.HBM: TierSpec("HBM", 1e5, 1)}
     for charge, seconds in ((True, 0.1), (False, 0.0)):
         spec = EmulationSpec(specs=specs, charge_hbm=charge)
-        with attach(toy(), dict.fromkeys(HINTS, "HBM"), mode="emulated", emulation=spec) as runtime:
+        with attach(
+            model := toy(), dict.fromkeys(HINTS, "HBM"), mode="emulated", emulation=spec
+        ) as runtime:
             with torch.no_grad():
-                runtime._model(torch.ones(1, 8))
+                model(torch.ones(1, 8))
             assert runtime.virtual_seconds == pytest.approx(3 * seconds, rel=0.02)
 
 
@@ -79,8 +81,8 @@ def test_the_wall_clock_really_waits_and_reports_its_error() -> None:
         specs={tier: TierSpec(str(tier), 4000, 1) for tier in (Tier.HBM, Tier.CPU, Tier.SSD)},
         clock=Clock.WALL,
     )
-    with attach(toy(), HINTS, mode="emulated", emulation=spec) as runtime, torch.no_grad():
-        runtime._model(torch.ones(1, 8))
+    with attach(model := toy(), HINTS, mode="emulated", emulation=spec) as runtime, torch.no_grad():
+        model(torch.ones(1, 8))
         stats = runtime.stats()
     assert runtime.virtual_seconds == 0.0
     assert stats.transfer_seconds >= 0.9 * 3 * 4000e-6  # compute hid a little of them
@@ -132,7 +134,7 @@ def grown(thing: Any, seen: set[int]) -> int:
 def test_a_runtime_holds_no_more_after_many_forwards(
     clock: Clock | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lib.tiering.transfer.emulation._SAMPLE", 16)
+    monkeypatch.setattr("lib.tiering.transfer.waiting._SAMPLE", 16)
     monkeypatch.setattr("lib.tiering.telemetry._TIMELINE_LIMIT", 16)
     model = toy()
     if clock is None:
@@ -167,15 +169,15 @@ def test_the_same_plan_can_be_asked_about_another_machine() -> None:
         )
         for setup in (1e5, 0)
     )
-    with attach(toy(), HINTS, mode="emulated", emulation=slow) as runtime:
+    with attach(model := toy(), HINTS, mode="emulated", emulation=slow) as runtime:
         seconds = []
         for spec in (slow, fast, slow):
             runtime.emulation = spec
             assert runtime.emulation is spec
             with torch.no_grad():
-                runtime._model(torch.ones(1, 8))  # what was on its way keeps its time
+                model(torch.ones(1, 8))  # what was on its way keeps its time
                 runtime.reset_stats()
-                runtime._model(torch.ones(1, 8))
+                model(torch.ones(1, 8))
             seconds.append(runtime.virtual_seconds)
         assert seconds[1] < 0.01 < 0.09 < seconds[0]
         assert seconds[2] > 0.09

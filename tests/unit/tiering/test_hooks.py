@@ -301,7 +301,7 @@ def test_an_interrupted_forward_is_recovered_by_the_next(attached: Any) -> None:
 
 def test_damage_on_the_disk_is_an_error_and_never_a_number(attached: Any) -> None:
     model, inputs, _, runtime, folder = attached
-    path = folder / f"{runtime._residency._held['transformer.h.0.mlp'].stored[1]}.block"
+    path = folder / f"{runtime._keeper.residency.groups['transformer.h.0.mlp'].stored[1]}.block"
     damaged = bytearray(path.read_bytes())
     damaged[-4096] ^= 255  # payloads here are a sector each
     path.write_bytes(damaged)
@@ -412,10 +412,10 @@ def test_inference_mode_around_attach_or_detach_leaves_a_trainable_model(
 def test_detach_that_ran_out_of_memory_can_be_repeated(
     attached: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lib.tiering.residency import residency
+    from lib.tiering.residency import weights as group_weights
 
     model, inputs, expected, runtime, _ = attached
-    set_weights, calls = residency.set_weights, []
+    set_weights, calls = group_weights.set_weights, []
 
     def fail_once(parameter: nn.Parameter, weights: Tensor) -> None:
         calls.append(parameter)
@@ -423,7 +423,7 @@ def test_detach_that_ran_out_of_memory_can_be_repeated(
             raise torch.OutOfMemoryError("simulated")
         set_weights(parameter, weights)
 
-    monkeypatch.setattr(residency, "set_weights", fail_once)
+    monkeypatch.setattr(group_weights, "set_weights", fail_once)
     with pytest.raises(PlacementError, match="detach again"):
         runtime.detach()
     runtime.detach()

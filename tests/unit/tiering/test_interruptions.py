@@ -19,8 +19,8 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lib.errors import InputError, PlacementError
 from lib.tiering import attach
-from lib.tiering.residency.access import Access
-from lib.tiering.transfer.link import Arrival
+from lib.tiering.residency.away import AwayWeights
+from lib.tiering.transfer.transport import Arrival
 
 IDS = torch.arange(1, 9).view(1, -1)
 
@@ -241,7 +241,7 @@ def test_a_compressed_weight_is_not_expanded_by_being_placed(
     def expand(*args: object) -> None:
         raise AssertionError("a whole weight was expanded")
 
-    monkeypatch.setattr(Access, "_whole", expand)
+    monkeypatch.setattr(AwayWeights, "fetch", expand)
     model = tiny_gpt2().eval()
     attach(model, budget={"HBM": None, "SSD": None}, precision="int8", spill_dir=tmp_path)
 

@@ -64,8 +64,9 @@ def test_attach_does_not_depend_on_the_caller_s_modes(mode: str, plan: str, tmp_
     if "weights" in options:
         save_model(tiny_llama(), str(tmp_path / "model.safetensors"))
         options["weights"] = tmp_path / "model.safetensors"
-    with attach(build(), **options) as runtime:
-        expected = runtime._model(IDS).logits
+    model = build()
+    with attach(model, **options):
+        expected = model(IDS).logits
     model = build()
     with MODES[mode]():
         runtime = attach(model, **options)

@@ -10,7 +10,7 @@ from calibrated_model import model, reference, text
 
 from lib.errors import InputError, PlacementError
 from lib.tiering import Runtime, attach
-from lib.tiering.residency.placing import Placing
+from lib.tiering.residency.held import HeldGroup
 from lib.tiering.stores import DeviceStore
 from lib.vocabulary import Tier
 
@@ -36,7 +36,7 @@ def test_no_tier_holds_more_than_its_budget_on_the_way_from_plan_to_plan(
     with attach(network, mode="emulated", budget={**limits, "HBM": 600 * KIB}) as runtime:
 
         def watched(move: Callable[..., None]) -> Callable[..., None]:
-            def moved(self: Placing, *args: Any, **options: Any) -> None:
+            def moved(self: HeldGroup, *args: Any, **options: Any) -> None:
                 before = held(runtime)
                 move(self, *args, **options)
                 now = held(runtime)
@@ -48,7 +48,7 @@ def test_no_tier_holds_more_than_its_budget_on_the_way_from_plan_to_plan(
             return moved
 
         for name in ("send_off", "bring_in"):
-            monkeypatch.setattr(Placing, name, watched(getattr(Placing, name)))
+            monkeypatch.setattr(HeldGroup, name, watched(getattr(HeldGroup, name)))
         for _ in range(40):
             limits = budget()
             try:
@@ -67,7 +67,7 @@ def test_no_tier_holds_more_than_its_budget_on_the_way_from_plan_to_plan(
 
 def held(runtime: Runtime) -> dict[Tier, int]:
     """Measure what lies in each tier: resident blocks, and payloads in the stores."""
-    residency = runtime._residency
+    residency = runtime._keeper.residency
     totals = dict.fromkeys(Tier, 0)
     for tier, store in residency._archive._stores.items():
         assert isinstance(store, DeviceStore)

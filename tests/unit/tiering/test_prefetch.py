@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lib.errors import PlacementError
-from lib.tiering.transfer.link import Ticket, Unit
 from lib.tiering.transfer.prefetch import Prefetcher
+from lib.tiering.transfer.transport import Ticket, Unit
 from lib.vocabulary import Tier
 
 

@@ -11,7 +11,6 @@ import torch
 from lib.commands import probe as probe_machine
 from lib.errors import InputError, PlacementError
 from lib.machine import TierSpec, load_machine
-from lib.tiering.probe import links as probe
 from lib.tiering.probe.links import FileProbe, make_profile, time_lanes
 from lib.tiering.stores import CHUNK_BYTES, FileStore
 from lib.units import MIB
@@ -80,7 +79,7 @@ def test_the_probe_reads_as_the_engine_does(
         real(self, key, start, out)
 
     monkeypatch.setattr(FileStore, "read_into", count)
-    monkeypatch.setattr(probe, "_TIMED_BYTES", 0)
+    monkeypatch.setattr("lib.tiering.probe.lanes._TIMED_BYTES", 0)
     with FileProbe(tmp_path, file_bytes=16 * MIB) as file_probe:
         file_probe.measure(5 * MIB, seconds=0)
     # Two rounds (one is the warm-up) of two units, in pieces of 4 MiB and the rest.

@@ -137,7 +137,7 @@ class TestCompressed:
         model = layers()
         hints = dict.fromkeys("012", tier)
         runtime = attach(model, hints, precision="int8", spill_dir=tmp_path)
-        key = runtime._residency._held["0"].native[0][1]
+        key = runtime._keeper.residency.groups["0"].native[0][1]
         path = tmp_path / f"{key}.block"
         sound = path.read_bytes()
         path.write_bytes(sound[:-4096] + bytes([sound[-4096] ^ 255]) + sound[-4095:])

@@ -1,9 +1,9 @@
-"""Links: what carries units from stores into slots of fast memory, in the order they are asked for.
+"""Transports: what carries units from stores into slots of fast memory, in the order in which they
+are asked for.
 
-``RealLink`` reads with threads into page-aligned slots; in front of an accelerator it stages
-through pinned memory and copies on a stream of its own, with events both ways and no
-synchronization on the host. ``EmulatedLink`` (emulation.py) lets the time pass that hypothetical
-tiers would take.
+``ReaderTransport`` (readers.py) moves bytes; ``EmulatedTransport`` (emulation.py) lets the time
+pass that hypothetical tiers would take. What an emulated machine charges beside transfers is in
+``charges``.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class Left:
         return bool(self._storage.expired())  # type: ignore[no-untyped-call]
 
 
-class Link(Protocol):
+class Transport(Protocol):
     """Carries units into slots, first come first served."""
 
     def make_slots(self, num_slots: int, slot_bytes: int) -> None:
@@ -78,24 +78,8 @@ class Link(Protocol):
     def left_bytes(self) -> int:
         """Return the memory of former slots that somebody else still has views of."""
 
-    def fetch(self, tier: Tier, num_bytes: int) -> None:
-        """Account for bytes that were read past the slots: rows of an embedding."""
-
-    def use_in_place(self, num_bytes: int) -> None:
-        """Account for one use of weights that are in fast memory."""
-
     def slots(self) -> Sequence[Tensor]:
         """Return the slots, to measure them."""
-
-    @property
-    def virtual_seconds(self) -> float:
-        """What was waited for on a virtual clock since the last reset."""
-
-    def wait_error(self) -> dict[str, float] | None:
-        """Say how well emulated waits were met; None where none were."""
-
-    def reset(self) -> None:
-        """Start these figures anew."""
 
     def close(self) -> None:
         """Free the slots and end the threads."""
@@ -142,7 +126,7 @@ class Ticket:
     error: BaseException | None = None
     copied: "torch.cuda.Event | None" = None
     due: float = 0.0
-    """When an emulated transfer ends, on its link's clock."""
+    """When an emulated transfer ends, on its transport's clock."""
     finish: Callable[[], None] | None = None
     """What the reader thread does once all bytes are in host memory."""
     store: Store | None = None
