@@ -3,39 +3,18 @@
 ``nn.TransformerEncoderLayer`` computes with all its weights at once where they are plain and none
 of its modules has hooks; ``nn.TransformerEncoder`` drops padded positions where its first layer's
 weights are plain, and ``nn.MultiheadAttention`` has a path of its own. The other paths give other
-bits, and other values at padded positions. So these modules run without our hooks, in a context
-around ``forward``, and with plain weights.
+bits, and other values at padded positions. So these modules run with plain weights.
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..residency.stand_ins import OffloadedParameter
-
-Context = Callable[[tuple[Any, ...], dict[str, Any]], contextlib.AbstractContextManager[None]]
-
-
-def run_within(module: nn.Module, context: Context) -> Callable[[], None]:
-    """Run a module's forward in a context, which gets its arguments; returns what undoes it."""
-    own, forward = module.__dict__.get("forward"), module.forward
-
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with context(args, kwargs):
-            return forward(*args, **kwargs)
-
-    def undo() -> None:
-        module.__dict__.pop("forward")
-        if own is not None:
-            module.__dict__["forward"] = own
-
-    module.__dict__["forward"] = run
-    return undo
+from .calls import Calls, Context
 
 
 @contextlib.contextmanager
@@ -61,16 +40,11 @@ class EncoderPaths:
     ``hold``; the first layer's also while its encoder looks at them.
     """
 
-    def __init__(self, *, trains: bool) -> None:
+    def __init__(self, calls: Calls, *, trains: bool) -> None:
+        self._calls = calls
         self._trains = trains
-        self._undo: list[Callable[[], None]] = []
         self._holds: dict[nn.Module, Context] = {}
         self._early: dict[nn.Module, contextlib.ExitStack] = {}
-
-    def remove(self) -> None:
-        """Give the modules their own forward again."""
-        while self._undo:
-            self._undo.pop()()
 
     def add_layer(self, module: nn.Module, hold: Context) -> None:
         """Hold a layer's weights while it runs."""
@@ -87,15 +61,15 @@ class EncoderPaths:
                 yield
 
         self._holds[module] = held
-        self._undo.append(run_within(module, context))
+        self._calls.run_within(module, context)
 
     def add_others(self, model: nn.Module) -> None:
         """Take care of the encoders, and of attention wherever it is."""
         for module in model.modules():
             if isinstance(module, nn.MultiheadAttention):
-                self._undo.append(run_within(module, self._attention(module)))
+                self._calls.run_within(module, self._attention(module))
             elif isinstance(module, nn.TransformerEncoder):
-                self._undo.append(run_within(module, self._encoder(module)))
+                self._calls.run_within(module, self._encoder(module))
 
     def _attention(self, module: nn.Module) -> Context:
         return lambda args, kwargs: plain_weights(module, trains=self._trains)

@@ -1,22 +1,18 @@
-"""The hooks that run a model under a plan, and take themselves off again without a trace.
+"""The calls of a model's modules under a plan, surrounded without a trace after ``remove``.
 
-Every group's module gets a forward pre-hook that acquires the group and a post-hook that releases
-it, also when the forward raises. What "acquire" does is the residency's business; what a forward
-means to the plan is the runtime's.
+Around every module that computes with weights a context acquires its groups and releases them
+again. The model, and each part of it that may be called by itself, begins and ends the forward.
 """
 
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
-from types import FrameType
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ...errors import PlacementError
 from ...policy.plan import Step
@@ -25,12 +21,12 @@ from ..residency.held import HeldGroup
 from ..residency.residency import Residency
 from ..residency.stand_ins import NO_GRADIENTS, requires_grad
 from ..telemetry import Recorder
+from .calls import Calls
 from .fast_path import EncoderPaths
 from .group_hook import GroupHook
 from .guards import Guards
 from .managed import attached
 from .progress import PassBar
-from .tracing import refuse_tracing
 
 
 class Supervisor(Protocol):
@@ -44,7 +40,7 @@ class Supervisor(Protocol):
 
 
 class Forwards:
-    """The hooks on a model, and the forward that it is in. One thread at a time may be in one."""
+    """The calls of a model, and the forward that it is in. One thread at a time may be in one."""
 
     def __init__(
         self,
@@ -67,26 +63,23 @@ class Forwards:
         self._supervisor = supervisor
         self.casts: set[torch.dtype] = set()
         """What autocast has computed in so far."""
-        self._held: list[tuple[GroupHook, list[HeldGroup], UnkeptCopies | None]] = []
+        self._held: list[_Use] = []
+        """The modules that are running, the innermost last."""
         self._unkept: UnkeptCopies | None = None
-        self._implicit: nn.Module | None = None
-        """The submodule whose call by itself is the present forward."""
+        self._call: object | None = None
+        """The call with which the present forward began."""
+        self._part: nn.Module | None = None
+        """The submodule whose call by itself is the present forward; None: the model's."""
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
-        self._callers_error: BaseException | None = None
-        """What the caller was handling when the present forward began: a retry in its except."""
         self._bar = PassBar()
-        self._handles: list[RemovableHandle] = []
-        self._encoders = EncoderPaths(trains=residency.trains)
+        self._calls = Calls()
         self._memory = residency.memory
         self._install()
 
     def remove(self) -> None:
-        """Take all hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._encoders.remove()
+        """Let the model run as before."""
+        self._calls.remove()
         for module in self._model.modules():
             attached.discard(module)
         self._guards.remove()
@@ -94,14 +87,14 @@ class Forwards:
 
     def note_use(self, group: str) -> None:
         """Trace a use of weights outside the modules that own them."""
-        users = (hook for hook, _, _ in self._held if not hook.lookup)
+        users = (use.hook for use in self._held if not use.hook.lookup)
         if not any(group == own.name for hook in users for own in hook.groups):
             self.trace.append(Step(group))
 
     @property
     def running(self) -> list[str]:
         """The groups of the modules that are running."""
-        return [group.name for hook, _, _ in self._held for group in hook.groups]
+        return [group.name for use in self._held for group in use.hook.groups]
 
     @property
     def expected(self) -> tuple[Step, ...]:
@@ -114,45 +107,41 @@ class Forwards:
         for group in self._residency.groups.values():
             for module_name in group.payload.group.modules:
                 users.setdefault(module_name, []).append(group)
+        encoders = EncoderPaths(self._calls, trains=self._residency.trains)
         for module_name, groups in users.items():
-            module, hook = self._model.get_submodule(module_name), GroupHook(self, groups)
+            module = self._model.get_submodule(module_name)
+            hook = GroupHook(self, module, groups)
             if isinstance(module, nn.TransformerEncoderLayer):
-                self._encoders.add_layer(module, partial(hook.hold, module))
+                encoders.add_layer(module, hook.hold)
             else:
-                hook.install(module, self._handles)
-        self._encoders.add_others(self._model)
+                self._calls.surround(module, hook)
+        encoders.add_others(self._model)
+        # Each part may be called by itself: a base model, an encoder, a layer.
         for name in _containers(users):
-            self._install_entry(self._model.get_submodule(name))
-        if not isinstance(self._model, nn.TransformerEncoderLayer):  # it is a part by itself
-            # Last and in front: it sees each forward begin before any group is acquired.
-            begin = self._model.register_forward_pre_hook(
-                self._begin_forward, prepend=True, with_kwargs=True
-            )
-            end = self._model.register_forward_hook(self._end_forward, always_call=True)
-            self._handles += [begin, end]
+            module = self._model.get_submodule(name)
+            self._calls.surround(module, _Part(self, module))
+        self._calls.surround(self._model, _Part(self, None))
         for module in self._model.modules():
             attached.add(module)
         self._guards = Guards(self._model, self._save_state)
 
-    def _install_entry(self, module: nn.Module) -> None:
-        """Let a part of the model be called by itself: a base model, an encoder, a layer."""
+    def enter(self, call: object, part: nn.Module | None) -> None:
+        """Begin a forward of the model (None), or of a part where none runs: it ends with the
+        call.
+        """
+        with self.lock:
+            self._refuse_other_threads()
+            if part is None or self._thread is not threading.current_thread():
+                self._begin(call, part)
 
-        def begin(module: nn.Module, args: Any) -> None:
-            refuse_tracing()
-            with self.lock:
-                self._refuse_other_threads()
-                if self._thread is not threading.current_thread() or self._was_interrupted(module):
-                    self._begin(implicit=module)
-
-        def end(module: nn.Module, args: Any, output: Any) -> None:
-            with self.lock:
-                if self._thread is threading.current_thread() and self._implicit is module:
-                    self._end()
-
-        self._handles += [
-            module.register_forward_pre_hook(begin, prepend=True),
-            module.register_forward_hook(end, always_call=True),
-        ]
+    def leave(self, call: object, failure: BaseException | None) -> None:
+        """End the forward that began with a call."""
+        with self.lock:
+            if self._call is call:
+                try:
+                    self._end(failure)
+                finally:
+                    self._thread = self._call = None
 
     def _save_state(
         self,
@@ -172,23 +161,12 @@ class Forwards:
         with self.lock, self._memory.copies_on_host():
             save(destination, prefix, keep_vars)
 
-    def _begin_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        refuse_tracing()
-        if torch.is_grad_enabled() and requires_grad((args, kwargs)):
-            raise PlacementError(f"inputs require gradients, {NO_GRADIENTS}")
-        with self.lock:
-            self._begin(implicit=None)
-
-    def _begin(self, *, implicit: nn.Module | None) -> None:
-        """Start a forward of the model, or of a submodule that was called by itself."""
+    def _begin(self, call: object, part: nn.Module | None) -> None:
         self.refuse_other_processes()
-        self._refuse_other_threads()
-        # KeyboardInterrupt skips post-hooks: give back what an interrupted forward held.
         self._end_leftovers()
         streamed = self._supervisor.begin_forward()
+        self._call, self._part = call, part
         self._thread = threading.current_thread()
-        self._callers_error = sys.exc_info()[1]
-        self._implicit = implicit
         self.trace = []
         self._residency.begin_forward()
         self._recorder.forwards += 1
@@ -196,41 +174,28 @@ class Forwards:
         if autocast_dtype(self._memory.device) is not None:
             self._unkept = UnkeptCopies().__enter__()
 
-    def _end_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        with self.lock:
-            if self._thread is threading.current_thread() and self._implicit is None:
-                self._end()
-
-    def _end(self) -> None:
+    def _end(self, failure: BaseException | None) -> None:
+        self._thread = self._call = None
         if self._unkept is not None:
             self._unkept.__exit__()
         self._end_leftovers()
-        self._thread = None
-        # An always-called hook isn't told of the error; without one it sees the caller's.
-        error = sys.exc_info()[1]
-        if error is self._callers_error:
-            error = None
-        self._callers_error = None
-        if error is None:
+        if failure is None:
             self.schedule = self._expected_schedule()
             self._memory.prefetcher.end_forward()
-        self._supervisor.end_forward(error)
+        self._supervisor.end_forward(failure)
 
     def _expected_schedule(self) -> tuple[Step, ...]:
         """Expect what this forward used; the forward of a part says nothing of the other blocks."""
-        if self._implicit is None:
+        if self._part is None:
             return tuple(self.trace) or self.schedule
         return self.expected
 
-    def acquire(self, hook: GroupHook, module: nn.Module) -> None:
+    def acquire(self, call: object, hook: GroupHook) -> None:
         """Bring the weights of a module that begins into fast memory."""
-        refuse_tracing()
         with self.lock:
-            self._refuse_other_threads()
-            if self._thread is not threading.current_thread() or self._was_interrupted(module):
-                self._begin(implicit=module)
-            held: list[HeldGroup] = []
-            self._held.append((hook, held, self._enter_casting(hook)))
+            use = _Use(call, hook)
+            self._held.append(use)
+            use.unkept = self._enter_casting(hook)
             for group in hook.groups:
                 block, *others = [block.name for block in group.payload.group.blocks]
                 lookup = hook.lookup and group.name in self._looked_up
@@ -239,11 +204,11 @@ class Forwards:
                 before, moved_bytes = self._memory.charges.virtual_seconds, 0
                 try:
                     moved_bytes = group.acquire()
-                    held.append(group)
+                    use.acquired.append(group)
                 finally:
                     charged = self._memory.charges.virtual_seconds - before
                     self._recorder.end_transfer(block, moved_bytes, charged)
-                    if group not in held:
+                    if group not in use.acquired:
                         self._recorder.end_compute()
                 for other in others:
                     self._recorder.count_call(other)
@@ -259,29 +224,18 @@ class Forwards:
         self._recorder.book_moment(copied)
         return UnkeptCopies(copied).__enter__()
 
-    def _was_interrupted(self, module: nn.Module) -> bool:
-        """Say whether the call of a submodule that is taken for the present forward has ended: its
-        post-hook doesn't run after a KeyboardInterrupt. The present call is ``module``'s.
-        """
-        if self._implicit is None:
-            return False
-        return _num_running(self._implicit) <= (self._implicit is module)
-
-    def release(self, hook: GroupHook, module: nn.Module) -> None:
-        """End the use of a module's weights, also where acquiring them failed."""
+    def release(self, call: object) -> None:
+        """End the use of a module's weights, if its call has begun one."""
         with self.lock:
-            mine = self._thread is threading.current_thread()
-            if not (mine and self._held and self._held[-1][0] is hook):
-                return  # a refused call has acquired nothing
-            _, held, unkept = self._held.pop()
-            if unkept is not None:
-                unkept.__exit__()
-                self._memory.give_back_copies(unkept.num_bytes)
-            for group in reversed(held):
+            if not (self._held and self._held[-1].call is call):
+                return
+            use = self._held.pop()
+            if use.unkept is not None:
+                use.unkept.__exit__()
+                self._memory.give_back_copies(use.unkept.num_bytes)
+            for group in reversed(use.acquired):
                 self._recorder.end_compute()
                 group.release()
-            if not self._held and self._implicit is module:
-                self._end()
 
     def _refuse_other_threads(self) -> None:
         other = self._thread
@@ -304,15 +258,11 @@ class Forwards:
         self._bar.end()
 
     def check_idle(self) -> None:
-        """Refuse to move weights from under a forward, raising PlacementError; an interrupted one
-        doesn't count.
-        """
+        """Refuse to move weights from under a forward, raising PlacementError."""
         self._refuse_other_threads()
-        root = self._model if self._implicit is None else self._implicit
-        if self._thread is threading.current_thread() and _num_running(root):
+        if self._thread is threading.current_thread():
             raise PlacementError("weights can't be moved during a forward: wait for its end")
         self._end_leftovers()
-        self._thread = None
 
     @contextlib.contextmanager
     def moving(self, group: str) -> Iterator[Callable[[int], None]]:
@@ -347,15 +297,27 @@ def _containers(users: Collection[str]) -> list[str]:
     return [name for name in names if name not in users]
 
 
-def _num_running(module: nn.Module) -> int:
-    """Count the calls of a module that this thread is in."""
-    count, frame = 0, cast(FrameType | None, sys._getframe(1))
-    while frame is not None:
-        code = frame.f_code
-        count += (
-            code.co_name == "_call_impl"
-            and code.co_filename == nn.modules.module.__file__
-            and frame.f_locals.get("self") is module
-        )
-        frame = frame.f_back
-    return count
+@dataclass(slots=True, eq=False)
+class _Use:
+    """A module that runs."""
+
+    call: object
+    hook: GroupHook
+    acquired: list[HeldGroup] = field(default_factory=list)
+    unkept: UnkeptCopies | None = None
+
+
+class _Part:
+    """Begins and ends forwards around the calls of the model (None), or of a part of it."""
+
+    def __init__(self, forwards: Forwards, module: nn.Module | None) -> None:
+        self._forwards = forwards
+        self._module = module
+
+    def enter(self, call: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._module is None and torch.is_grad_enabled() and requires_grad((args, kwargs)):
+            raise PlacementError(f"inputs require gradients, {NO_GRADIENTS}")
+        self._forwards.enter(call, self._module)
+
+    def leave(self, call: object, failure: BaseException | None) -> None:
+        self._forwards.leave(call, failure)

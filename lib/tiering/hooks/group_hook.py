@@ -1,4 +1,4 @@
-"""The pair of hooks on one module."""
+"""The context around the calls of one module that computes with weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ...errors import PlacementError
 from ..residency.held import HeldGroup
@@ -19,41 +18,40 @@ if TYPE_CHECKING:
 class GroupHook:
     """Acquires the groups whose weights a module's forward uses, and releases them after it."""
 
-    def __init__(self, forwards: "Forwards", groups: list[HeldGroup]) -> None:
+    def __init__(self, forwards: "Forwards", module: nn.Module, groups: list[HeldGroup]) -> None:
         self._forwards = forwards
+        self._module = module
         self.groups = groups
-        self.lookup = False
+        self.lookup = isinstance(module, nn.Embedding)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(group.name for group in self.groups)})"
 
-    def install(self, module: nn.Module, handles: list[RemovableHandle]) -> None:
-        """Register the pair of hooks."""
-        self.lookup = isinstance(module, nn.Embedding)
-        # In front of a user's own hooks: they find the weights there, and one that raises leaves
-        # our pair balanced.
-        handles.append(
-            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-        )
-        handles.append(module.register_forward_hook(self._after, always_call=True))
-
-    @contextlib.contextmanager
-    def hold(self, module: nn.Module, args: Any, kwargs: Any) -> Iterator[None]:
-        """Do as the pair of hooks does, for as long as the context lasts."""
-        try:
-            self._before(module, args, kwargs)
-            yield
-        finally:
-            self._after(module, args, None)
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._forwards.acquire(self, module)
-        # Also inputs that come from elsewhere: a user's hook, layers that are called one by one.
+    def enter(self, call: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Bring the weights into fast memory; begin a forward where none runs."""
+        self._forwards.enter(call, self._module)
+        self._forwards.acquire(call, self)
+        # Also inputs that come from elsewhere: layers that are called one by one.
         if torch.is_grad_enabled() and (
             requires_grad((args, kwargs))
             or any(group.weights.requires_grad for group in self.groups)
         ):
             raise PlacementError(f"inputs or weights require gradients, {NO_GRADIENTS}")
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._forwards.release(self, module)
+    def leave(self, call: object, failure: BaseException | None) -> None:
+        """End the use of the weights, and the forward where it began with the call."""
+        self._forwards.release(call)
+        self._forwards.leave(call, failure)
+
+    @contextlib.contextmanager
+    def hold(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Enter, and leave when the context ends."""
+        call, failure = object(), None
+        try:
+            self.enter(call, args, kwargs)
+            yield
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            self.leave(call, failure)

@@ -1,0 +1,87 @@
+"""What is done around the calls of modules.
+
+It begins before a user's own hooks and ends after them, however the call ends: a hook of PyTorch's
+runs after an exception, but not after KeyboardInterrupt, and isn't told which one it was. And
+encoders of PyTorch take another path where modules have hooks.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+
+from .tracing import refuse_tracing
+
+Context = Callable[[tuple[Any, ...], dict[str, Any]], contextlib.AbstractContextManager[None]]
+"""Makes the context of one call, from its arguments."""
+
+
+class Around(Protocol):
+    """What is done around each call of a module. ``call`` is a new object for each."""
+
+    def enter(self, call: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin; may refuse the call by raising."""
+
+    def leave(self, call: object, failure: BaseException | None) -> None:
+        """End, also where ``enter`` was interrupted half-way or refused."""
+
+
+class Calls:
+    """What is set around the calls of modules, until ``remove``. What comes later is outside what
+    was there before.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def surround(self, module: nn.Module, around: Around) -> None:
+        """Enter before each call of a module, its hooks included, and leave after it."""
+
+        def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                refuse_tracing()  # before anything that a tracer doesn't know
+                this, failure = object(), None
+                try:  # first: whatever interrupts what follows, it is left
+                    around.enter(this, args, kwargs)
+                    return call(*args, **kwargs)
+                except BaseException as error:
+                    failure = error
+                    raise
+                finally:
+                    around.leave(this, failure)
+
+            return run
+
+        self._wrap(module, wrap)
+
+    def run_within(self, module: nn.Module, context: Context) -> None:
+        """Run each call of a module, its hooks included, in a context."""
+
+        def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                refuse_tracing()
+                with context(args, kwargs):
+                    return call(*args, **kwargs)
+
+            return run
+
+        self._wrap(module, wrap)
+
+    def remove(self) -> None:
+        """Let the modules run as before."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _wrap(
+        self, module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> None:
+        own = module.__dict__.get("_call_impl")
+
+        def undo() -> None:
+            module.__dict__.pop("_call_impl")
+            if own is not None:
+                module.__dict__["_call_impl"] = own
+
+        module.__dict__["_call_impl"] = wrap(module._call_impl)
+        self._undo.append(undo)
