@@ -1,5 +1,5 @@
 """Tierhints: training signals turned into where, and how precisely, inference keeps weights.
 
-Imports go downwards: errors, config, units, blocks -> hints -> signals -> precision -> policy ->
-tiering -> progressive -> export, report. ``tests/unit/test_imports.py`` enforces it.
+Every folder and file here is a room; docs/architecture.md says what lives in which. Imports go
+downwards only, in the order that ``tests/unit/test_imports.py`` holds.
 """

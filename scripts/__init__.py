@@ -1,1 +1,3 @@
-"""One verb per file: the result on stdout (one JSON line last), progress on stderr."""
+"""What needs the checkout: the benchmark, the pipeline behind make, Kconfig and doctor. Verbs that
+need the library alone are in lib/commands.
+"""

@@ -1,0 +1,3 @@
+"""Reading checkpoints from disk, and building models without their weights; no placement, no
+training.
+"""

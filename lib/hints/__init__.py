@@ -8,8 +8,6 @@ tier it deserves. It names no device and no bandwidth. No torch here. The flat f
 
 from .building import assign_tiers, build_hints, rank_blocks
 from .document import (
-    SCHEMA_PATH,
-    SCHEMA_VERSION,
     hints_from_json,
     hints_to_json,
     load_hints,
@@ -22,8 +20,6 @@ __all__ = [
     "BlockHint",
     "Hints",
     "ModelInfo",
-    "SCHEMA_PATH",
-    "SCHEMA_VERSION",
     "assign_tiers",
     "build_hints",
     "hints_from_json",

@@ -1,18 +1,20 @@
-"""Decisions, pure: what a pass costs in time, and which block is kept where."""
+"""Decisions, pure: no torch, no device, no clock.
 
-from ..vocabulary import State
+``planner`` makes a plan, ``timeline`` predicts its time, ``veto`` judges it and ``audit`` records
+the answer, ``moves`` orders the changes from one plan to the next, ``states`` says which are
+allowed.
+"""
+
 from .plan import BlockNeed, Placement, Plan, Step, definition_schedule
 from .planner.planner import make_plan, smallest_budget
 from .states import ALLOWED, Transition, find_path, placed_state
-from .timeline import PassTime, TimedUse, Timeline, Transfer, simulate
+from .timeline import TimedUse, Timeline, Transfer, simulate
 
 __all__ = [
     "ALLOWED",
     "BlockNeed",
-    "PassTime",
     "Placement",
     "Plan",
-    "State",
     "Step",
     "Timeline",
     "Transfer",

@@ -1,0 +1,3 @@
+"""Working state that is held in fewer bits while a request runs: the KV cache. Weights are in
+``tiering``.
+"""

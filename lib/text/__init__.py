@@ -1,1 +1,3 @@
-"""Text: what a user's files hold, read the same whatever program wrote them."""
+"""Text: files, documents and token sequences to train, measure and judge on; models are not run
+here.
+"""

@@ -1,5 +1,8 @@
-"""Running a model under a plan: tier specs, stores, transfer, emulation and the hooks that tie them
-to a module.
+"""Running a model under a plan: the only room that touches devices, files and clocks.
+
+``attach`` makes a ``Runtime``. From top to bottom: ``planning`` says what goes where, ``hooks`` run
+the model, ``residency`` holds its weights, ``transfer`` brings them in, ``stores`` keep the bytes
+that ``payload`` lays out; ``probe`` measures the machine. Decisions themselves are in ``policy``.
 """
 
 from ..checkpoint.empty import empty_weights

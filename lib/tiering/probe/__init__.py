@@ -1,0 +1,3 @@
+"""Measuring this machine's tiers and compute for machine.json; what the figures mean is in
+``lib.machine``.
+"""

@@ -1,3 +1,7 @@
+"""Places outside fast memory that keep payloads by key: one file per kind, ``base`` says what a
+store is. What the bytes mean is in ``payload``.
+"""
+
 from .base import CHUNK_BYTES, NUM_READERS, PIECE_BYTES, Store, aligned_buffer, byte_view
 from .device import DeviceStore
 from .file import FileStore

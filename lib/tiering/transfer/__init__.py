@@ -1,0 +1,3 @@
+"""Bringing bytes from stores into slots of fast memory, really or on a clock; weights aren't known
+here.
+"""

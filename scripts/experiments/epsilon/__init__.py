@@ -1,0 +1,1 @@
+"""Whether measured KL stays within epsilon, for docs/veto.md; the veto is in lib/policy."""

@@ -1,1 +1,3 @@
-"""What bench_offload.py runs: a checkpoint, the systems compared, one process each, the figures."""
+"""The offload benchmark of docs/offload_benchmark.md: a checkpoint, the peers, a process for each
+run, the figures.
+"""

@@ -1,0 +1,1 @@
+"""Dumps of outputs, plans and predictions of fixed cases, to compare two versions of the code."""

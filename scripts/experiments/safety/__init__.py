@@ -1,1 +1,1 @@
-"""What safety_table.py runs: small models that offloaders get wrong, and the offloaders."""
+"""What offloaders do with damaged files and unusual models, for docs/offload_benchmark.md."""

@@ -1,1 +1,3 @@
-"""The study of Adam's moment as a Fisher diagonal: runs, measurements, conclusions."""
+"""The study of Adam's moment as a Fisher diagonal, for docs/signals_study.md: runs, measurements,
+conclusions.
+"""

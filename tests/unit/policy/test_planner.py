@@ -20,14 +20,13 @@ from lib.machine import MachineProfile
 from lib.policy import (
     BlockNeed,
     Plan,
-    State,
     Step,
     definition_schedule,
     make_plan,
     smallest_budget,
 )
 from lib.units import parse_bytes
-from lib.vocabulary import Tier
+from lib.vocabulary import State, Tier
 
 CLOSE = 1.06
 """What a plan may lose against the best of all; hardly one in a hundred loses a hundredth. Plans
@@ -166,7 +165,7 @@ def test_an_infeasible_budget_names_the_smallest_one_and_what_takes_it() -> None
         ({"budget": {Tier.SSD: None}}, "the budget lacks HBM"),
         ({"budget": {Tier.HBM: 1, Tier.CXL: None}}, "names CXL, of which the machine"),
         ({"budget": {Tier.HBM: 1, Tier.SSD: -1}}, "SSD=-1 must be 0 bytes or more"),
-        ({"schedule": ["h.9.attn"]}, "the schedule names 'h.9.attn', which is no block"),
+        ({"schedule": ["h.9.attn"]}, "the schedule names 'h.9.attn', which is not a block"),
         ({"schedule": [Step("h.0.attn", lookup=True)]}, "its lookup_bytes are 0"),
         ({"needs": [*make_layers(1), *make_layers(1)]}, "two blocks have the same name"),
     ],

@@ -3,8 +3,8 @@ from itertools import pairwise, product
 import pytest
 
 from lib.errors import PlacementError
-from lib.policy import ALLOWED, State, Transition, find_path, placed_state
-from lib.vocabulary import Precision, Tier
+from lib.policy import ALLOWED, Transition, find_path, placed_state
+from lib.vocabulary import Precision, State, Tier
 
 AT_REST = [state for state in State if state is not State.IN_FLIGHT]
 
