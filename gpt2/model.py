@@ -26,8 +26,8 @@ def build_model(model: ModelConfig, tokenizer: Any, *, seed: int) -> Any:
         return _load_pretrained(model, tokenizer, dropout)
     if model.width % model.heads:
         raise InputError(
-            f"GPT2_WIDTH={model.width} is no multiple of GPT2_HEADS={model.heads}: change one of "
-            "them"
+            f"GPT2_WIDTH={model.width} is not a multiple of GPT2_HEADS={model.heads}: change "
+            "one of them"
         )
     _check_vocabulary(tokenizer, model.vocab_size, "GPT2_VOCAB_SIZE")
     config = GPT2Config(

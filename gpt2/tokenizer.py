@@ -1,4 +1,4 @@
-"""Tokenizers: a byte-level BPE trained on the corpus, or one that somebody else trained."""
+"""Tokenizers: a byte-level BPE trained on the corpus, or one that was trained elsewhere."""
 
 import hashlib
 from collections.abc import Iterable, Iterator

@@ -125,7 +125,7 @@ def check_sizes(config: TrainConfig, world: World) -> None:
     """Refuse a batch that can't be cut evenly over the processes."""
     if config.batch_size % world.size:
         raise InputError(
-            f"TRAIN_BATCH_SIZE={config.batch_size} is no multiple of the {world.size} processes "
+            f"TRAIN_BATCH_SIZE={config.batch_size} is not a multiple of the {world.size} processes "
             "that share it: change one"
         )
 

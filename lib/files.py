@@ -1,4 +1,4 @@
-"""Writing a file so that nobody ever reads half of it, and reading JSON strictly."""
+"""Writing a file so that it is never read half-written, and reading JSON strictly."""
 
 import contextlib
 import json
@@ -78,7 +78,7 @@ def parse_json(text: str) -> Any:
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"no complete JSON (truncated?): {error}; make it anew") from error
+        raise InputError(f"not complete JSON (truncated?): {error}; make it anew") from error
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, num_bytes: int = 0) -> None:

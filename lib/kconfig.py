@@ -1,8 +1,8 @@
 """Strict evaluation of Kconfig files and configuration files, on top of Kconfiglib.
 
 Kconfiglib only warns of a mistake and lets the default win. Here every warning, and every line that
-had no effect, is an InputError that names file and line. Which symbols there are is no concern of
-this file: ``config.py`` knows them.
+had no effect, is an InputError that names file and line. The symbols themselves are
+known to ``config`` alone.
 """
 
 import difflib

@@ -42,9 +42,9 @@ def parse_bytes(size: Any) -> int:
             num_bytes = int(Fraction(match[1]) * factor)
     if num_bytes is None or not 0 <= num_bytes < _MAX_SIZE:
         raise InputError(
-            f"size {size!r} is none from 0 to 8 EiB: give a number of bytes, or one with a unit, "
-            "such as 700MiB, 1.5GiB (KiB, MiB, GiB, TiB: powers of 1024) or 6GB (kB, MB, GB, TB: "
-            "powers of 1000)"
+            f"size {size!r} is not a size from 0 to 8 EiB: give a number of bytes, or one with a "
+            "unit, such as 700MiB, 1.5GiB (KiB, MiB, GiB, TiB: powers of 1024) or 6GB (kB, MB, GB, "
+            "TB: powers of 1000)"
         )
     return num_bytes
 

@@ -38,7 +38,7 @@ def is_below(precision: Precision, floor: Precision) -> bool:
 
 
 def most_precise(precisions: Sequence[Precision]) -> Precision | None:
-    """Return the most precise of some; None of none."""
+    """Return the most precise of some; None if there are none."""
     return min(precisions, key=_ORDER.__getitem__, default=None)
 
 

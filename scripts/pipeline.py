@@ -50,7 +50,7 @@ class StageFailed(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if unknown := set(args.stages).difference(STAGES):
-        raise InputError(f"stage {min(unknown)!r} is none of {', '.join(STAGES)}")
+        raise InputError(f"stage {min(unknown)!r} is unknown: choose from {', '.join(STAGES)}")
     config = load_config(args.config)
     stages = args.stages or configured_stages(config)
     if "bench" in stages:

@@ -22,7 +22,7 @@ def describe_fault(name: str, blocks: Iterable[Block], bad: Tensor, *, first_row
     """Name a parameter, its block, and the place of the first of its weights that is ``bad``.
 
     ``bad``: bool in the parameter's shape, or of its rows from ``first_row`` on, with one True at
-    least. The sentence lacks its last words.
+    least. The caller ends the sentence.
     """
     place = [int(index) for index in bad.nonzero()[0]]
     if place:

@@ -144,7 +144,7 @@ def tied_modules(blocks: Iterable[Block]) -> dict[str, str]:
 
 
 def _walk(module: nn.Module, name: str, layer: int | None) -> Iterator[tuple[str, _Place]]:
-    """Visit a module that is no block: each parameter of its own is a block by itself, then come
+    """Visit a module that isn't a block: each parameter of its own is a block by itself, then come
     the children.
     """
     for own in _own_parameters(module):

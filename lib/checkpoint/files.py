@@ -78,7 +78,7 @@ class Entry:
 
 
 class File:
-    """One safetensors file, open for as long as somebody refers to it."""
+    """One safetensors file, open for as long as something refers to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -103,9 +103,9 @@ class File:
         try:
             header = parse_json(self._header.decode("utf-8"))
             if not isinstance(header, dict):
-                raise InputError("it is no object")
+                raise InputError("it is not an object")
         except (UnicodeDecodeError, InputError) as error:
-            raise self._broken(f"its header is no JSON object: {error}") from error
+            raise self._broken(f"its header is not a JSON object: {error}") from error
         data_bytes = self._stamp[2] - self._data_start
         parsed = {
             name: self._parse_entry(name, declared, data_bytes)
@@ -184,14 +184,14 @@ class File:
 
     def _broken(self, reason: str) -> InputError:
         return InputError(
-            f"checkpoint file {self.path} is damaged or no safetensors file: {reason}; download or "
-            "save it again"
+            f"checkpoint file {self.path} is damaged, or not a safetensors file: {reason}; "
+            "download or save it again"
         )
 
 
 def open_files(path: Path) -> dict[str, Entry]:
     """Return the tensors of a checkpoint: a folder, a file or an index. Files stay open for as long
-    as somebody refers to one of their tensors.
+    as something refers to one of their tensors.
     """
     file = _find_file(path)
     if not file.name.endswith(".json"):
@@ -239,7 +239,7 @@ def _other_kind(path: Path) -> InputError:
         )
     missing = "" if path.exists() else " (there is no such file)"
     return InputError(
-        f"checkpoint {path} is no .safetensors file, no *{_INDEX_SUFFIX}, and no folder with "
+        f"checkpoint {path} is not a .safetensors file, a *{_INDEX_SUFFIX} or a folder with "
         f"one{missing}: give one of those"
     )
 

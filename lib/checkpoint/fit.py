@@ -201,7 +201,7 @@ def _compare_generation(model: nn.Module, path: Path) -> None:
     config: Any = model.config
     own = settings.to_dict()
     if own != GenerationConfig.from_model_config(config).to_dict():
-        return  # somebody has chosen
+        return  # the caller or the checkpoint has chosen
     saved = GenerationConfig.from_pretrained(folder).to_diff_dict()
     unknown = {"transformers_version", "_from_model_config"}
     others = [key for key in saved if key not in unknown and saved[key] != own.get(key)]

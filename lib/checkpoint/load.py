@@ -1,9 +1,10 @@
 """Building the model of a folder as transformers' from_pretrained does, without its weights.
 
-``load`` takes what from_pretrained takes from where: the class from config.json or the caller, the
-dtype from config.json or the checkpoint, what stays in fp32 from the class, what is tied from
-config and checkpoint, the settings of generate() from generation_config.json. Weights come later,
-by ``attach(model, weights=folder)``; models that are loaded with them are in ``models``.
+``load`` takes each thing from where from_pretrained takes it: the class from config.json or the
+caller, the dtype from config.json or the checkpoint, what stays in fp32 from the class, what is
+tied from config and checkpoint, the settings of generate() from generation_config.json. Weights
+come later, by ``attach(model, weights=folder)``; models that are loaded with them are in
+``models``.
 """
 
 import re
@@ -79,7 +80,7 @@ def build_empty_model(
     attn_implementation: str | None = None,
 ) -> "PreTrainedModel":
     """Build a model like ``load`` from config.json alone; ``checkpoint_dtype`` is the dtype where
-    neither ``dtype`` nor config.json says one.
+    ``dtype`` and config.json say none.
     """
     if not (Path(folder) / "config.json").is_file():
         raise InputError(
@@ -138,7 +139,7 @@ def _find_class(folder: str | Path, given: Any) -> tuple[Any, Any]:
     if isinstance(given, str):
         found: Any = getattr(transformers, given, None)
         if found is None:
-            raise InputError(f"model_class {given!r} is no class of transformers: give one")
+            raise InputError(f"model_class {given!r} is not a class of transformers: give one")
         given = found
     if hasattr(given, "_from_config"):
         return given, read_config(folder, given.config_class)
@@ -156,8 +157,8 @@ def _find_class(folder: str | Path, given: Any) -> tuple[Any, Any]:
     mapping = given._model_mapping
     if type(config) not in mapping:
         raise InputError(
-            f"model {str(folder)!r} ({config.model_type}) is none of {given.__name__}: give "
-            f"another model_class, such as {(config.architectures or ['AutoModel'])[0]}"
+            f"model {str(folder)!r} ({config.model_type}) is not supported by {given.__name__}: "
+            f"give another model_class, such as {(config.architectures or ['AutoModel'])[0]}"
         )
     built = factory._get_model_class(config, mapping)
     text = config.sub_configs.get("text_config")

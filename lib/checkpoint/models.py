@@ -142,7 +142,7 @@ def _load(model: str, checkpoint: Path | None) -> _Loaded:
         loaded = model_class.from_pretrained(model, config=config, dtype="auto", **report)
         return cast(_Loaded, loaded)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"model {model!r} ({config.model_type}) is no causal language model")
+        raise InputError(f"model {model!r} ({config.model_type}) is not a causal language model")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     dtype = _main_dtype(state)
     return cast(
@@ -179,9 +179,9 @@ def _refuse_encoder(loaded: Any, model: str) -> None:
     noise = 1e-4 if loaded.dtype == torch.float32 else 0.05
     if moved > (0.0 if getattr(loaded.config, "is_decoder", True) is False else noise):
         raise InputError(
-            f"model {model!r} ({type(loaded).__name__}) is no causal language model: its outputs "
-            "change with later tokens, as an encoder's do; give a decoder (one of an encoder's "
-            "class has is_decoder in its config.json)"
+            f"model {model!r} ({type(loaded).__name__}) is not a causal language model: its "
+            "outputs change with later tokens, as an encoder's do; give a decoder (one of "
+            "an encoder's class has is_decoder in its config.json)"
         )
 
 
@@ -217,7 +217,7 @@ def _read_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes make the unpickler do
         raise InputError(
-            f"checkpoint {path} is no file of plain tensors (truncated, or pickled objects): "
+            f"checkpoint {path} is not a file of plain tensors (truncated, or pickled objects): "
             "save model.state_dict()"
         ) from error
 

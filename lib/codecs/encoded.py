@@ -101,7 +101,7 @@ class EncodedWeight:
     """Computes straight from a record's bytes, which it doesn't copy: a view into a slot will do.
 
     ``layout`` may be a prefix; ``dtype`` is the weight's own; ``scratch`` is on the record's
-    device. The record isn't checked here (``codecs.check_record``).
+    device. The record isn't checked here (``records.check_record``).
     """
 
     looks_up = True

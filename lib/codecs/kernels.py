@@ -8,7 +8,7 @@
 | anything else | any | ``EncodedWeight``: the record, expanded a shard at a time |
 
 Every
-form is tested against ``codecs.decode``.
+form is tested against ``records.decode``.
 """
 
 from collections.abc import Iterable
@@ -134,7 +134,7 @@ def prepare(
     """Make the resident form of a whole record, in new memory on ``device``.
 
     ``dtype`` is the weight's own; ``scratch`` is on ``device``. The record isn't checked here
-    (``codecs.check_record``). For one that comes in shards: ``empty_weight`` and ``fill``.
+    (``records.check_record``). For one that comes in shards: ``empty_weight`` and ``fill``.
     """
     weight = empty_weight(layout, dtype=dtype, device=device, uses=uses, scratch=scratch)
     weight.fill(0, record, layout)

@@ -167,7 +167,7 @@ class RecordLayout:
         ] or [str(self.codec.precision)]
         if str(precision) not in allowed:
             raise InputError(
-                f"{precision} is no prefix of a {self.codec.precision} record: allowed are "
+                f"{precision} is not a prefix of a {self.codec.precision} record: allowed are "
                 f"{', '.join(allowed)}"
             )
         return replace(self, precision=precision)

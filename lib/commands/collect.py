@@ -154,9 +154,7 @@ def _print_table(hints: Hints, tiers: dict[str, dict[str, float]]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="collect_fisher.py", description=__doc__.split("\n\n")[0].strip()
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     default = "(default: %(default)s)"
     what = parser.add_argument_group("what is measured")
     what.add_argument("--model", required=True, help="hub id or folder of a causal LM checkpoint")

@@ -73,7 +73,7 @@ def _check(args: argparse.Namespace) -> None:
     if (args.fisher is None) == (args.to == "imatrix"):
         raise InputError(
             "--fisher FILE goes with --to imatrix, and only with it: make the file with "
-            "collect_fisher.py --save-diagonal"
+            "tierhints collect --save-diagonal"
         )
     if args.bits is not None:
         if args.to not in _WITH_BITS:
@@ -88,7 +88,7 @@ def _model_of(hints: Hints) -> str:
     name = hints.model.id if hints.model else ""
     if not (Path(name) / "config.json").is_file() or not name:
         raise InputError(
-            f"the hints' model {name!r} is no folder here: give its checkpoint with --model"
+            f"the hints' model {name!r} is not a folder here: give its checkpoint with --model"
         )
     return name
 
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fisher",
         type=Path,
         metavar="FILE",
-        help="for imatrix: the diagonal that collect_fisher.py --save-diagonal wrote",
+        help="for imatrix: the diagonal that tierhints collect --save-diagonal wrote",
     )
     how = parser.add_argument_group("how")
     how.add_argument(

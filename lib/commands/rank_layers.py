@@ -114,9 +114,7 @@ def print_ranking(layers: "Sequence[KvLayer]") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rank_layers.py", description=__doc__.split("\n\n")[0].strip()
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
     default = "(default: %(default)s)"
     parser.add_argument("--model", required=True, help="hub id or folder of a causal LM checkpoint")
     parser.add_argument(

@@ -137,7 +137,9 @@ def read_bandwidths(text: str) -> list[float]:
         except ValueError:
             bandwidth = 0.0
         if not 0 < bandwidth < float("inf"):
-            raise InputError(f"--bandwidth {entry!r} is no GB/s above 0: give such as 1,3,7")
+            raise InputError(
+                f"--bandwidth {entry!r} is not a bandwidth in GB/s above 0: give such as 1,3,7"
+            )
         bandwidths.append(bandwidth)
     return sorted(set(bandwidths))
 

@@ -43,12 +43,12 @@ class CalibratedModel:
 
     predictions: Predictions
     calibrations: Mapping[str, Calibration]
-    """Of each signal by itself."""
+    """The calibration of each signal by itself."""
     final: Calibration
-    """Of ``curves``."""
+    """The calibration of ``curves``."""
     curves: Curves
-    """In nats: the larger of diagonal and directional estimate, on scale, never falling. None of
-    blocks that the text doesn't exercise."""
+    """In nats: the larger of diagonal and directional estimate, on scale, never falling.
+    Without the blocks that the text doesn't exercise."""
     unexercised: Sequence[str]
     """Blocks whose weights have no part in what the model says of the text: experts that no token
     is routed to. What their precision costs can't be known from it."""
@@ -62,7 +62,7 @@ class CalibratedModel:
 
     @property
     def plan_factor(self) -> float:
-        """What covers 95 % of plans that an allocation chooses, with 95 % confidence."""
+        """The factor that covers 95 % of plans that an allocation chooses, with 95 % confidence."""
         return tolerance_limit(self.plan_ratios)
 
     @property

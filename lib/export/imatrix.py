@@ -29,9 +29,9 @@ leave llama-quantize no scale to choose."""
 
 
 def export_imatrix(outline: Outline, diagonal: Path, *, parameter_digest: str) -> Export:
-    """Make imatrix.gguf from a file of collect_fisher.py --save-diagonal.
+    """Make imatrix.gguf from a file of tierhints collect --save-diagonal.
 
-    Raises InputError for a file that is no Fisher diagonal, or of other weights.
+    Raises InputError for a file that is not a Fisher diagonal, or of other weights.
     """
     names = GgufNames(outline.model_type, outline.num_layers)
     entries: dict[str, NDArray[np.float32]] = {}
@@ -94,12 +94,12 @@ def _open_diagonal(path: Path, parameter_digest: str) -> tuple[Any, int]:
         metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"Fisher diagonal {path} can't be read ({error}): make it with collect_fisher.py "
+            f"Fisher diagonal {path} can't be read ({error}): make it with tierhints collect "
             "--save-diagonal"
         ) from error
     if metadata.get("signal") != "fisher_diag" or not metadata.get("tokens", "").isdigit():
         raise InputError(
-            f"{path} is no Fisher diagonal: make it with collect_fisher.py --save-diagonal"
+            f"{path} is not a Fisher diagonal: make it with tierhints collect --save-diagonal"
         )
     if metadata.get("parameter_digest") != parameter_digest:
         raise InputError(
@@ -111,7 +111,7 @@ def _open_diagonal(path: Path, parameter_digest: str) -> tuple[Any, int]:
 
 
 def _read(file: Any, weight: Weight) -> NDArray[np.float32]:
-    if weight.name not in file.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+    if weight.name not in file.keys():  # noqa: SIM118 (a safetensors handle isn't a dict)
         raise InputError(f"the Fisher diagonal has no {weight.name!r}: collect it on this model")
     values: NDArray[np.float32] = file.get_tensor(weight.name)
     if values.shape != weight.shape or not np.isfinite(values).all() or (values < 0).any():

@@ -1,9 +1,10 @@
 """Precisions and tiers as llama.cpp's ``--tensor-type-file`` and ``--override-tensor``.
 
 CRITICAL, HIGH, MEDIUM and LOW blocks become Q6_K, Q5_K, Q4_K and Q3_K; a stricter floor becomes
-Q8_0, BF16 or F32. K-quants pack 256 weights of a row: where rows are no multiple, llama-quantize
-falls back to the types in ``_FALLBACK`` (``tensor_type_fallback`` in src/llama-quant.cpp), which
-are larger; here they are chosen, and counted, openly. Bits per weight are from gguf's own table.
+Q8_0, BF16 or F32. K-quants pack 256 weights of a row: where rows aren't multiples of that,
+llama-quantize falls back to the types in ``_FALLBACK`` (``tensor_type_fallback`` in
+src/llama-quant.cpp), which are larger; here they are chosen, and counted, openly. Bits per weight
+are from gguf's own table.
 """
 
 import re
@@ -185,7 +186,7 @@ def _tensor_types(matrices: Sequence[_Tensor], widths: Widths) -> tuple[dict[str
         return types, []
     changes = ", ".join(sorted({f"{kind} -> {types[name]}" for name, kind in odd.items()}))
     return types, [
-        f"K-quants for {len(odd)} tensors ({list_some(odd)}): their rows are no multiple of 256, "
+        f"K-quants for {len(odd)} tensors ({list_some(odd)}): their rows are not multiples of 256, "
         f"so larger types: {changes}"
     ]
 

@@ -58,7 +58,7 @@ def export_torchao(outline: Outline, *, device: str, bits: float | None) -> Expo
                 real = _feasible(precision, weight, device)
                 if real is not precision:
                     lost.append(
-                        f"{weight.module}: rows of {weight.row_length} are no whole groups of 32, "
+                        f"{weight.module}: rows of {weight.row_length} are not whole groups of 32, "
                         f"which {precision} needs, so {real}"
                     )
                 configs[weight.module] = _config(real, weight, device)

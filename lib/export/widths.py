@@ -106,7 +106,7 @@ def _curves(
     if len(silent) == len(candidates):
         raise InputError(
             "these hints have no importance and no KL curves, so no precision follows from them: "
-            "make full hints with collect_fisher.py"
+            "make full hints with tierhints collect"
         )
     if silent:
         lost.append(f"no signal for {list_some(silent)}: kept at the most precise type")

@@ -29,7 +29,7 @@ def load_hints(path: str | Path) -> Hints:
     except FileNotFoundError as error:
         raise InputError(
             f"hints file {path} does not exist: train with TIERING_GENERATE_JSON=y, or make it "
-            "with collect_fisher.py"
+            "with tierhints collect"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"hints file {path} can't be read: {error}") from error

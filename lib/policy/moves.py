@@ -1,8 +1,8 @@
 """From one plan to the next, block by block, so that no tier passes its budget on the way.
 
 While a block moves it is in both tiers: what it leaves is free again only once it has arrived. A
-block whose precision changes is let go of first and made again from its original, which is neither
-plan's business. Slots are freed before anything moves and made again at the end. What has to leave
+block whose precision changes is let go of first and made again from its original, which neither
+plan counts. Slots are freed before anything moves and made again at the end. What has to leave
 fast memory comes first; otherwise whatever fits moves next, until all have.
 """
 

@@ -1,7 +1,7 @@
 """The seven states of a block, and which changes between them are allowed.
 
 A state is precision and residency together. Weights don't change during inference, so leaving fast
-memory is no copy: the bytes below are still there. Entering it always goes through S6.
+memory copies nothing: the bytes below are still there. Entering it always goes through S6.
 """
 
 from collections.abc import Mapping

@@ -26,7 +26,7 @@ from .states import Transition, find_path
 _ROUNDING_NATS = 1e-6
 """A KL of what is equal may come out below 0 by so much."""
 _BEYOND = 1e30
-"""By which bounds grow so that nothing compressed is left within any epsilon."""
+"""The factor on bounds that leaves nothing compressed within any epsilon."""
 _RESIDENT = frozenset({State.FULL, State.REDUCED, State.COMPRESSED})
 
 
@@ -101,7 +101,7 @@ class Veto:
         return moves
 
     def adopt(self, plan: Plan | None) -> None:
-        """Note that a plan was carried out; None: nobody knows what is held, so all has to move."""
+        """Note that a plan was carried out; None: what is held is unknown, so all has to move."""
         self._plan = plan
 
     # -- measurements ------------------------------------------------------------------------------
@@ -111,9 +111,9 @@ class Veto:
 
         A pending joint check holds the upper bound to epsilon; once that has passed, or where none
         was needed, a measurement counts against the plan only if its value itself is above, since
-        that of a few sequences is uncertain. What is no KL (not finite, or below 0 by more than
-        rounding) admits nothing compressed. What is held may be below its floor afterwards
-        (``below_floors``).
+        that of a few sequences is uncertain. A value that isn't a KL (not finite, or below 0 by
+        more than rounding) admits nothing compressed. What is held may be below its floor
+        afterwards (``below_floors``).
         """
         pending = self.ledger.joint_check is JointCheck.PENDING
         value = measured.upper_nats if pending else measured.kl_nats

@@ -79,7 +79,7 @@ class Curve:
 class Ledger:
     """Bounds and floors of all blocks under one epsilon (infinite: none was declared).
 
-    ``floors``: a block that is not in it has none. ``factor``: bound over prediction.
+    ``floors``: a block that is not in it has no floor. ``factor``: bound over prediction.
     ``kernel_nats``: what kernels cost as soon as any block is compressed. ``exchange_rate``: the KL
     bound that a byte is worth where epsilon ends. ``gap``: how far the floors may be from the
     fewest bytes, relatively.
@@ -118,7 +118,7 @@ def parse_epsilon(value: float | str) -> float:
     epsilon = math.log(parsed) if is_ratio and parsed > 0 else parsed
     if (equals and not is_ratio) or not 0 < epsilon <= LARGEST_EPSILON:
         raise InputError(
-            f"epsilon {text!r} is no quality bound: give nats per token above 0 and at most "
+            f"epsilon {text!r} is not a quality bound: give nats per token above 0 and at most "
             f"{LARGEST_EPSILON:g} (0.02), or the factor by which perplexity may grow (ppl=1.02)"
         )
     return epsilon
@@ -242,7 +242,7 @@ def tighten(ledger: Ledger, *, ratio: float) -> Ledger:
 def merge_curves(hints: Sequence[BlockHint]) -> tuple[dict[Precision, float], Precision | None]:
     """Return the summed KL curve and the highest floor of blocks that are held as one.
 
-    A precision that one of them has no prediction for has none.
+    A precision that one of them has no prediction for is left out.
     """
     known = set(Precision).intersection(*(hint.kl for hint in hints)) if hints else set()
     kl_nats = {

@@ -3,7 +3,7 @@
 ``weight_error`` is the delta of every prediction; ``perturb`` puts it into a model for a while, so
 that what it does can be measured. Both take the records that the runtime would store, in the same
 layout (``storage``), and what it keeps raw has no error. Arithmetic of fused kernels (bfloat16
-activations) is no error of the weights, and isn't here.
+activations) isn't an error of the weights, and isn't here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -80,14 +80,14 @@ def perturb(model: nn.Module, precisions: Mapping[str, Precision]) -> Iterator[N
     on leaving.
 
     ``precisions``: block -> precision; other blocks stay. Holds a copy of the weights replaced.
-    Raises InputError for a name that is no block, for weights that aren't in memory, and for those
-    that the precision can't hold.
+    Raises InputError for a name that isn't a block's, for weights that aren't in memory, and for
+    those that the precision can't hold.
     """
     blocks = {block.name: block for block in partition_model(model)}
     unknown = sorted(set(precisions) - blocks.keys())
     if unknown:
         raise InputError(
-            f"{unknown[0]!r} is no block: the model's are {', '.join(list(blocks)[:3])}, ..."
+            f"{unknown[0]!r} is not a block: the model's are {', '.join(list(blocks)[:3])}, ..."
         )
     parameters = unique_parameters(model)
     kept: list[tuple[Tensor, Tensor]] = []

@@ -1,11 +1,11 @@
 """Random plans of the kind that the ledger admits: what its sum of bounds has to hold for.
 
-A ledger bounds the KL of a whole plan that an allocation chose, which is no sum over random pairs:
-of noisy predictions an allocation takes those that came out too low, and the KL of a plan isn't
-quite the sum over its blocks. So plans are drawn as ledgers choose them: the fewest bytes within a
-bound. Random are the bound (log-uniform, from the least that compresses anything to what all blocks
-cost at their lowest precision) and what a byte of each block costs (log-normal, since runtimes
-stream some blocks and keep others, and look up few rows of a third).
+A ledger bounds the KL of a whole plan that an allocation chose, which isn't a sum over random
+pairs: of noisy predictions an allocation takes those that came out too low, and the KL of a plan
+isn't quite the sum over its blocks. So plans are drawn as ledgers choose them: the fewest bytes
+within a bound. Random are the bound (log-uniform, from the least that compresses anything to what
+all blocks cost at their lowest precision) and what a byte of each block costs (log-normal, since
+runtimes stream some blocks and keep others, and look up few rows of a third).
 """
 
 import math

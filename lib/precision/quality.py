@@ -43,7 +43,7 @@ class Quality:
 
     kl_nats: float
     kl_interval: tuple[float, float] | None
-    """95 % confidence interval of ``kl_nats``; None of a single sequence."""
+    """95 % confidence interval of ``kl_nats``; None for a single sequence."""
     kl_per_sequence: tuple[float, ...]
     reference_nll: float
     """Mean negative log-likelihood of the text under the full model."""
@@ -222,7 +222,7 @@ def perplexity(nll_nats: float) -> float:
 def bootstrap_interval(
     values: Sequence[float], *, confidence: float = CONFIDENCE
 ) -> tuple[float, float] | None:
-    """Return the percentile-bootstrap interval of the mean of independent values; None of one."""
+    """Return the percentile-bootstrap interval of the mean of independent values; None for one."""
     return bootstrap_statistic([values], lambda means: float(means[0]), confidence=confidence)
 
 
@@ -232,7 +232,7 @@ def bootstrap_statistic(
     *,
     confidence: float = CONFIDENCE,
 ) -> tuple[float, float] | None:
-    """Return the interval of a statistic of the rows' means; None of single values.
+    """Return the interval of a statistic of the rows' means; None for single values.
 
     Column i of every row belongs to the same sequence, and columns are resampled whole.
     """

@@ -58,7 +58,7 @@ class Calibration:
     band: tuple[float, float]
     conformal_factor: float
     confidence: float
-    """That ``conformal_factor`` covers 95 % of pairs; 1 if every one was measured."""
+    """Confidence that ``conformal_factor`` covers 95 % of pairs; 1 if every one was measured."""
     fit_probes: int
     conformal_probes: int
     exhaustive: bool

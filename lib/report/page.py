@@ -264,7 +264,7 @@ def _commands(run: Run) -> str:
             command += [] if value is None else [flag, str(value)]
         output = folder / f"benchmark_{document['mode']}.json"
         commands.append([*command, "--baseline", "--json", str(output)])
-    commands.append(["python", "lib/commands/report.py", str(folder)])
+    commands.append(["tierhints", "report", str(folder)])
     lines = "\n".join(escape(shlex.join(command)) for command in commands)
     return f"<p>From the root of the repository:</p><pre>{lines}</pre>"
 

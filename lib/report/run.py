@@ -1,4 +1,4 @@
-"""A run's folder, read for the report: what is there, and the command that makes what is not."""
+"""A run's folder, read for the report: what is there, and the commands that make the rest."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -107,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} can't be read: {error}") from error
     if not isinstance(document, dict):
-        raise InputError(f"{path} is no JSON object")
+        raise InputError(f"{path} is not a JSON object")
     return document
 
 
@@ -127,13 +127,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
-            raise InputError(f"{path} line {number} is no metrics entry with a step") from error
+            raise InputError(f"{path} line {number} is not a metrics entry with a step") from error
         entries.append(entry)
     return sorted(entries, key=lambda entry: entry["step"])
 
 
 def _wanted_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the modes that the configuration has benchmarked; all where there is none."""
+    """Return the modes that the configuration benchmarks; all if it says nothing."""
     tiering, bench = config.get("tiering") or {}, config.get("bench") or {}
     if not tiering.get("inference_benchmark", True):
         return ()
@@ -160,5 +160,7 @@ def _read_benchmark(path: Path) -> dict[str, Any]:
         benchmark_sections(document)
         document["tiered"]["stats"]["timeline"]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"{path} is no benchmark document of this version ({error!r})") from error
+        raise InputError(
+            f"{path} is not a benchmark document of this version ({error!r})"
+        ) from error
     return document

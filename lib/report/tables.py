@@ -143,7 +143,7 @@ def transfer_ms(stats: Document) -> float:
 
 
 def charged_overhead_pct(document: Document) -> float | None:
-    """Return what a virtual clock charged, in percent of the baseline's median; None without."""
+    """Return a virtual clock's charge in percent of the baseline's median; None without a clock."""
     baseline = document["baseline"]
     if baseline is None or name_clock(document) != "virtual clock":
         return None

@@ -280,7 +280,7 @@ def _nothing_read(
     if not any(parameter.requires_grad for parameter in parameters.values()):
         return "every parameter is frozen: measure the checkpoint with tierhints collect"
     if not any(id(parameter) in groups for parameter in parameters.values()):
-        return f"{cls} holds none of this model's parameters: give the very model that it trains"
+        return f"{cls} holds no parameter of this model: give the model that it trains"
     return f"{cls} has no state for this model yet: call it after the first optimizer.step()"
 
 

@@ -5,7 +5,8 @@ respect to its logits is diag(p) - p p^T, with trace 1 - sum_j p_j^2. The mean o
 spread attention is: 0 when every query looks at one key, 1 - H_T / T (0.9576 at T = 128, H the
 harmonic number) when causal attention is uniform over T positions.
 
-It is no Fisher information of parameters (``fisher``), nor an estimate of one, and ranks nothing.
+It is not the Fisher information of parameters (``fisher``), nor an estimate of it, and ranks
+nothing.
 """
 
 from collections.abc import Iterable, Iterator
@@ -100,7 +101,8 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
     change: Any = getattr(model, "set_attn_implementation", None)
     if config is None or change is None:
         raise InputError(
-            f"{type(model).__name__} is no Hugging Face model: its attention can't be made visible"
+            f"{type(model).__name__} is not a Hugging Face model: its attention can't be made "
+            "visible"
         )
     before = _implementations(config)
     try:

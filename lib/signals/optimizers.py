@@ -38,7 +38,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("adadelta", "keeps a mean square that is not bias-corrected, under another name"),
     ("lomo|rprop|lbfgs", "keeps no second moment"),
 )  # fmt: skip
-"""Class-name pattern -> why its state can't stand for a Fisher diagonal. The first match speaks."""
+"""Class-name pattern -> why its state can't stand for a Fisher diagonal; the first match counts."""
 
 _FACTORED_KEYS = {"exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var"}
 _ROTATED_KEYS = {"Q", "GG", "preconditioner", "preconditioners"}

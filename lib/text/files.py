@@ -123,7 +123,7 @@ class _Place:
                     return self._records(stream)
                 return [self._text(stream)]
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.file} is no UTF-8 text: {error}") from error
+            raise InputError(f"{self.file} is not UTF-8 text: {error}") from error
 
     def _text(self, stream: BinaryIO) -> str:
         """Read a chunk; a character cut by its start or end belongs to neither chunk."""

@@ -44,10 +44,10 @@ _MARKS = {
     b"PK\x03\x04": _PACKED,
     b"7z\xbc\xaf\x27\x1c": _PACKED,
     b"%PDF-": _LAYOUT,
-    codecs.BOM_UTF32_LE: "is no UTF-8 text but UTF-32: convert it (iconv -f UTF-32 -t UTF-8)",
-    codecs.BOM_UTF32_BE: "is no UTF-8 text but UTF-32: convert it (iconv -f UTF-32 -t UTF-8)",
-    codecs.BOM_UTF16_LE: "is no UTF-8 text but UTF-16: convert it (iconv -f UTF-16 -t UTF-8)",
-    codecs.BOM_UTF16_BE: "is no UTF-8 text but UTF-16: convert it (iconv -f UTF-16 -t UTF-8)",
+    codecs.BOM_UTF32_LE: "is not UTF-8 text but UTF-32: convert it (iconv -f UTF-32 -t UTF-8)",
+    codecs.BOM_UTF32_BE: "is not UTF-8 text but UTF-32: convert it (iconv -f UTF-32 -t UTF-8)",
+    codecs.BOM_UTF16_LE: "is not UTF-8 text but UTF-16: convert it (iconv -f UTF-16 -t UTF-8)",
+    codecs.BOM_UTF16_BE: "is not UTF-8 text but UTF-16: convert it (iconv -f UTF-16 -t UTF-8)",
 }
 """First bytes -> what to do; the mark of UTF-32 begins with that of UTF-16."""
 
@@ -63,8 +63,8 @@ def find_format(path: Path) -> TextFormat:
     """Say how a file holds its text, by its name and its first lines.
 
     Records are files called .jsonl, .ndjson or .json, and those whose first line is a JSON object.
-    Raises InputError, beginning with the path, for what is no text that can be read here; OSError
-    where the file can't be.
+    Raises InputError, beginning with the path, for what isn't text or can't be read as text here;
+    OSError where the file can't be read.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -90,9 +90,9 @@ def find_format(path: Path) -> TextFormat:
 
 
 def check_binary(data: bytes, path: Path) -> None:
-    """Raise InputError for bytes that no text holds."""
+    """Raise InputError for zero bytes, which text doesn't have."""
     if b"\0" in data:
-        raise InputError(f"{path} is no UTF-8 text (it holds zero bytes): binary data, or UTF-16")
+        raise InputError(f"{path} is not UTF-8 text (it holds zero bytes): binary data, or UTF-16")
 
 
 def normalize_newlines(text: str) -> str:
@@ -105,7 +105,7 @@ def parse_record(line: str | bytes, place: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{place} is no JSON record ({error}): one a line is needed") from error
+        raise InputError(f"{place} is not a JSON record ({error}): one a line is needed") from error
     if not isinstance(record, dict) or not isinstance(record.get(TEXT_KEY), str):
         if not isinstance(record, dict):
             found = f"is a JSON {type(record).__name__}, not an object"

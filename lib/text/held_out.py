@@ -1,4 +1,4 @@
-"""Devices and held-out text as a user names them on a command line.
+"""Held-out text as a user names it on a command line, or the checkpoint's own.
 
 Whatever is wrong with what the user names raises InputError with one line.
 """
@@ -79,7 +79,7 @@ def _runs(row: list[int]) -> set[tuple[int, ...]]:
 
 
 def load_tokenizer(model: str) -> Any:
-    """Load the tokenizer of a hub id or folder; InputError for one that knows no words."""
+    """Load the tokenizer of a hub id or folder; InputError for one without a vocabulary."""
     from transformers import AutoTokenizer
 
     try:
@@ -114,7 +114,7 @@ def read_text(
     """Return at most ``count`` sequences of the user's text, or of ``load_heldout`` without one.
 
     The user's text is drawn from all over its files by ``seed``. What a short one lacks is said on
-    stdout; how few are too few is for the caller to say.
+    stdout; the caller decides how few are too few.
     """
     if data is None:
         text = load_heldout(model, vocab_size=vocab_size, length=length)

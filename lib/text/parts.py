@@ -23,7 +23,7 @@ class TextParts:
     judging: Tensor
     source: str
     seed: int | None
-    """That drew the sequences; the checkpoint's own are taken in their order."""
+    """The seed that drew the sequences; the checkpoint's own are taken in their order."""
 
     @property
     def digest(self) -> str:

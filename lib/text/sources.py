@@ -254,7 +254,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"{error}; or leave it out of DATA_FILES_GLOB") from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is no UTF-8 text (byte {error.start}): leave it out of DATA_FILES_GLOB, or "
+            f"{path} is not UTF-8 text (byte {error.start}): leave it out of DATA_FILES_GLOB, or "
             "convert it"
         ) from error
     except OSError as error:

@@ -1,9 +1,9 @@
 """What a runtime did: per block calls, bytes moved, seconds of transfer and of compute, and
 resident bytes over time.
 
-Time is kept as marks: each mark closes the interval since the last one and books it to whoever
-owned it, so that nested blocks (experts inside an MLP) are counted once. On a GPU a mark is a CUDA
-event, read when the figures are asked for: nothing waits for the device while the model runs.
+Time is kept as marks: each mark closes the interval since the last one and books it to the block
+that owned it, so that nested blocks (experts inside an MLP) are counted once. On a GPU a mark is a
+CUDA event, read when the figures are asked for: nothing waits for the device while the model runs.
 """
 
 import time

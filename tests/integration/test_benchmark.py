@@ -225,11 +225,11 @@ def test_a_cast_leaves_buffers_and_ties_as_transformers_does(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"some text", "is no file of plain tensors"),
-        (b"hello", "is no file of plain tensors"),
-        (b'{"a": 1}', "is no file of plain tensors"),
-        (b"<html>\n</html>", "is no file of plain tensors"),
-        (b"", "is no file of plain tensors"),
+        (b"some text", "is not a file of plain tensors"),
+        (b"hello", "is not a file of plain tensors"),
+        (b'{"a": 1}', "is not a file of plain tensors"),
+        (b"<html>\n</html>", "is not a file of plain tensors"),
+        (b"", "is not a file of plain tensors"),
         ({1: torch.zeros(1)}, "must map parameter names to tensors"),
         ("hello", "must map parameter names to tensors"),
     ],
@@ -500,7 +500,7 @@ def test_epsilon_without_calibration_is_refused_and_implies_the_baseline(
     checkpoint: Checkpoint, calibrated: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, _, error = run(checkpoint.arguments("--epsilon", "0.02"), capsys)
-    assert code == 2 and "lib/commands/calibrate.py" in error
+    assert code == 2 and "tierhints calibrate" in error
     code, _, _, error = run(calibrated.arguments("--epsilon", "ppl=0.9"), capsys)
     assert code == 2 and "ppl=1.02" in error
     code, document, text, _ = run(calibrated.arguments("--epsilon", "ppl=1.02"), capsys)

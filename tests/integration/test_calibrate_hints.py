@@ -1,4 +1,4 @@
-"""lib/commands/calibrate.py and tierhints evaluate on a tiny trained run, end to end."""
+"""tierhints calibrate and tierhints evaluate on a tiny trained run, end to end."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""lib/commands/collect.py from the command line to the files it writes."""
+"""tierhints collect from the command line to the files it writes."""
 
 import json
 import os

@@ -132,5 +132,5 @@ def test_batch_that_the_processes_cannot_share_is_refused(
     from lib.errors import InputError
 
     config = tiny_config(folder, RUN_NAME="odd")[0].train
-    with pytest.raises(InputError, match="TRAIN_BATCH_SIZE=4 is no multiple of the 3 processes"):
+    with pytest.raises(InputError, match="TRAIN_BATCH_SIZE=4 is not a multiple of the 3 processes"):
         check_sizes(config, World(rank=0, size=3, device=torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""lib/commands/export.py from the command line to the files it writes."""
+"""tierhints export from the command line to the files it writes."""
 
 import json
 import os

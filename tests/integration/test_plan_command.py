@@ -1,4 +1,4 @@
-"""lib/commands/plan.py and tierhints what-if from the command line to what they print and write."""
+"""tierhints plan and tierhints what-if from the command line to what they print and write."""
 
 import json
 import warnings
@@ -36,7 +36,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config.json alone: about 23 MiB of weights that nobody has."""
+    """A folder with a config.json alone: about 23 MiB of weights that don't exist."""
     folder = tmp_path_factory.mktemp("gpt2")
     GPT2Config(n_layer=6, n_embd=256, n_head=4, vocab_size=5000).save_pretrained(folder)
     return folder
@@ -259,7 +259,7 @@ def test_a_bound_without_calibrated_hints_is_refused(
     save_hints(replace(hints, quality={}), tmp_path / "hints.json")
     flags += ["--epsilon", "0.02", "--hints", tmp_path / "hints.json"]
     code, _, _, errors = run(plan, capsys, *flags)
-    assert code == 2 and "lib/commands/calibrate.py" in errors
+    assert code == 2 and "tierhints calibrate" in errors
 
 
 def test_a_gpu_is_planned_for_without_one(
@@ -315,8 +315,8 @@ def test_what_if_sweeps_bandwidth_and_budget(
 @pytest.mark.parametrize(
     "flags, problem",
     [
-        (["--bandwidth", "1,fast"], "'fast' is no GB/s"),
-        (["--bandwidth", "-1"], "'-1' is no GB/s"),
+        (["--bandwidth", "1,fast"], "'fast' is not a bandwidth"),
+        (["--bandwidth", "-1"], "'-1' is not a bandwidth"),
         (["--budgets", "half"], "half"),
         (["--tier", "CXL"], "give --setup-us"),
         (["--budgets", "1KiB", "--plot", "a.png"], "nothing to draw"),

@@ -110,7 +110,7 @@ def test_the_bound_is_kept_at_every_epsilon(
         sizes = [row["bytes"] for row in rows if row["calibration"] == which]
         assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
     assert document["trivial"] == 0 and all(row["floors_raised"] == 0 for row in rows)
-    # The hints' kernels are no machine's, so near to what those cost only measured plans stand.
+    # No machine has the hints' kernels, so near to what those cost only measured plans stand.
     assert rows[0]["by_ledger"] is None
     assert document["held_by_ledger"] == document["runs_by_ledger"] == 5
     for row in rows[1:]:  # below 3 bits the ledger alone doesn't go

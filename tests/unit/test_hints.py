@@ -139,8 +139,8 @@ def edited(place: str, value: Any) -> dict[str, Any]:
     ("document", "message"),
     [
         ('{"schema_version": 1, "mod', "truncated"),
-        ("[" * 100_000, "no complete JSON"),
-        ("1" * 5000, "no complete JSON"),
+        ("[" * 100_000, "not complete JSON"),
+        ("1" * 5000, "not complete JSON"),
         ('{"a": "HBM", "a": "SSD"}', "'a' appears twice"),
         ({"h.0.attn": "DISK"}, "unknown tier 'DISK'; allowed: HBM, CPU, CXL, PEER, SSD, OBJECT"),
         ([], "expected an object"),

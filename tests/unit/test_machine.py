@@ -108,7 +108,7 @@ def test_files_that_are_no_machine_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"can't be read .*make probe"):
         load_machine(tmp_path / "missing.json")
     (tmp_path / "machine.json").write_text('{"name": ')
-    with pytest.raises(InputError, match=r"machine.json: no complete JSON"):
+    with pytest.raises(InputError, match=r"machine.json: not complete JSON"):
         load_machine(tmp_path / "machine.json")
 
 

@@ -166,7 +166,9 @@ def test_a_benchmark_without_hints_or_model_says_what_is_missing(tmp_path: Path)
         pipeline.benchmark(load(tmp_path))
     with pytest.raises(InputError, match="no hints to benchmark"):
         pipeline.benchmark(load(tmp_path, "# CONFIG_TIERING_GENERATE_JSON is not set"))
-    with pytest.raises(InputError, match="stage 'bnech' is none of train, bench, report"):
+    with pytest.raises(
+        InputError, match="stage 'bnech' is unknown: choose from train, bench, report"
+    ):
         pipeline.main(["bnech"])
 
 

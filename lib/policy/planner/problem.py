@@ -212,7 +212,7 @@ def read_schedule(
         name = entry if isinstance(entry, str) else entry.block
         need = needs.get(name)
         if need is None:
-            raise InputError(f"the schedule names {name!r}, which is no block of the model")
+            raise InputError(f"the schedule names {name!r}, which is not a block of the model")
         if isinstance(entry, str):
             lookup = need.lookup_bytes > 0 and name not in seen
         else:

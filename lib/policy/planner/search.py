@@ -37,7 +37,7 @@ _LINK_COST, _SINGLE_SLOT_COST = 0.02, 0.05
 is waited for or checked, so that its link is never as fast as the probe's.
 """
 _TIE = 1e-4
-"""Relative difference of costs that is none."""
+"""Costs that differ by less than this share are treated as equal."""
 _UNUSED_VALUE = 1e-9
 """Value of a block that no pass was seen to use, as a share of one use of it."""
 

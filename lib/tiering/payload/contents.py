@@ -14,7 +14,9 @@ from .layout import _PART_BYTES, Payload, _encode_shard
 from .parts import Part
 
 _FORMAT = 2
-"""Of payloads and of the records in them: a change makes what earlier versions stored unknown."""
+"""The version of payloads and of their records: with a new one, what earlier versions stored isn't
+read.
+"""
 
 
 Reader = Callable[[str, int | None, int | None], Tensor]

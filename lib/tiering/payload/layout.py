@@ -76,7 +76,7 @@ class Payload:
 
     @property
     def expanded_bytes(self) -> int:
-        """What uses take that can't compute with records: a module may take all at a time."""
+        """Bytes for uses that can't compute with records: a module may take all at a time."""
         return sum(part.expanded_bytes for part in self.parts)
 
     @property

@@ -33,11 +33,11 @@ class Part:
     columns: int
     """Of the weight as a matrix: input features."""
     incompressible: bool
-    """It was to be compressed, and its record would not be smaller."""
+    """Compression was asked for, but its record would not be smaller."""
     expanded_bytes: int
-    """What a use takes that can't compute with the record: 0 where the owners' uses can."""
+    """Bytes for a use that can't compute with the record; 0 where all owners' uses can."""
     whole_bytes: int
-    """What a use would take that can't compute with the record, or with shards of rows."""
+    """Bytes for a use that can't compute with the record, or with shards of rows."""
 
     @property
     def num_native_bytes(self) -> int:

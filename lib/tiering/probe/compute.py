@@ -24,7 +24,7 @@ _SHAPE = (4096, 1024)
 _CYCLED_BYTES = {"cpu": 96 * MIB, "cuda": 256 * MIB}
 """Three times a large last-level cache."""
 _PRODUCTS = 12
-"""What one timing runs, so that its start and end weigh little."""
+"""Seconds that one timing runs, so that its start and end weigh little."""
 
 
 def measure_compute(device: torch.device, *, rounds: int) -> dict[str, float]:

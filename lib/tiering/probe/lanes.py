@@ -31,7 +31,7 @@ _UNITS_UNDER_WAY = 2
 
 
 _TIMED_BYTES = 32 * MIB
-"""About what one timing reads, so that its start and end weigh little."""
+"""Bytes that one timing reads, about, so that its start and end weigh little."""
 
 
 _MAX_TIMED_UNITS = 16
@@ -219,7 +219,7 @@ def _wait(pieces: list[Future[None]]) -> None:
 
 
 def _random_bytes(num_bytes: int) -> Iterator[Tensor]:
-    """Yield bytes that no disk can compress, and no generator of the caller's is used for."""
+    """Yield bytes that no disk can compress, without using the caller's random generators."""
     generator = torch.Generator().manual_seed(0)
     for start in range(0, num_bytes, PIECE_BYTES):
         numbers = torch.empty(PIECE_BYTES // 8, dtype=torch.int64).random_(generator=generator)

@@ -16,10 +16,10 @@ from ...errors import PlacementError
 from ...vocabulary import Tier
 
 CHUNK_BYTES = 256 * 2**10
-"""What has a checksum of its own. A read starts at a multiple of it."""
+"""Bytes that one checksum covers. A read starts at a multiple of it."""
 PIECE_BYTES = 4 * 2**20
-"""What one call reads or writes: larger ones are not faster, and leave a reader idle for longer at
-the end of a unit.
+"""Bytes that one call reads or writes: larger ones are not faster, and leave a reader idle for
+longer at the end of a unit.
 """
 NUM_READERS = 2
 """Threads that read at a time: while one checks its piece, the other keeps the disk busy."""
@@ -53,12 +53,12 @@ class Store(Protocol):
         """
 
     def view(self, key: str) -> Tensor | None:
-        """Return a payload's bytes where they lie, read-only for the caller; None where that is no
-        memory.
+        """Return a payload's bytes where they lie, read-only for the caller; None where that
+        isn't memory.
         """
 
     def free(self, key: str) -> None:
-        """Give a payload's room back; a key that isn't held is none of its business."""
+        """Give a payload's room back; does nothing for a key that isn't held."""
 
     def close(self) -> None:
         """Give everything back; the store can't be used afterwards."""

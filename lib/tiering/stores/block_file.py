@@ -5,7 +5,7 @@
     pages 1 ...     table: the checksum of each chunk, 8 bytes each, padded to whole pages
     then            payload, a multiple of SECTOR_BYTES
 
-Numbers are little-endian. The header is written last: a file without its end has none either.
+Numbers are little-endian. The header is written last: a file that was cut off has no header.
 Nothing of a file is used before the checksum over it is compared; what is wrong is a ``Damage``.
 """
 
@@ -56,7 +56,7 @@ def pack_header(key: str, num_bytes: int, checksums: list[int]) -> bytes:
 
 
 class BlockFile:
-    """A file whose header is sound, open for reading. Closed when nobody refers to it any more, so
+    """A file whose header is sound, open for reading. Closed when nothing refers to it any more, so
     that a reader may finish while the store drops it.
     """
 

@@ -132,7 +132,7 @@ class FileStore:
             raise _unreadable(key, file.path, error) from error
 
     def view(self, key: str) -> None:
-        """Return None: files are no memory."""
+        """Return None: a file's bytes aren't in memory."""
         return None
 
     def free(self, key: str) -> None:

@@ -45,7 +45,7 @@ def filesystem_type(path: Path) -> str:
 
 def open_folder(folder: Path) -> Path:
     """Make a folder that lasts, and remove what killed writers left in it; raises InputError where
-    it is no place for block files.
+    it can't hold block files.
     """
     made = not folder.exists()
     with _explained(folder):
@@ -130,8 +130,8 @@ def _try_direct_io(folder: Path, page: memoryview) -> bool:
 
 
 def _create_locked(path: Path) -> int | None:
-    """Create and lock a file; None where somebody took it for a dead one's in between, and removed
-    it.
+    """Create and lock a file; None where another process took it for a dead process's and
+    removed it in between.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     with contextlib.suppress(OSError):  # a file system without locks: nobody can remove it either
@@ -143,7 +143,7 @@ def _create_locked(path: Path) -> int | None:
 
 
 def _lock(path: Path) -> int | None:
-    """Open and lock a file that nobody living holds; None where somebody may hold it."""
+    """Open and lock a file that no living process holds; None where one may hold it."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:

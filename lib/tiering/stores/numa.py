@@ -35,7 +35,7 @@ _PAGES_PER_CALL = 65536
 class NumaStore(MemoryStore):
     """Memory of one node; by default the first one without CPUs.
 
-    Raises InputError where there is no such node, or no node but one.
+    Raises InputError for a node without memory, and where there is only one node.
     """
 
     tier: ClassVar[Tier] = Tier.CXL
@@ -119,7 +119,7 @@ def bind_memory(buffer: Tensor, node: int) -> None:
 
 def page_nodes(buffer: Tensor) -> set[int]:
     """Return the nodes on which a buffer's pages lie; negative numbers are errors, such as -ENOENT
-    for pages that nobody has touched yet. Raises PlacementError where the kernel refuses.
+    for pages that weren't touched yet. Raises PlacementError where the kernel refuses.
     """
     start = buffer.data_ptr()
     found: set[int] = set()

@@ -164,7 +164,7 @@ class _Decoder:
             self._token = self.logits[:, -1:].argmax(-1)
 
     def repeat(self) -> None:
-        """Compute a token that is none of the text."""
+        """Compute a token that isn't recorded as part of the text."""
         self._model(self._first, use_cache=False)
 
 

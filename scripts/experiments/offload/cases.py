@@ -13,7 +13,7 @@ from scripts.experiments.offload.systems import System
 @dataclass(kw_only=True)
 class Case:
     """What is run, and what its rounds gave; ``reason`` says why it is not run (again), and
-    ``impossible`` that this machine can't, which is no failure.
+    ``impossible`` that this machine can't run, which isn't a failure.
     """
 
     system: System

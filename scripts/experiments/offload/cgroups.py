@@ -156,7 +156,7 @@ class CgroupV1:
         return int((self._folder / "memory.max_usage_in_bytes").read_text()), self._anonymous
 
     def was_out_of_memory(self, log: str) -> bool:
-        """Say whether the kernel killed somebody in the group."""
+        """Say whether the kernel killed a process in the group."""
         return _field(self._folder / "memory.oom_control", "oom_kill") > 0
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class CgroupV2:
         return int(peak.read_text()) if peak.exists() else self._current, self._anonymous
 
     def was_out_of_memory(self, log: str) -> bool:
-        """Say whether the kernel killed somebody in the group."""
+        """Say whether the kernel killed a process in the group."""
         return _field(self._folder / "memory.events", "oom_kill") > 0
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Time every token of a greedy generation, with the bytes that moved for it.
 
 A logits processor is called once per forward pass, by every system alike. At the pauses between
-segments the caller may measure the link; the token after a pause is not timed, because whoever
-prefetches had the pause to do it in.
+segments the caller may measure the link; the token after a pause is not timed, because a system
+that prefetches had the pause to do it in.
 """
 
 import time

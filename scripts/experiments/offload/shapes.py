@@ -138,5 +138,5 @@ Shape = GPT2Shape | LlamaShape
 GPT2_MEDIUM = GPT2Shape(layers=24, width=1024, heads=16, vocab_size=50257, context=1024)
 LLAMA_7B = LlamaShape(layers=32, width=4096, inner=11008, heads=32, vocab_size=32000, context=2048)
 TOY = GPT2Shape(layers=6, width=256, heads=4, vocab_size=4096, context=256)
-"""For --quick: every part of the benchmark, none of the waiting."""
+"""For --quick: every part of the benchmark, in little time."""
 TOY_LLAMA = LlamaShape(layers=6, width=512, inner=1376, heads=8, vocab_size=4096, context=256)

@@ -1,6 +1,6 @@
 """From the measured checkpoints to means with confidence intervals, and to a verdict.
 
-Runs that share corpus and seed see the same text in the same order, and are no independent models:
+Runs that share corpus and seed see the same text in the same order, and aren't independent models:
 what is drawn again in the bootstrap is such a *cluster*, with all its runs. There are few of them,
 so the percentiles are those of Hesterberg's expanded interval (2015, arXiv 1411.5279, section 5.3),
 which for a mean is about as wide as Student's: the plain percentiles of n clusters are too narrow
@@ -136,7 +136,9 @@ def _walk(document: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float
 def cluster_interval(
     values: Sequence[float], clusters: Sequence[Cluster]
 ) -> tuple[float, float] | None:
-    """Return the expanded percentile interval of the mean, clusters drawn again; None of one."""
+    """Return the expanded percentile interval of the mean, clusters drawn again; None for a single
+    cluster.
+    """
     names = sorted(set(clusters))
     if len(names) < 2:
         return None

@@ -422,7 +422,7 @@ def test_a_class_of_transformers_can_be_asked_for(name: str, given: Any, tmp_pat
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ("AutoModelForSeq2SeqLM", r"\(bert\) is none of AutoModelForSeq2SeqLM"),
+        ("AutoModelForSeq2SeqLM", r"\(bert\) is not supported by AutoModelForSeq2SeqLM"),
         ("AutoModelForSequenceClassification", "no tensor 'bert.pooler.dense.weight'"),
         ("BertModel", "no tensor 'pooler.dense.weight'"),
         ("BertForBreakfast", "no class of transformers"),

@@ -188,9 +188,9 @@ BROKEN: dict[str, tuple[Any, bytes, str]] = {
     "huge shape": (entry(shape=[2**40, 2**40]), bytes(16), "'w' F32 .* takes 48357"),
     "three offsets": (entry(data_offsets=[0, 8, 16]), bytes(16), "declares tensor 'w' as"),
     "no entry": ({"w": 3}, b"", "declares tensor 'w' as 3"),
-    "no JSON": (b"{", b"", "header is no JSON object"),
-    "no object": (b"[]", b"", "header is no JSON object"),
-    "no text": (b"\xff\xff", b"", "header is no JSON object"),
+    "no JSON": (b"{", b"", "header is not a JSON object"),
+    "no object": (b"[]", b"", "header is not a JSON object"),
+    "no text": (b"\xff\xff", b"", "header is not a JSON object"),
     "twice": (b'{"w": {}, "w": {}}', b"", "'w' appears twice"),
 }
 
@@ -252,7 +252,7 @@ def test_torch_checkpoints_are_refused_with_the_conversion(tmp_path: Path) -> No
 
 
 def test_folders_without_one_checkpoint_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no .safetensors file"):
+    with pytest.raises(InputError, match="is not a .safetensors file"):
         CheckpointSource(tmp_path)
     with pytest.raises(InputError, match="there is no such file"):
         CheckpointSource(tmp_path / "missing")

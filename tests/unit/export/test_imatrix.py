@@ -106,7 +106,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         export_imatrix(outline, diagonal, parameter_digest="sha256:" + "0" * 64)
     weights = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(2)}, weights)
-    with pytest.raises(InputError, match="is no Fisher diagonal"):
+    with pytest.raises(InputError, match="is not a Fisher diagonal"):
         export_imatrix(outline, weights, parameter_digest=digest)
     with pytest.raises(InputError, match="can't be read"):
         export_imatrix(outline, tmp_path / "missing", parameter_digest=digest)

@@ -105,7 +105,7 @@ def test_mean_bits_are_what_gguf_would_store() -> None:
 def test_rows_that_k_quants_cannot_pack_get_the_fallback_openly() -> None:
     export = export_llama_cpp(outline_of(tiny_llama(64)), bits=None)  # rows of 64 and 128
     assert {kind for _, kind in read_types(export)} <= {"q8_0", "q5_1", "q5_0", "q4_0"}
-    assert any("their rows are no multiple of 256" in line for line in export.lost)
+    assert any("their rows are not multiples of 256" in line for line in export.lost)
     tiny = export_llama_cpp(outline_of(tiny_gpt2()), bits=None)  # rows of 16
     assert type_of(tiny, "blk.0.attn_qkv.weight") == "f16"
 

@@ -125,7 +125,7 @@ def test_rows_without_whole_groups_are_int8_on_cuda_and_said() -> None:
     for name, value in config.fqn_to_config.items():
         whole = name.endswith("down_proj")  # rows of 96, the others of 48
         assert type(value).__name__ == f"Int{4 if whole else 8}WeightOnlyConfig", name
-    assert any("are no whole groups of 32" in line for line in export.lost)
+    assert any("are not whole groups of 32" in line for line in export.lost)
 
 
 def test_flat_hints_are_refused() -> None:

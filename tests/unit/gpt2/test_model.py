@@ -47,7 +47,7 @@ def test_folder_gives_its_weights_with_the_configured_dropout(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "size", "message"),
     [
-        ({"heads": 3}, 50, "GPT2_WIDTH=8 is no multiple of GPT2_HEADS=3"),
+        ({"heads": 3}, 50, "GPT2_WIDTH=8 is not a multiple of GPT2_HEADS=3"),
         ({}, 51, "tokenizer has 51 tokens, GPT2_VOCAB_SIZE only 50"),
         ({"pretrained": "no/such/folder"}, 50, "GPT2_PRETRAINED='no/such/folder' can't be loaded"),
     ],

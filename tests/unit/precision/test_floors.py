@@ -67,7 +67,7 @@ def test_other_epsilons_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize("quality", [{}, {"calibrated": True}, {"conformal_factor": 1.3}])
 def test_without_calibration_the_error_says_what_to_run(quality: dict[str, object]) -> None:
-    with pytest.raises(InputError, match=r"lib/commands/calibrate.py --model \.\.\. --tier-hints"):
+    with pytest.raises(InputError, match=r"tierhints calibrate --model \.\.\. --tier-hints"):
         read_trust(quality)
 
 
@@ -86,7 +86,7 @@ def test_what_calibrated_hints_say_of_themselves_is_read() -> None:
 
 def test_too_few_probes_are_refused_unless_there_are_no_more() -> None:
     few = {**CALIBRATED, "conformal_probes": 42}
-    with pytest.raises(InputError, match=r"42 probes, .* needs 59, or all .*calibrate_hints.py"):
+    with pytest.raises(InputError, match=r"42 probes, .* needs 59, or all .*tierhints calibrate"):
         read_trust(few)
     with pytest.raises(InputError, match="0 probes"):
         read_trust({"calibrated": True, "conformal_factor": 1.33})
@@ -94,7 +94,7 @@ def test_too_few_probes_are_refused_unless_there_are_no_more() -> None:
 
 
 def test_hints_must_know_what_kernels_cost() -> None:
-    with pytest.raises(InputError, match=r"what kernels cost .*calibrate_hints.py"):
+    with pytest.raises(InputError, match=r"what kernels cost .*tierhints calibrate"):
         read_trust({key: value for key, value in CALIBRATED.items() if key != "kernels"})
 
 

@@ -105,7 +105,7 @@ def test_frozen_blocks_have_no_importance_and_say_what_to_do() -> None:
     blocks = make_hints(optimizer, model, **scaled).blocks
     frozen, partly = blocks["layers.0.mlp"], blocks["layers.1.mlp"]
     assert (frozen.importance, frozen.rank, frozen.tier) == (None, None, Tier.SSD)
-    assert "frozen" in frozen.reason and "lib/commands/collect.py" in frozen.reason
+    assert "frozen" in frozen.reason and "tierhints collect" in frozen.reason
     assert partly.importance is not None and "36 trained of 42 weights" in partly.reason
     moment = optimizer.state[model.layers[1].mlp.weight]["exp_avg_sq"] / (1 - 0.999**3)
     assert partly.signals["adam_exp_avg_sq"] == pytest.approx(moment.mean().item(), rel=1e-5)
@@ -140,12 +140,12 @@ def test_a_part_frozen_in_mid_training_keeps_the_moment_of_that_time(part: str) 
 
 def test_nothing_to_read_says_why() -> None:
     model, optimizer = trained()
-    with pytest.raises(InputError, match="holds none of this model's parameters"):
+    with pytest.raises(InputError, match="holds no parameter of this model"):
         collect_adam_signal(optimizer, copy.deepcopy(model))
     with pytest.raises(InputError, match="no state .* after the first optimizer.step"):
         collect_adam_signal(torch.optim.AdamW(model.parameters()), model)
     model.requires_grad_(False)
-    with pytest.raises(InputError, match="every parameter is frozen.*collect_fisher.py"):
+    with pytest.raises(InputError, match="every parameter is frozen.*tierhints collect"):
         collect_adam_signal(optimizer, model)
 
 

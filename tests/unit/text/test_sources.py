@@ -49,7 +49,7 @@ def test_hidden_files_of_a_folder_are_left_out(texts: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"\xff\xfe not text")
     assert open_source(replace(DATA, files=str(texts))).fingerprint == before
-    with pytest.raises(InputError, match="is no UTF-8 text"):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
         open_source(replace(DATA, files=str(texts / ".git" / "index")))
 
 

@@ -107,10 +107,10 @@ REFUSED: list[tuple[str, bytes, str]] = [
     ("a.jsonl", b'{"text": null}\n', "has a NoneType as its 'text'"),
     ("a.jsonl", b'{"text": ["x"]}\n', "has a list as its 'text'"),
     ("a.jsonl", b'"x"\n', "is a JSON str, not an object"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": \n', "is no JSON record"),
-    ("a.jsonl", b'{"text": "\xe4"}\n', "is no UTF-8 text"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n', "is not a JSON record"),
+    ("a.jsonl", b'{"text": "\xe4"}\n', "is not UTF-8 text"),
     ("a.json", b'[{"text": "x"}]', "is one JSON array: write one record a line"),
-    ("a.json", b'{\n  "text": "x"\n}\n', "is no JSON record"),
+    ("a.json", b'{\n  "text": "x"\n}\n', "is not a JSON record"),
     ("a.txt", b'{"content": "x"}\n', "no 'text', its keys are 'content'"),
     ("a.csv", b"text,label\nwords,1\n", "is a table"),
     ("a.TSV", b"text\tlabel\n", "is a table"),
@@ -126,10 +126,10 @@ REFUSED: list[tuple[str, bytes, str]] = [
     ("a.txt", "words".encode("utf-16"), "UTF-16: convert it"),
     ("a.txt", codecs.BOM_UTF16_BE + "words".encode("utf-16-be"), "UTF-16: convert it"),
     ("a.txt", "words".encode("utf-32"), "UTF-32: convert it"),
-    ("a.txt", "words".encode("utf-16-le"), "is no UTF-8 text .*UTF-16"),
+    ("a.txt", "words".encode("utf-16-le"), "is not UTF-8 text .*UTF-16"),
     ("a.jsonl", records(["x"]).encode("utf-16"), "UTF-16: convert it"),
-    ("a.txt", b"caf\xe9 au lait", "is no UTF-8 text"),
-    ("a.txt", b"words\0words", "is no UTF-8 text .*zero bytes"),
+    ("a.txt", b"caf\xe9 au lait", "is not UTF-8 text"),
+    ("a.txt", b"words\0words", "is not UTF-8 text .*zero bytes"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Only an exception that a forward itself raises says something of it, and none of its caller's."""
+"""Only an exception that a forward itself raised counts, not one that its caller is handling."""
 
 import asyncio
 from collections.abc import Callable, Iterator

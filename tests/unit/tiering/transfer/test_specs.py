@@ -31,7 +31,7 @@ def test_specs_round_trip_and_keep_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no complete JSON"),
+        ("{", "not complete JSON"),
         ("[]", "expected"),
         ('{"tiers": {}, "tiers": {}}', "'tiers' appears twice"),
         ('{"tiers": {}, "clock": "sundial"}', "sundial"),
