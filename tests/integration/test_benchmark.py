@@ -367,7 +367,7 @@ def test_bad_checkpoints(
         ({**state, "transformer.extra": torch.zeros(1)}, "transformer.extra"),
         (reshaped, "another shape"),
         ({"model": state}, "save model.state_dict()"),
-        (make_model(), "no file of plain tensors"),
+        (make_model(), "not a file of plain tensors"),
     ):
         torch.save(content, path)
         assert_refused(run(checkpoint.arguments("--checkpoint", str(path)), capsys), word)

@@ -155,7 +155,7 @@ def test_evaluation_under_a_bound(run: Run, capsys: pytest.CaptureFixture[str]) 
     assert 0 < document["predicted_nats"] < document["bound_nats"] <= 0.02
     assert 0 < document["kl_nats"] <= 0.02
     assert sum(document["precisions"].values()) > 1
-    with pytest.raises(InputError, match="no quality bound"):
+    with pytest.raises(InputError, match="not a quality bound"):
         evaluate.main([*map(str, arguments), "--epsilon", "ppl=0.5"])
 
 

@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_hints(
     [
         (["--data", "/nowhere.txt"], "names no file"),
         (["--data", "EMPTY"], "is empty"),
-        (["--data", "BINARY"], "no UTF-8 text"),
+        (["--data", "BINARY"], "not UTF-8 text"),
         (["--samples", 0], "--samples 0 must be at least 1"),
         (["--samples", 5000], "not 5000: give more text"),
         (["--batch-size", -1], "--batch-size -1 must be"),

@@ -169,7 +169,7 @@ def test_bad_files_are_named_errors(tmp_path: Path, document: Any, message: str)
 
 
 def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="collect_fisher"):
+    with pytest.raises(InputError, match="tierhints collect"):
         load_hints(tmp_path / "none.json")
 
 

@@ -425,7 +425,7 @@ def test_a_class_of_transformers_can_be_asked_for(name: str, given: Any, tmp_pat
         ("AutoModelForSeq2SeqLM", r"\(bert\) is not supported by AutoModelForSeq2SeqLM"),
         ("AutoModelForSequenceClassification", "no tensor 'bert.pooler.dense.weight'"),
         ("BertModel", "no tensor 'pooler.dense.weight'"),
-        ("BertForBreakfast", "no class of transformers"),
+        ("BertForBreakfast", "not a class of transformers"),
     ],
 )
 def test_a_class_that_the_checkpoint_is_not_of_is_refused(

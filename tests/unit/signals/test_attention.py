@@ -114,7 +114,7 @@ def test_models_without_visible_attention_are_refused() -> None:
             super().__init__()
             self.attention = nn.Linear(2, 2)
 
-    with pytest.raises(InputError, match="no Hugging Face model"):
+    with pytest.raises(InputError, match="not a Hugging Face model"):
         attention_fim_trace(Custom(), token_batches())
 
 

@@ -130,7 +130,7 @@ def test_stdlib_has_source_and_documentation_strings() -> None:
         (lambda folder: (folder / "a.txt").write_text("one paragraph"), "one document"),
         (
             lambda folder: [(folder / name).write_bytes(b"\xff\xfe\x00") for name in "ab"],
-            "no UTF-8 text",
+            "not UTF-8 text",
         ),
     ],
 )
