@@ -4,9 +4,10 @@
                    within its budget,  and an order of moves in which it stays there on the way
 
 with floors, bounds and epsilon from the ledger (``lib/precision/floors``). A change of one block is
-a plan that differs in one. What ``judge`` returns are the moves that the runtime carries out: there
-is no other way to any. What was asked, what it would have cost, the limit and the reason go to the
-audit log, accepted or not. A measurement can only take away: it raises floors, never lowers one.
+a plan that differs in one. What ``judge`` returns are the moves that the runtime carries out:
+nothing else moves a block. What was asked, what it would have cost, the limit and the reason go to
+the audit log, accepted or not. A measurement can only take away: it raises floors, never lowers
+one.
 """
 
 import math

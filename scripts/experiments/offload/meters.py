@@ -42,7 +42,7 @@ class Meter(Protocol):
         """Return how a computation and the link slow each other; None where that isn't known."""
 
     def memory(self) -> dict[str, int] | None:
-        """Return the device's memory in use so far; None where it has none of its own."""
+        """Return the device's memory in use so far; None where it has no memory of its own."""
 
     def close(self) -> None:
         """Free what was needed to measure."""

@@ -1,6 +1,6 @@
 """Compressed models whose blocks hold weights of several kinds: encoders of text, images and sound,
-and modules that take a weight in an unusual way. What a weight is used for is its own module's
-business, not its block's.
+and modules that take a weight in an unusual way. A weight's uses are those of the module that owns
+it, not of its block.
 """
 
 from collections.abc import Callable
