@@ -113,8 +113,8 @@ types: $(STAMP) ## Check types
 	$(Q)$(BIN)/mypy
 
 .PHONY: test
-test: $(STAMP) ## Run the tests; PYTEST_ARGS="-m slow" runs the slow ones
-	$(Q)$(BIN)/python -m pytest $(or $(PYTEST_ARGS),-m "not slow")
+test: $(STAMP) ## Run the tests in two processes; PYTEST_ARGS="-m slow" runs the slow ones
+	$(Q)$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(PYTEST_ARGS),-m "not slow")
 
 .PHONY: style
 style: $(STAMP) ## Fix style where a program can
