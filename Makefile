@@ -126,7 +126,7 @@ doctor: $(STAMP) ## Say what this machine has, and what won't work on it
 	$(Q)$(BIN)/python -m scripts.doctor --config $(KCONFIG_CONFIG)
 
 .PHONY: probe
-probe: $(STAMP) ## Measure each tier of this machine, and write machine.json
+probe: $(STAMP) ## Measure each tier of this machine; plans are made by it from then on
 	$(Q)$(BIN)/tierhints probe
 
 ##@ Clean

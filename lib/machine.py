@@ -1,12 +1,12 @@
 """What a machine can do: a cost model and a capacity for each tier, and compute rates. No torch.
 
 ``machine.json`` holds one such profile, measured by a probe, or written by hand for a machine that
-isn't there; docs/machine.md describes the file.
+isn't there; docs/machine.md describes the file, and says where this machine's own one is found.
 """
 
 import math
+import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +72,7 @@ DEFAULT_SPECS: Mapping[Tier, TierSpec] = {
     Tier.CXL: TierSpec("CXL", 2.0, 400.0),
     Tier.SSD: TierSpec("SSD", 30.0, 10.0),
 }
+"""What emulated mode charges where neither a machine nor a spec says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +107,54 @@ class MachineProfile:
                 raise InputError(
                     f"compute of {precision}: {rate!r} must be weights per second, more than 0"
                 )
+
+
+UNMEASURED = MachineProfile(
+    name="a machine not measured",
+    tiers={
+        Tier.HBM: DEFAULT_SPECS[Tier.HBM],
+        Tier.CPU: TierSpec("CPU", 10, 12),
+        Tier.CXL: TierSpec("CXL", 2, 20),
+        Tier.SSD: TierSpec("SSD", 150, 2.5),
+    },
+)
+"""What plans assume of a machine that was not probed. Of two plans the one for a faster disk
+spreads its transfers, and is a few percent longer on a slower one; the other way round it may stall
+for half of the pass.
+"""
+
+MACHINE_VARIABLE = "TIERHINTS_MACHINE"
+"""Names the file of this machine; empty: there is none, plan as for one that was not measured."""
+
+
+def machine_path() -> Path | None:
+    """Return where the file of this machine is, or is to be written: where $TIERHINTS_MACHINE says,
+    else in the user's cache folder. None: the variable is empty.
+    """
+    given = os.environ.get(MACHINE_VARIABLE)
+    if given is not None:
+        return Path(given) if given else None
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "tierhints" / "machine.json"
+
+
+def find_machine() -> MachineProfile | None:
+    """Read the file of this machine; None where it was not probed. Raises InputError for a file
+    that isn't right, or that $TIERHINTS_MACHINE names and isn't there.
+    """
+    path = machine_path()
+    if path is None or not (path.exists() or MACHINE_VARIABLE in os.environ):
+        return None
+    return load_machine(path)
+
+
+def choose_machine(given: MachineProfile | str | Path | None) -> MachineProfile:
+    """Return the machine to plan for: the one that is given, else this one as it was probed, else
+    one that was not measured.
+    """
+    if isinstance(given, MachineProfile):
+        return given
+    return load_machine(given) if given is not None else find_machine() or UNMEASURED
 
 
 def fit_tier(name: str, points: Sequence[tuple[int, float]]) -> TierSpec:
@@ -237,20 +286,3 @@ def _check_name(value: Any) -> str:
     if not (isinstance(value, str) and value):
         raise InputError(f"name {value!r} must be text")
     return value
-
-
-MACHINE_FILE = Path("machine.json")
-
-
-def read_machine(path: Path | None) -> MachineProfile:
-    """Load a machine file, or machine.json where there is one; else a machine not measured."""
-    if path is None and MACHINE_FILE.is_file():
-        path = MACHINE_FILE
-    if path is not None:
-        return load_machine(path)
-    print(
-        "note: no machine.json here, so the times are those of a machine that was not measured: "
-        "run make probe",
-        file=sys.stderr,
-    )
-    return MachineProfile(name="a machine not measured", tiers=DEFAULT_SPECS)

@@ -16,6 +16,7 @@ from lib.config import load_config
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.kconfig import ROOT
+from lib.machine import find_machine, machine_path
 from lib.tiering.stores import MEMORY_FILESYSTEMS, default_spill_folder, filesystem_type
 from lib.units import format_bytes
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "memory": probe_memory(),
         "disk": probe_disk(args.config),
         "numa": probe_numa(),
+        "machine_file": probe_machine_file(),
         "configuration": probe_configuration(args.config),
     }
     document["features"] = judge_features(document)
@@ -171,6 +173,19 @@ def probe_numa() -> list[dict[str, Any]]:
     return nodes
 
 
+def probe_machine_file() -> dict[str, Any]:
+    """Return which machine file plans are made by, and the reason if it can't be read."""
+    path = machine_path()
+    found: dict[str, Any] = {"path": None if path is None else str(path), "name": None}
+    try:
+        machine = find_machine()
+    except InputError as error:
+        return {**found, "state": "invalid", "error": " ".join(str(error).split())}
+    if machine is None:
+        return {**found, "state": "off" if path is None else "missing", "error": None}
+    return {**found, "name": machine.name, "state": "valid", "error": None}
+
+
 def probe_configuration(path: Path) -> dict[str, Any]:
     """Return whether the configuration loads, and the reason if it doesn't."""
     if not path.exists():
@@ -266,6 +281,7 @@ def print_table(document: dict[str, Any]) -> None:
             )
             for disk in document["disk"]
         ),
+        ("machine file", describe_machine_file(document["machine_file"])),
         ("packages", describe_packages(document["packages"])),
         (
             "configuration",
@@ -279,6 +295,14 @@ def print_table(document: dict[str, Any]) -> None:
         mark = "yes" if feature["works"] else "no"
         print(f"  {mark:4} {feature['feature']:34} {feature['note']}".rstrip())
     print(f"\nNext: {document['next']}\n")
+
+
+def describe_machine_file(found: dict[str, Any]) -> str:
+    if found["state"] == "off":
+        return "none, TIERHINTS_MACHINE is empty: plans assume a machine that was not measured"
+    if found["state"] == "missing":
+        return f"no {found['path']} yet: make probe measures this machine, and writes it"
+    return f"{found['path']}: {found['error'] or found['name']}"
 
 
 def describe_packages(packages: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""Tiny tensors on few cores: threads would spend their time waiting for each other."""
+"""What every test runs under, and the commands that tests start."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported; commands that tests start inherit it
-)
+# Before torch is imported. Tiny tensors on few cores: threads would spend their time waiting for
+# each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TIERHINTS_MACHINE"] = ""  # whoever runs the tests may have probed the machine

@@ -2,12 +2,13 @@
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import torch
 
 from ..errors import InputError
-from ..machine import MACHINE_FILE
+from ..machine import UNMEASURED, MachineProfile, choose_machine
 from ..vocabulary import Precision
 
 
@@ -31,6 +32,18 @@ def planned_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def planned_machine(path: Path | None) -> MachineProfile:
+    """Return the machine of ``--machine``, else this one; says so where nobody measured it."""
+    machine = choose_machine(path)
+    if machine is UNMEASURED:
+        print(
+            "note: this machine was not measured, so the times are those of a common one: run make "
+            "probe",
+            file=sys.stderr,
+        )
+    return machine
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model is planned for, and on which machine."""
     model = parser.add_argument_group("model")
@@ -52,7 +65,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--machine",
         type=Path,
         metavar="FILE",
-        help=f"figures of the machine (default: {MACHINE_FILE}, where there is one)",
+        help="figures of the machine (default: those that `tierhints probe` has measured)",
     )
     machine.add_argument(
         "--device",

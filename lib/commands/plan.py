@@ -5,7 +5,7 @@ running it.
 
 The model is built from its config.json without memory for its weights, and of a checkpoint only the
 headers are read: models and sharded checkpoints larger than the memory can be planned for. Times
-are those of machine.json (make probe) played through on the planner's timeline, for one token.
+are those of the machine (make probe) played through on the planner's timeline, for one token.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ..checkpoint.load import build_empty_model, load
 from ..checkpoint.models import quiet_transformers
 from ..files import check_writable
 from ..hints import Hints, load_hints, match_hints
-from ..machine import MachineProfile, read_machine
+from ..machine import MachineProfile
 from ..policy import BlockNeed, Plan, definition_schedule, make_plan, smallest_budget
 from ..policy.veto import Veto
 from ..precision.floors import Ledger
@@ -32,7 +32,7 @@ from ..tiering.planning.needs import PrecisionChoice, model_needs
 from ..units import GB, format_bytes
 from ..vocabulary import Precision, Tier
 from .cli import emit_json
-from .flags import add_model_flags, planned_device
+from .flags import add_model_flags, planned_device, planned_machine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers(progress=False)
     device = planned_device(args.device)
     budget = parse_budget(read_budget(args.budget), device, "real")
-    machine = read_machine(args.machine)
+    machine = planned_machine(args.machine)
     model, hints = read_model(args)
     ledger = ledger_of(
         model,

@@ -1,5 +1,5 @@
 """Measure what each tier of this machine takes to read from, and how fast it computes with weights
-of each precision; write machine.json for planner and emulator.
+of each precision; write machine.json, by which plans are made from then on.
 """
 
 import argparse
@@ -13,7 +13,14 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import check_writable
-from ..machine import MachineProfile, cpu_name, machine_to_json, save_machine
+from ..machine import (
+    MACHINE_VARIABLE,
+    MachineProfile,
+    cpu_name,
+    machine_path,
+    machine_to_json,
+    save_machine,
+)
 from ..tiering.probe.compute import measure_compute
 from ..tiering.probe.lanes import Lane, open_lanes
 from ..tiering.probe.links import UNIT_SIZES, Point, make_profile, time_lanes
@@ -34,7 +41,12 @@ _QUICK_LARGEST = 16 * MIB
 def main(argv: Sequence[str] | None = None) -> int:
     """Probe, print and write the profile; returns the exit code."""
     args = _parser().parse_args(argv)
-    for path in (args.json, args.output):
+    output = args.output or machine_path()
+    if output is None:
+        raise InputError(
+            f"{MACHINE_VARIABLE} is empty, so no machine file is read: unset it, or give --output"
+        )
+    for path in (args.json, output):
         check_writable(path)
     sizes = [size for size in UNIT_SIZES if not args.quick or size <= _QUICK_LARGEST]
     file_bytes = _choose_file_bytes(args.size, args.quick, max(sizes))
@@ -56,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             lane.close()
     compute = measure_compute(device, rounds=repeats)
     machine = make_profile(args.name or machine_name(device), lanes, points, compute)
-    save_machine(machine, args.output)
+    save_machine(machine, output)
     print_table(machine, lanes, points)
-    print(f"\nWritten: {args.output}\n")
+    used = "used by every plan from now on" if output == machine_path() else "give it as --machine"
+    print(f"\nWritten: {output} ({used})\n")
     emit_json(
         {
             "machine": machine_to_json(machine),
@@ -136,9 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("machine.json"),
         metavar="FILE",
-        help="machine file to write (default: %(default)s)",
+        help="machine file to write (default: where every plan looks for it, $TIERHINTS_MACHINE or "
+        "tierhints/machine.json in the user's cache folder)",
     )
     parser.add_argument(
         "--spill-dir",

@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import check_writable
-from ..machine import MachineProfile, TierSpec, machine_to_json, read_machine
+from ..machine import MachineProfile, TierSpec, machine_to_json
 from ..policy import BlockNeed, definition_schedule, make_plan, smallest_budget
 from ..report.what_if_plots import plot_what_if
 from ..units import format_bytes, parse_bytes
 from ..vocabulary import Tier
 from .cli import emit_json
-from .flags import add_model_flags, planned_device
+from .flags import add_model_flags, planned_device, planned_machine
 from .plan import read_model, read_needs
 
 LINK_TIERS = [tier for tier in Tier if tier is not Tier.HBM]
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in (args.json, args.plot):
         check_writable(path)
     bandwidths = read_bandwidths(args.bandwidth)
-    machine = read_machine(args.machine)
+    machine = planned_machine(args.machine)
     tier = Tier(args.tier)
     base = link_spec(machine, tier, args.setup_us)
     device = planned_device(args.device)

@@ -20,7 +20,7 @@ from ..checkpoint.fit import check_fit
 from ..checkpoint.source import CheckpointSource, open_checkpoint
 from ..errors import InputError
 from ..hints import Hints, hints_from_json, load_hints, match_hints
-from ..machine import DEFAULT_SPECS, MachineProfile, TierSpec, load_machine
+from ..machine import DEFAULT_SPECS, MachineProfile, choose_machine, load_machine
 from ..policy.veto import Measure, Veto
 from ..precision.floors import JointCheck
 from ..vocabulary import Tier
@@ -41,19 +41,6 @@ from .transfer.readers import ReaderTransport
 from .transfer.specs import EmulationSpec
 
 _DECLARED = MachineProfile(name="default specs", tiers=DEFAULT_SPECS)
-UNMEASURED = MachineProfile(
-    name="not measured",
-    tiers={
-        Tier.HBM: DEFAULT_SPECS[Tier.HBM],
-        Tier.CPU: TierSpec("CPU", 10, 12),
-        Tier.CXL: TierSpec("CXL", 2, 20),
-        Tier.SSD: TierSpec("SSD", 150, 2.5),
-    },
-)
-"""What the planner assumes of a machine that was not probed. Of two plans the one for a faster disk
-spreads its transfers, and is a few percent longer on a slower one; the other way round it may stall
-for half of the pass.
-"""
 
 
 def attach(
@@ -111,7 +98,7 @@ def attach(
     loaded = _load_hints(hints, model, blocks, checkpoint)
     if isinstance(machine, str | Path):
         machine = load_machine(machine)
-    profile = machine or (UNMEASURED if mode == "real" else _DECLARED)
+    profile = choose_machine(machine) if mode == "real" else machine or _DECLARED
     if mode == "emulated" and emulation is None:
         emulation = EmulationSpec(specs=dict(profile.tiers), charge_hbm=machine is None)
     veto = Veto(

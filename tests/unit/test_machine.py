@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 from lib.errors import InputError
 from lib.machine import (
     DEFAULT_SPECS,
+    UNMEASURED,
     MachineProfile,
     TierSpec,
+    choose_machine,
+    find_machine,
     fit_tier,
     load_machine,
     machine_from_json,
+    machine_path,
     machine_to_json,
     save_machine,
 )
@@ -150,3 +154,44 @@ def test_the_fit_follows_large_transfers_more_than_small_ones() -> None:
     points[0] = (SIZES[0], 2 * points[0][1])
     fitted = fit_tier("t", points)
     assert fitted.transfer_seconds(SIZES[-1]) == pytest.approx(points[-1][1], rel=0.01)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's empty cache folder, in which machine files are looked for."""
+    monkeypatch.delenv("TIERHINTS_MACHINE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_machine_is_found_in_the_users_cache_folder(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert machine_path() == cache / "tierhints" / "machine.json"
+    assert find_machine() is None and choose_machine(None) is UNMEASURED
+    here = MachineProfile(name="here", tiers=UNMEASURED.tiers, measured=True)
+    save_machine(here, cache / "machine.json")  # of the working folder: nobody looks there
+    assert find_machine() is None
+    save_machine(here, cache / "tierhints" / "machine.json")
+    assert find_machine() == choose_machine(None) == here
+    assert choose_machine(UNMEASURED) is UNMEASURED
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(cache))
+    assert machine_path() == cache / ".cache" / "tierhints" / "machine.json"
+
+
+def test_a_variable_names_the_machine_file_or_says_that_there_is_none(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_machine(UNMEASURED, cache / "tierhints" / "machine.json")
+    there = MachineProfile(name="there", tiers=UNMEASURED.tiers)
+    save_machine(there, cache / "there.json")
+    monkeypatch.setenv("TIERHINTS_MACHINE", str(cache / "there.json"))
+    assert find_machine() == choose_machine(None) == there
+    monkeypatch.setenv("TIERHINTS_MACHINE", "")
+    assert machine_path() is None and find_machine() is None
+    assert choose_machine(cache / "there.json") == there
+    monkeypatch.setenv("TIERHINTS_MACHINE", str(cache / "nowhere.json"))
+    with pytest.raises(InputError, match=r"nowhere.json can't be read .* make probe"):
+        choose_machine(None)

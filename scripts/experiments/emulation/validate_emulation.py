@@ -23,9 +23,8 @@ from lib.checkpoint.load import load
 from lib.commands.cli import emit_json, run_main
 from lib.errors import InputError, PlacementError
 from lib.files import check_writable
-from lib.machine import MachineProfile, TierSpec, load_machine
+from lib.machine import UNMEASURED, MachineProfile, TierSpec, choose_machine
 from lib.tiering import Clock, EmulationSpec, Runtime, attach
-from lib.tiering.attach import UNMEASURED
 from lib.tiering.planning.needs import model_needs
 from lib.tiering.probe.links import FileProbe
 from lib.tiering.stores import default_spill_folder
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads < 1:
         raise InputError(f"--threads {args.threads} must be 1 or more")
     torch.set_num_threads(args.threads)
-    machine = load_machine(args.machine) if args.machine else None
+    machine = choose_machine(args.machine)
     work = Path(args.work_dir or default_spill_folder() / "tierhints-bench")
     checkpoint = args.model or make_checkpoint(TOY if args.quick else GPT2_MEDIUM, work)
     tokens = args.tokens
@@ -82,7 +81,7 @@ def _compare(
     precision: str | None,
     share: float,
     tokens: int,
-    machine: MachineProfile | None,
+    machine: MachineProfile,
 ) -> dict[str, Any]:
     """Decode with a model offloaded for real and one emulated, in turns."""
     fast = int(_resident_bytes(checkpoint, precision) * share)
@@ -91,7 +90,7 @@ def _compare(
         "precision": precision,
         "weights": checkpoint,
         # As in real mode: the plan must be the same.
-        "machine": machine or UNMEASURED,
+        "machine": machine,
     }
     real_model, emulated_model = (load(checkpoint) for _ in range(2))
     with (

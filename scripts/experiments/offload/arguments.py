@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         "--machine",
         type=Path,
         metavar="FILE",
-        help="machine.json that ours plans with (default: the planner's own figures)",
+        help="machine.json that ours plans with (default: that of `tierhints probe`)",
     )
     output = parser.add_argument_group("files")
     output.add_argument(

@@ -10,7 +10,8 @@ import torch
 
 from lib.commands import probe as probe_machine
 from lib.errors import InputError, PlacementError
-from lib.machine import TierSpec, load_machine
+from lib.machine import TierSpec, find_machine, load_machine
+from lib.tiering.probe import lanes
 from lib.tiering.probe.links import FileProbe, make_profile, time_lanes
 from lib.tiering.stores import CHUNK_BYTES, FileStore
 from lib.units import MIB
@@ -79,7 +80,7 @@ def test_the_probe_reads_as_the_engine_does(
         real(self, key, start, out)
 
     monkeypatch.setattr(FileStore, "read_into", count)
-    monkeypatch.setattr("lib.tiering.probe.lanes._TIMED_BYTES", 0)
+    monkeypatch.setattr(lanes, "_TIMED_BYTES", 0)
     with FileProbe(tmp_path, file_bytes=16 * MIB) as file_probe:
         file_probe.measure(5 * MIB, seconds=0)
     # Two rounds (one is the warm-up) of two units, in pieces of 4 MiB and the rest.
@@ -146,6 +147,22 @@ def test_the_command_writes_a_machine_file_and_one_document(
     assert all(point["median_s"] > 0 for points in document["points"].values() for point in points)
     assert document["disk"]["file_bytes"] == 8 * MIB
     assert list(spill.iterdir()) == []
+
+
+def test_the_machine_file_goes_where_plans_look_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(probe_machine, "_QUICK_LARGEST", MIB)
+    arguments = ["--quick", "--size", "2MiB", "--repeats", "1", "--spill-dir", str(tmp_path)]
+    with pytest.raises(InputError, match="TIERHINTS_MACHINE is empty"):
+        probe_machine.main(arguments)
+    monkeypatch.delenv("TIERHINTS_MACHINE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert probe_machine.main([*arguments, "--name", "toy"]) == 0
+    path = tmp_path / "cache" / "tierhints" / "machine.json"
+    assert f"Written: {path} (used by every plan" in capsys.readouterr().out
+    machine = find_machine()
+    assert machine is not None and machine.name == "toy"
 
 
 @pytest.mark.parametrize("size", ["1MiB", "big"])
