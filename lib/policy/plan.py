@@ -5,7 +5,7 @@ memory, ``stored_bytes`` in a tier below.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..vocabulary import Precision, State, Tier
@@ -83,6 +83,10 @@ class Plan:
     """What the originals of compressed weights take on the SSD, within its budget."""
     expanded_bytes: int = 0
     """The share of ``scratch_bytes`` that is taken only for as long as weights are expanded."""
+    hint_tiers: Mapping[str, Tier] = field(default_factory=dict)
+    """In a plan by hints what each block's hint says, by the blocks' own names: what is reported.
+    Where they are is in ``placements``.
+    """
 
     @property
     def fast_bytes(self) -> int:

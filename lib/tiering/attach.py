@@ -113,10 +113,6 @@ def attach(
         )
     )
     charges = EmulatedTime(emulation, compute_device) if emulation is not None else Charges()
-    labels: dict[str, Tier] = {}
-    if budget is None:
-        assert loaded is not None
-        labels = {block.name: loaded.blocks[block.name].tier for block in blocks}
     planning = Planning(
         model,
         blocks,
@@ -124,7 +120,6 @@ def attach(
         precision=precision,
         at_floors=precision is None and epsilon is not None,
         floors=veto.ledger.floors,
-        tiers=labels,
         device=compute_device,
         mode=mode,
         machine=profile,
@@ -149,7 +144,6 @@ def attach(
         ),
         charges=charges,
         device=compute_device,
-        labels=labels,
         emulated=mode == "emulated",
     )
     runtime = Runtime(keeper)

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from types import MappingProxyType
 
 import torch
 
@@ -57,14 +56,12 @@ class PlanKeeper:
         transport: Transport,
         charges: Charges,
         device: torch.device,
-        labels: Mapping[str, Tier],
         emulated: bool,
     ) -> None:
         self.plan = plan
         """Where each group of blocks is, and what that was predicted to cost."""
         self.planning = planning
         self.veto = veto
-        self.labels = labels
         self.payloads = planning.payloads
         """What groups are held as."""
         self.broken: str | None = None
@@ -99,22 +96,22 @@ class PlanKeeper:
         """Bytes that each tier may hold (None: no limit); empty where the hints alone decided."""
         return limits(self.plan)
 
-    def tier_of(self, group: Group, block: Block) -> Tier:
-        """Return the tier under which a block is reported."""
-        return self.labels.get(block.name, self.plan.placements[group.name].tier)
+    def reported_tier(self, group: Group, block: Block) -> Tier:
+        """Return the tier under which a block is reported: that of its hint where hints place."""
+        return self.plan.hint_tiers.get(block.name, self.plan.placements[group.name].tier)
 
     def bytes_per_tier(self) -> dict[str, int]:
         """Return the bytes of the blocks by the tier under which they are reported."""
-        if not self.labels:
+        if not self.plan.hint_tiers:
             return {str(tier): size for tier, size in self.residency.bytes_per_tier().items()}
         totals: dict[str, int] = {}
         for payload in self.payloads.values():
             for block in payload.group.blocks:
-                tier = str(self.labels[block.name])
+                tier = str(self.plan.hint_tiers[block.name])
                 totals[tier] = totals.get(tier, 0) + block.num_bytes
         return totals
 
-    def carry_out(self, plan: Plan, labels: Mapping[str, Tier] = MappingProxyType({})) -> None:
+    def carry_out(self, plan: Plan) -> None:
         """Move what must move, unless the veto refuses; where that fails the plan before is carried
         out again.
         """
@@ -142,17 +139,15 @@ class PlanKeeper:
                 raise
         self.broken = None
         self.veto.adopt(plan)
-        self.plan, self.payloads, self.labels = plan, payloads, labels
+        self.plan, self.payloads = plan, payloads
         for group in self.residency.groups.values():
             for block in group.payload.group.blocks:
-                tier = self.tier_of(group.payload.group, block)
+                tier = self.reported_tier(group.payload.group, block)
                 self.recorder.blocks[block.name].tier = str(tier)
         now = self.residency.resident_bytes() + self.memory.extra_bytes
         self.recorder.change_resident(now - self.recorder.resident_bytes)
 
-    def return_to(
-        self, plan: Plan, labels: Mapping[str, Tier], payloads: Mapping[str, Payload]
-    ) -> None:
+    def return_to(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:
         """Go back to a plan, or to one of the same budget where floors were raised meanwhile."""
         if self.payloads is not payloads:
             try:
@@ -163,7 +158,7 @@ class PlanKeeper:
                     f"are now: {error}; set a larger runtime.budget, or detach"
                 )
                 raise PlacementError(self.broken) from error
-        self.carry_out(plan, labels)
+        self.carry_out(plan)
 
     def raise_floors(self, record: Record) -> None:
         """Hold blocks at the floors that a measurement has raised, or let nothing run."""
@@ -173,7 +168,7 @@ class PlanKeeper:
         self.planning.set_floors(self.veto.ledger.floors)
         try:
             plan = self.planning.make_plan(self.budget or None, self.forwards.schedule)
-            self.carry_out(plan, self.labels)
+            self.carry_out(plan)
         except Exception as error:
             self.broken = (
                 f"{record.reason}, and they can't be raised here: {error}; set a larger "
@@ -240,7 +235,7 @@ class PlanKeeper:
                 f"{self.explain(demand)}; or detach the runtime first"
             ) from refusal
         with self.residency.holding():
-            self.carry_out(replace(plan, budget=self.plan.budget), self.labels)
+            self.carry_out(replace(plan, budget=self.plan.budget))
         self._unplanned = True
 
     def explain(self, demand: Demand | None = None) -> str:
@@ -284,7 +279,7 @@ class PlanKeeper:
         """Plan for what the forward has used, now that the order of its uses is known."""
         try:
             plan = self.planning.make_plan(self.budget or None, self.forwards.schedule)
-            self.carry_out(plan, self.labels)
+            self.carry_out(plan)
         except (InputError, PlacementError) as refusal:  # the forward itself has gone well
             self._final_plan = self.plan
             warnings.warn(
@@ -316,7 +311,7 @@ class PlanKeeper:
             device=self._device,
             blocks={
                 block.name: BlockStats(
-                    tier=str(self.tier_of(payload.group, block)), num_bytes=block.num_bytes
+                    tier=str(self.reported_tier(payload.group, block)), num_bytes=block.num_bytes
                 )
                 for payload in self.payloads.values()
                 for block in payload.group.blocks

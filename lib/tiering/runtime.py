@@ -14,7 +14,6 @@ from ..errors import InputError, PlacementError
 from ..policy.audit import Audit, Record
 from ..policy.plan import Plan
 from ..policy.veto import Measure, Veto
-from ..vocabulary import Tier
 from .keeper import PlanKeeper
 from .payload.layout import Payload
 from .residency.stand_ins import plain_tensors
@@ -92,7 +91,7 @@ class Runtime:
         meanwhile: nothing runs then until a larger budget is set, or the model detached.
         """
         keeper = self._keeper
-        before = keeper.plan, keeper.labels, keeper.payloads
+        before = keeper.plan, keeper.payloads
         self.budget = budget
         try:
             yield self
@@ -205,10 +204,8 @@ class Runtime:
                 self._keeper.residency.close()
             self._detached = True
 
-    def _return_to(
-        self, plan: Plan, labels: Mapping[str, Tier], payloads: Mapping[str, Payload]
-    ) -> None:
+    def _return_to(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:
         with self._forwards.lock:
             if not self._detached:
                 self._forwards.check_idle()
-                self._keeper.return_to(plan, labels, payloads)
+                self._keeper.return_to(plan, payloads)

@@ -112,6 +112,20 @@ def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, 
     return parsed
 
 
+def find_place(tier: Tier, block: str, device: torch.device, mode: str) -> Tier:
+    """Return where the tier of a block's hint is on this machine: without an accelerator CPU is HBM
+    but for emulation. Raises InputError for a tier that isn't there.
+    """
+    if mode == "emulated":
+        return tier
+    if tier not in _REAL_TIERS:
+        raise InputError(
+            f"block {block!r}: real mode has no {tier} tier; use HBM, CPU, CXL or SSD, or "
+            "mode='emulated'"
+        )
+    return Tier.HBM if tier is Tier.CPU and device.type == "cpu" else tier
+
+
 def check_names_tiers(budget: Any) -> None:
     """Raise InputError for a budget that is no mapping."""
     if not isinstance(budget, Mapping):

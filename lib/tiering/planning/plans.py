@@ -15,15 +15,21 @@ from ...blocks import Block
 from ...errors import InputError
 from ...hints import Hints
 from ...machine import MachineProfile
-from ...policy.plan import BlockNeed, Placement, Plan, Step, definition_schedule
+from ...policy.plan import BlockNeed, Plan, Step, definition_schedule
+from ...policy.planner.by_hints import place_by_hints
 from ...policy.planner.planner import make_plan
-from ...policy.states import placed_state
-from ...policy.timeline import PassTime
 from ...vocabulary import Precision, Tier
 from ..payload.layout import Payload
 from ..residency.casting import copy_bytes
 from ..transfer.charges import Charges
-from .budget import _REAL_TIERS, Budget, leave_room, original_bytes, parse_budget, with_originals
+from .budget import (
+    Budget,
+    find_place,
+    leave_room,
+    original_bytes,
+    parse_budget,
+    with_originals,
+)
 from .demands import Demand
 from .needs import PrecisionChoice, block_needs, expanded_bytes, make_payloads, scratch_bytes
 
@@ -31,9 +37,8 @@ Mode = Literal["real", "emulated"]
 
 
 class Planning:
-    """Makes the plans of one model. ``tiers``: those of the hints by block, for plans without a
-    budget; ``precision`` None: lossless, or with ``at_floors`` what the floors allow.
-    ``keeps_originals``: those of compressed weights have to be stored.
+    """Makes the plans of one model. ``precision`` None: lossless, or with ``at_floors`` what the
+    floors allow. ``keeps_originals``: those of compressed weights have to be stored.
     """
 
     def __init__(
@@ -45,7 +50,6 @@ class Planning:
         precision: PrecisionChoice,
         at_floors: bool,
         floors: Mapping[str, Precision],
-        tiers: Mapping[str, Tier],
         device: torch.device,
         mode: Mode,
         machine: MachineProfile,
@@ -57,7 +61,6 @@ class Planning:
         self._hints = hints
         self._precision = precision
         self._at_floors = at_floors
-        self._tiers = tiers
         self._device = device
         self._mode: Mode = mode
         self._machine = machine
@@ -157,56 +160,14 @@ class Planning:
         return replace(need, resident_bytes=need.resident_bytes + more) if more else need
 
     def _plan_by_hints(self, scratch: int) -> Plan:
-        """Put every group where the hints of its blocks say: where most of its bytes should be.
-
-        What computes around other groups stays in fast memory. One slot, and two where they cost
-        less than half of what leaving saves.
-        """
-        placements = {}
-        for need in self._needs:
-            shares: dict[Tier, int] = {}
-            for block in self.payloads[need.name].group.blocks:
-                tier = self._served_tier(block.name)
-                shares[tier] = shares.get(tier, 0) + block.num_bytes
-            order = list(Tier)
-            tier = max(shares, key=lambda tier: (shares[tier], order.index(tier)))
-            reason = "the hints' tier"
-            if need.must_reside and tier is not Tier.HBM:
-                tier, reason = Tier.HBM, "other blocks compute inside it"
-            resident = tier is Tier.HBM
-            placements[need.name] = Placement(
-                tier=tier,
-                precision=need.precision,
-                state=placed_state(tier, need.precision, computed_as_is=need.computed_as_is),
-                reason=reason,
-                resident_bytes=need.resident_bytes if resident else 0,
-                stored_bytes=need.stored_bytes,
-                unit_bytes=() if resident else need.unit_bytes,
-            )
-        units = [size for placement in placements.values() for size in placement.unit_bytes]
-        saved = sum(
-            need.resident_bytes
-            for need in self._needs
-            if placements[need.name].tier is not Tier.HBM
-        )
-        slot_bytes = max(units, default=0)
-        return Plan(
-            placements=placements,
-            slot_bytes=slot_bytes,
-            num_slots=0 if not units else 2 if len(units) > 1 and 4 * slot_bytes < saved else 1,
-            scratch_bytes=scratch,
-            budget={},
-            predicted=PassTime(0.0, 0.0, 0.0, 0),
-        )
-
-    def _served_tier(self, block: str) -> Tier:
-        """Return where a block is on this machine; refuses tiers that it lacks."""
-        tier = self._tiers[block]
-        if self._mode == "emulated":
-            return tier
-        if tier not in _REAL_TIERS:
-            raise InputError(
-                f"block {block!r}: real mode has no {tier} tier; use HBM, CPU, CXL or SSD, or "
-                "mode='emulated'"
-            )
-        return Tier.HBM if tier is Tier.CPU and self._device.type == "cpu" else tier
+        """Put every group where the hints of its blocks say."""
+        assert self._hints is not None
+        tiers = {block.name: self._hints.blocks[block.name].tier for block in self._blocks}
+        hinted_bytes: dict[str, dict[Tier, int]] = {}
+        for name, payload in self.payloads.items():
+            sums = hinted_bytes[name] = {}
+            for block in payload.group.blocks:
+                tier = find_place(tiers[block.name], block.name, self._device, self._mode)
+                sums[tier] = sums.get(tier, 0) + block.num_bytes
+        plan = place_by_hints(self._needs, hinted_bytes, scratch_bytes=scratch)
+        return replace(plan, hint_tiers=tiers)
