@@ -32,6 +32,15 @@ def planned_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def planned_precision(name: str | None) -> Precision | None:
+    """Return the precision of ``--precision``. Lossless is the most precise of all, to which no
+    weights are raised: under an epsilon it says that none are compressed.
+    """
+    if name is None:
+        return None
+    return Precision.FP32 if name == "lossless" else Precision(name)
+
+
 def planned_machine(path: Path | None) -> MachineProfile:
     """Return the machine of ``--machine``, else this one; says so where nobody measured it."""
     machine = choose_machine(path)
@@ -55,7 +64,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="of all matrices, though none below its floor (default: lossless)",
     )
     model.add_argument(
-        "--hints",
+        "--tier-hints",
         type=Path,
         metavar="FILE",
         help="tier_hints.json, for floors and importance",

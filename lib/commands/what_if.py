@@ -8,6 +8,7 @@ runs. Compute is that of the machine file at every point.
 
 import argparse
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +16,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..checkpoint.models import quiet_transformers
 from ..errors import InputError
 from ..files import check_writable
 from ..machine import MachineProfile, TierSpec, machine_to_json
-from ..policy import BlockNeed, definition_schedule, make_plan, smallest_budget
 from ..report.what_if_plots import plot_what_if
+from ..tiering import Planned, plan
 from ..units import format_bytes, parse_bytes
-from ..vocabulary import Tier
+from ..vocabulary import Precision, Tier
 from .cli import emit_json
-from .flags import add_model_flags, planned_device, planned_machine
-from .plan import read_model, read_needs
+from .flags import add_model_flags, planned_device, planned_machine, planned_precision
 
 LINK_TIERS = [tier for tier in Tier if tier is not Tier.HBM]
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
@@ -39,25 +40,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = planned_machine(args.machine)
     tier = Tier(args.tier)
     base = link_spec(machine, tier, args.setup_us)
-    device = planned_device(args.device)
-    needs, scratch_bytes = read_needs(args, *read_model(args), device, machine)
-    total = sum(need.resident_bytes for need in needs)
-    budgets = read_budgets(args.budgets, total)
-    rows = sweep(needs, scratch_bytes, machine, base, tier, bandwidths, budgets)
-    resident = resident_tokens_per_s(needs)
+    precision = planned_precision(args.precision)
+    quiet_transformers(progress=False)
+    supposed = dataclasses.replace(machine, capacity_bytes={}, measured=False)
+    whole = plan(
+        args.model,
+        args.tier_hints,
+        mode="emulated",  # of machines that may not exist: what this one lacks doesn't matter
+        budget={Tier.HBM: None},
+        precision=precision,
+        machine=supposed,
+        device=planned_device(args.device),
+    )
+    budgets = read_budgets(args.budgets, whole.weight_bytes)
+    specs = [dataclasses.replace(base, bandwidth_gb_s=bandwidth) for bandwidth in bandwidths]
+    machines = [
+        dataclasses.replace(supposed, tiers={**supposed.tiers, tier: spec}) for spec in specs
+    ]
+    rows = sweep(whole, precision, machines, tier, budgets)
+    resident = 1 / whole.plan.predicted.seconds
     document = {
         "model": str(args.model),
         "precision": args.precision,
         "machine": machine_to_json(machine),
         "tier": str(tier),
         "setup_us": base.setup_us,
-        "weight_bytes": total,
+        "weight_bytes": whole.weight_bytes,
         "resident_tokens_per_s": resident,
         "rows": rows,
     }
     print(
-        f"{args.model}, {args.precision}, {format_bytes(total)}: predicted tokens per second, "
-        f"weights in HBM and {tier}\n"
+        f"{args.model}, {args.precision}, {format_bytes(whole.weight_bytes)}: predicted tokens per "
+        f"second, weights in HBM and {tier}\n"
     )
     print(_table(rows, resident), end="\n\n")
     if args.plot is not None:
@@ -68,28 +82,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sweep(
-    needs: Sequence[BlockNeed],
-    scratch_bytes: int,
-    machine: MachineProfile,
-    base: TierSpec,
+    whole: Planned,
+    precision: Precision | None,
+    machines: Sequence[MachineProfile],
     tier: Tier,
-    bandwidths: Sequence[float],
     budgets: Sequence[tuple[str, int]],
 ) -> list[dict[str, Any]]:
-    """Plan each budget at each bandwidth; ``tokens_per_s`` is None where a budget is too small."""
-    schedule = definition_schedule(needs)
+    """Plan each budget on each machine, for the model of ``whole``; ``tokens_per_s`` is None where
+    a budget is too small.
+    """
+    ask = functools.partial(
+        plan, whole.model, whole.hints, mode="emulated", precision=precision, device=whole.device
+    )
+    # With one tier below, what it takes at least is the same at every bandwidth.
+    smallest = ask(budget={Tier.HBM: None, tier: None}, machine=machines[0]).smallest_hbm_bytes
+    assert smallest is not None
     rows = []
     for label, size in budgets:
-        for bandwidth in tqdm(bandwidths, desc=f"HBM={label}", leave=False, disable=None):
-            spec = dataclasses.replace(base, bandwidth_gb_s=bandwidth)
-            tiers = {**machine.tiers, tier: spec}
-            there = dataclasses.replace(machine, tiers=tiers, capacity_bytes={}, measured=False)
-            budget = {Tier.HBM: size, tier: None}
-            smallest = smallest_budget(needs, schedule, budget, there, scratch_bytes)
+        for machine in tqdm(machines, desc=f"HBM={label}", leave=False, disable=None):
             row: dict[str, Any] = {
                 "budget": label,
                 "hbm_bytes": size,
-                "bandwidth_gb_s": bandwidth,
+                "bandwidth_gb_s": machine.tiers[tier].bandwidth_gb_s,
                 "smallest_hbm_bytes": smallest,
                 "tokens_per_s": None,
                 "ms_per_token": None,
@@ -97,7 +111,8 @@ def sweep(
                 "link_utilisation": None,
             }
             if smallest <= size:
-                predicted = make_plan(needs, schedule, budget, there, scratch_bytes).predicted
+                budget = {Tier.HBM: size, tier: None}
+                predicted = ask(budget=budget, machine=machine).plan.predicted
                 row |= {
                     "tokens_per_s": 1 / predicted.seconds,
                     "ms_per_token": predicted.seconds * 1e3,
@@ -106,13 +121,6 @@ def sweep(
                 }
             rows.append(row)
     return rows
-
-
-def resident_tokens_per_s(needs: Sequence[BlockNeed]) -> float:
-    """Return what the compute alone would allow, everything resident."""
-    steps = definition_schedule(needs)
-    seconds = {need.name: need.compute_seconds for need in needs}
-    return 1 / sum(seconds[step.block] for step in steps if not step.lookup)
 
 
 def link_spec(machine: MachineProfile, tier: Tier, setup_us: float | None) -> TierSpec:

@@ -66,9 +66,7 @@ class Veto:
     @property
     def predicted_nats(self) -> float | None:
         """The predicted KL of what is held; None where a block has no prediction."""
-        values = [self.ledger.predicted(name, p) for name, p in self._precisions().items()]
-        known = [value for value in values if value is not None]
-        return math.fsum(known) if len(known) == len(values) else None
+        return self._sum_predicted(self._plan) if self._plan is not None else 0.0
 
     # -- plans -------------------------------------------------------------------------------------
 
@@ -167,13 +165,20 @@ class Veto:
             if name in floors and is_below(precision, floors[name])
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return epsilon, what is held against it, and the counts of the log."""
-        limited = math.isfinite(self.ledger.epsilon)
+    @property
+    def is_bounded(self) -> bool:
+        """There is an epsilon."""
+        return math.isfinite(self.ledger.epsilon)
+
+    def to_json(self, plan: Plan | None = None) -> dict[str, Any]:
+        """Return epsilon, what a plan (None: what is held) takes of it, and the log's counts."""
+        predicted, bound = self.predicted_nats, self.bound_nats
+        if plan is not None:
+            predicted, bound = self._sum_predicted(plan), self._sum_bounds(plan)
         return {
             "epsilon_nats": _finite(self.ledger.epsilon),
-            "predicted_nats": self.predicted_nats,
-            "bound_nats": self.bound_nats if limited else None,
+            "predicted_nats": predicted,
+            "bound_nats": bound if self.is_bounded else None,
             "factor": self.ledger.factor,
             "kernel_nats": self.ledger.kernel_nats,
             "kl_per_byte": self.ledger.exchange_rate,
@@ -259,6 +264,14 @@ class Veto:
     def _precisions(self) -> dict[str, Precision]:
         placements = self._plan.placements if self._plan is not None else {}
         return {name: place.precision for name, place in placements.items()}
+
+    def _sum_predicted(self, plan: Plan) -> float | None:
+        """Return the predicted KL of all blocks; None where one has no prediction."""
+        values = [
+            self.ledger.predicted(name, place.precision) for name, place in plan.placements.items()
+        ]
+        known = [value for value in values if value is not None]
+        return math.fsum(known) if len(known) == len(values) else None
 
     def _sum_bounds(self, plan: Plan) -> float:
         """Return the bounds of all blocks and, if any is compressed, what kernels cost."""

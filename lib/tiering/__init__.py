@@ -10,6 +10,7 @@ from ..checkpoint.load import load
 from ..machine import DEFAULT_SPECS, TierSpec
 from ..signals import AdamStateTierAnalyzer
 from .attach import attach
+from .planning.planned import Planned, plan
 from .runtime import Runtime
 from .telemetry import BlockStats, Stats
 from .transfer.specs import Clock, EmulationSpec, load_specs, save_specs, specs_to_json
@@ -20,6 +21,7 @@ __all__ = [
     "BlockStats",
     "Clock",
     "EmulationSpec",
+    "Planned",
     "Runtime",
     "Stats",
     "TierSpec",
@@ -27,6 +29,7 @@ __all__ = [
     "empty_weights",
     "load",
     "load_specs",
+    "plan",
     "save_specs",
     "specs_to_json",
 ]

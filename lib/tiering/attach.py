@@ -1,35 +1,20 @@
 """attach(): from a model, its hints and a budget to a runtime."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..blocks import (
-    Block,
-    digest_parameters,
-    partition_model,
-    tied_modules,
-    unique_parameters,
-    unwrap_model,
-)
-from ..checkpoint.fit import check_fit
-from ..checkpoint.source import CheckpointSource, open_checkpoint
 from ..errors import InputError
-from ..hints import Hints, hints_from_json, load_hints, match_hints
-from ..machine import DEFAULT_SPECS, MachineProfile, choose_machine, load_machine
-from ..policy.veto import Measure, Veto
-from ..precision.floors import JointCheck
+from ..machine import MachineProfile
+from ..policy.veto import Measure
 from ..vocabulary import Tier
-from .hooks.managed import refuse_managed
 from .keeper import PlanKeeper
-from .planning.budget import Budget, check_names_tiers, warn_of_incompressible
-from .planning.ledger import ledger_of, may_stream
+from .planning.budget import Budget
+from .planning.inputs import HintsGiven
 from .planning.needs import PrecisionChoice
-from .planning.plans import Mode, Planning
+from .planning.planned import plan
+from .planning.plans import Mode
 from .residency.archive import Archive
 from .residency.originals import Originals
 from .residency.stand_ins import plain_tensors
@@ -39,13 +24,12 @@ from .transfer.charges import Charges
 from .transfer.emulation import EmulatedTime, EmulatedTransport
 from .transfer.readers import ReaderTransport
 from .transfer.specs import EmulationSpec
-
-_DECLARED = MachineProfile(name="default specs", tiers=DEFAULT_SPECS)
+from .transfer.transport import Transport
 
 
 def attach(
     model: nn.Module,
-    hints: Hints | Mapping[str, Any] | str | Path | None = None,
+    hints: HintsGiven = None,
     *,
     mode: Mode = "real",
     budget: Budget | None = None,
@@ -73,10 +57,11 @@ def attach(
     measured KL is within epsilon, and only with it may a block go below 3 bits. ``weights`` is the
     safetensors checkpoint of a model on the meta device (``load(folder)``, or built inside
     ``empty_weights()``), which is then never in memory as a whole. ``machine`` (machine.json) tells
-    the planner, and an emulated run, how fast the tiers are. ``spill_dir`` holds the SSD tier and
+    the planner, and an emulated run, how fast the tiers are (default: what `tierhints probe` has
+    measured here, or in emulation ``DEFAULT_SPECS``). ``spill_dir`` holds the SSD tier and
     keeps it for the next run (default: a temporary folder on a disk). ``device`` is where the model
-    computes (default: where its first parameter is). ``forward`` and ``generate`` keep their
-    signatures; the model is for inference while attached.
+    computes (default: where its first parameter is). ``plan`` says what would come of all these.
+    ``forward`` and ``generate`` keep their signatures; the model is for inference while attached.
 
     Raises InputError for hints that don't fit the model, a tier that the mode can't serve, a budget
     that is too small (with the smallest that would do), a checkpoint that is quantized or another
@@ -84,67 +69,34 @@ def attach(
     PlacementError for a model that this or another offloader manages already, and for a plan that
     the veto refuses. The model is then as it was.
     """
-    _check_arguments(mode, hints, budget, emulation, spill_dir)
-    if measure is not None and epsilon is None:
-        raise InputError("measure has no effect without epsilon: give both, or neither")
-    refuse_managed(model)
-    model = unwrap_model(model)
-    blocks = partition_model(model)
-    checkpoint = None
-    if weights is not None:
-        checkpoint = open_checkpoint(model, weights)
-        check_fit(model, checkpoint)
-    compute_device = _resolve_device(model, device)
-    loaded = _load_hints(hints, model, blocks, checkpoint)
-    if isinstance(machine, str | Path):
-        machine = load_machine(machine)
-    profile = choose_machine(machine) if mode == "real" else machine or _DECLARED
-    if mode == "emulated" and emulation is None:
-        emulation = EmulationSpec(specs=dict(profile.tiers), charge_hbm=machine is None)
-    veto = Veto(
-        ledger_of(
-            model,
-            blocks,
-            loaded,
-            epsilon=epsilon,
-            streams=may_stream(budget),
-            joint_check=JointCheck.MISSING if measure is None else JointCheck.PENDING,
-            device=compute_device,
+    if mode == "emulated" and spill_dir is not None:
+        raise InputError(
+            "a spill_dir has no effect in emulated mode: leave it out, or use mode='real'"
         )
-    )
-    charges = EmulatedTime(emulation, compute_device) if emulation is not None else Charges()
-    planning = Planning(
+    planned = plan(
         model,
-        blocks,
-        loaded,
-        precision=precision,
-        at_floors=precision is None and epsilon is not None,
-        floors=veto.ledger.floors,
-        device=compute_device,
+        hints,
         mode=mode,
-        machine=profile,
-        keeps_originals=checkpoint is None and mode == "real",
-        charges=charges,
+        budget=budget,
+        precision=precision,
+        epsilon=epsilon,
+        will_measure=measure is not None,
+        weights=weights,
+        machine=machine,
+        emulation=emulation,
+        device=None if device is None else _resolve_device(device),
     )
-    warn_of_incompressible(planning.payloads.values())
-    plan = planning.make_plan(budget, planning.schedule)
-    stores = _Stores(Path(spill_dir) if spill_dir is not None else None, mode, compute_device)
+    planned.check_weights()
+    stores = _Stores(Path(spill_dir) if spill_dir is not None else None, mode, planned.device)
+    charges: Charges = Charges()
+    transport: Transport = ReaderTransport(stores, planned.device)
+    if planned.emulation is not None:
+        charges = time = EmulatedTime(planned.emulation, planned.device)
+        transport = EmulatedTransport(time)
     with plain_tensors():
-        originals = Originals(model, checkpoint)
+        originals = Originals(planned.model, planned.checkpoint)
     keeper = PlanKeeper(
-        plan,
-        planning,
-        veto,
-        originals=originals,
-        archive=Archive(stores, originals),
-        transport=(
-            EmulatedTransport(charges)
-            if isinstance(charges, EmulatedTime)
-            else ReaderTransport(stores, compute_device)
-        ),
-        charges=charges,
-        device=compute_device,
-        emulated=mode == "emulated",
+        planned, originals, Archive(stores, originals), transport=transport, charges=charges
     )
     runtime = Runtime(keeper)
     if measure is not None:
@@ -177,71 +129,12 @@ class _Stores(dict[Tier, Store]):
         return self[tier]
 
 
-def _check_arguments(
-    mode: str,
-    hints: Any,
-    budget: Budget | None,
-    emulation: EmulationSpec | None,
-    spill_dir: str | Path | None,
-) -> None:
-    if mode not in ("real", "emulated"):
-        raise InputError(f"mode {mode!r} is unknown; allowed: real, emulated")
-    if mode == "real" and emulation is not None:
-        raise InputError(
-            "an emulation spec has no effect in real mode: leave it out, or use mode='emulated'"
-        )
-    if mode == "emulated" and spill_dir is not None:
-        raise InputError(
-            "a spill_dir has no effect in emulated mode: leave it out, or use mode='real'"
-        )
-    if budget is not None:
-        check_names_tiers(budget)
-    if hints is None and budget is None:
-        raise InputError("neither hints nor a budget: give one, or there is nothing to place by")
-
-
-def _load_hints(
-    hints: Hints | Mapping[str, Any] | str | Path | None,
-    model: nn.Module,
-    blocks: tuple[Block, ...],
-    checkpoint: CheckpointSource | None,
-) -> Hints | None:
-    """Load hints and match them with the model; the result has exactly the model's blocks."""
-    if hints is None:
-        return None
-    if isinstance(hints, str | Path):
-        hints = load_hints(hints)
-    elif not isinstance(hints, Hints):
-        hints = hints_from_json(hints)
-    digest = None
-    if hints.model is not None:
-        names = sorted(unique_parameters(model))
-        if checkpoint is None:
-            given = unique_parameters(model)
-            digest = digest_parameters((name, given[name].detach()) for name in names)
-        else:
-            digest = digest_parameters((name, checkpoint.read(name)) for name in names)
-    matched = match_hints(
-        hints,
-        [block.name for block in blocks],
-        parameter_digest=digest,
-        tied=tied_modules(blocks),
-    )
-    return replace(hints, blocks=matched)
-
-
-def _resolve_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    """Return the compute device with its index, so that it compares equal to a tensor's device."""
-    if device is None:
-        first = next(model.parameters()).device
-        return torch.device("cpu") if first.type == "meta" else first
+def _resolve_device(device: str | torch.device) -> torch.device:
+    """Return a device with its index, so that it compares equal to a tensor's; raises InputError
+    where it isn't here.
+    """
     try:
-        resolved = torch.empty(0, device=device).device
-        if resolved.type not in ("cpu", "cuda"):
-            raise InputError(
-                f"device {str(device)!r} is no place to compute here: give cpu or cuda"
-            )
-        return resolved
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"device {str(device)!r} can't be used here: {str(error).splitlines()[0]}"

@@ -16,7 +16,6 @@ from ..blocks import Block, BlockKind
 from ..errors import InputError, PlacementError
 from ..policy.audit import Record
 from ..policy.plan import Plan
-from ..policy.veto import Veto
 from ..units import format_bytes
 from ..vocabulary import Tier
 from .hooks.forwards import Forwards
@@ -24,7 +23,7 @@ from .hooks.progress import placing_bar
 from .payload.groups import Group
 from .payload.layout import Payload
 from .planning.demands import Demand
-from .planning.plans import Planning
+from .planning.planned import Planned
 from .residency.archive import Archive
 from .residency.casting import autocast_dtype
 from .residency.fast_memory import FastMemory
@@ -47,22 +46,18 @@ class PlanKeeper:
 
     def __init__(
         self,
-        plan: Plan,
-        planning: Planning,
-        veto: Veto,
-        *,
+        planned: Planned,
         originals: Originals,
         archive: Archive,
+        *,
         transport: Transport,
         charges: Charges,
-        device: torch.device,
-        emulated: bool,
     ) -> None:
-        self.plan = plan
+        self.plan = planned.plan
         """Where each group of blocks is, and what that was predicted to cost."""
-        self.planning = planning
-        self.veto = veto
-        self.payloads = planning.payloads
+        self.planning = planned.planning
+        self.veto = planned.veto
+        self.payloads = self.planning.payloads
         """What groups are held as."""
         self.broken: str | None = None
         """Why nothing can run: moving weights has failed half-way."""
@@ -70,22 +65,24 @@ class PlanKeeper:
         """A plan that could not be made to hold what its forwards use."""
         self._unplanned = False
         """The present forward has needed what the plan before it did not foresee."""
-        self._device = device
-        self.memory = FastMemory(device, transport, charges, self)
+        self.memory = FastMemory(planned.device, transport, charges, self)
         self.residency = Residency(
-            self.payloads, self.memory, archive, originals, emulated=emulated
+            self.payloads,
+            self.memory,
+            archive,
+            originals,
+            emulated=planned.emulation is not None,
         )
-        schedule, moves = planning.schedule, veto.judge(plan)
         with plain_tensors():
             try:
-                originals.prepare(device, one_expert_at_a_time=_compressed_experts(self.payloads))
-                total = sum(payload.num_bytes for payload in self.payloads.values())
-                with placing_bar(total) as progress:
-                    self.residency.apply(plan, self.payloads, schedule, moves, progress=progress)
-                veto.adopt(plan)
+                self._carry_out_first(planned, originals)
                 self.recorder = self._make_recorder()
                 self.forwards = Forwards(
-                    originals.model, self.residency, self.recorder, schedule, supervisor=self
+                    planned.model,
+                    self.residency,
+                    self.recorder,
+                    planned.schedule,
+                    supervisor=self,
                 )
             except BaseException:
                 self.residency.close()
@@ -183,7 +180,7 @@ class PlanKeeper:
         if self.broken is not None:
             raise PlacementError(self.broken)
         self._unplanned = False
-        dtype = autocast_dtype(self._device)
+        dtype = autocast_dtype(self.memory.device)
         casts = self.forwards.casts | ({dtype} if dtype is not None else set())
         if self.plan.budget and not casts <= self.planning.casts:
             self._leave_room_for_copies(casts)
@@ -306,9 +303,18 @@ class PlanKeeper:
         error.add_note(message)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
+    def _carry_out_first(self, planned: Planned, originals: Originals) -> None:
+        originals.prepare(planned.device, one_expert_at_a_time=_compressed_experts(self.payloads))
+        total = sum(payload.num_bytes for payload in self.payloads.values())
+        with placing_bar(total) as progress:
+            self.residency.apply(
+                planned.plan, self.payloads, planned.schedule, planned.moves, progress=progress
+            )
+        self.veto.adopt(planned.plan)
+
     def _make_recorder(self) -> Recorder:
         recorder = Recorder(
-            device=self._device,
+            device=self.memory.device,
             blocks={
                 block.name: BlockStats(
                     tier=str(self.reported_tier(payload.group, block)), num_bytes=block.num_bytes

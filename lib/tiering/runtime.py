@@ -129,12 +129,8 @@ class Runtime:
                     "again"
                 )
             self._forwards.check_idle()
-            before, self._emulated.spec = self._emulated.spec, spec
-            try:
-                self._emulated.check(self.plan)
-            except InputError:
-                self._emulated.spec = before
-                raise
+            spec.check(self.plan)
+            self._emulated.spec = self._keeper.planning.emulation = spec
 
     @property
     def audit(self) -> Audit:

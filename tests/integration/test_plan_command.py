@@ -107,7 +107,7 @@ def test_a_budget_that_is_too_small_names_one_that_works(
         (["--budget", "HBM=1GiB,CXL="], "names CXL, of which the machine"),
         (["--budget", "HBM=1GiB", "--model", "nowhere"], "nowhere"),
         (["--budget", "HBM=1GiB", "--machine", "nowhere.json"], "nowhere.json"),
-        (["--budget", "HBM=1GiB", "--hints", "nowhere.json"], "nowhere.json"),
+        (["--budget", "HBM=1GiB", "--tier-hints", "nowhere.json"], "nowhere.json"),
     ],
 )
 def test_wrong_flags_exit_with_two_and_one_line(
@@ -178,10 +178,10 @@ def test_hints_of_the_model_are_matched(
     hints.write_text(json.dumps({"transformer": "HBM"}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        code, _, _, _ = run(plan, capsys, *flags, "--hints", hints)
+        code, _, _, _ = run(plan, capsys, *flags, "--tier-hints", hints)
         assert code == 0
         hints.write_text(json.dumps({"transformer.h": "HBM"}))
-        code, _, _, errors = run(plan, capsys, *flags, "--hints", hints)
+        code, _, _, errors = run(plan, capsys, *flags, "--tier-hints", hints)
     assert code == 2
     assert "have no hint" in errors
 
@@ -227,7 +227,7 @@ def test_a_plan_under_a_quality_bound_shows_floors_and_what_they_cost(
     gpt2: Path, machine: Path, calibrated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--model", gpt2, "--machine", machine, "--budget", "HBM=15MiB,SSD="]
-    flags += ["--hints", calibrated]
+    flags += ["--tier-hints", calibrated]
     _, _, lossless, _ = run(plan, capsys, *flags)
     assert lossless["quality"] is None
     code, table, document, _ = run(plan, capsys, *flags, "--epsilon", "0.02")
@@ -257,7 +257,7 @@ def test_a_bound_without_calibrated_hints_is_refused(
     assert code == 2 and "epsilon needs hints" in errors
     hints = load_hints(calibrated)
     save_hints(replace(hints, quality={}), tmp_path / "hints.json")
-    flags += ["--epsilon", "0.02", "--hints", tmp_path / "hints.json"]
+    flags += ["--epsilon", "0.02", "--tier-hints", tmp_path / "hints.json"]
     code, _, _, errors = run(plan, capsys, *flags)
     assert code == 2 and "tierhints calibrate" in errors
 

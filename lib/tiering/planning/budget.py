@@ -66,11 +66,11 @@ def warn_of_incompressible(payloads: Iterable[Payload]) -> None:
         warnings.warn(
             f"{format_bytes(sum(part.num_bytes for part in parts))} of weights stay as they are, "
             f"such as {parts[0].parameter!r}: compressed they would not be smaller",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-Budget = Mapping[str, str | int | None]
+Budget = Mapping[str, str | int | None] | Mapping[Tier, str | int | None]
 """Tier -> size ("700MiB", 1.5e9 as an int, None: no limit). Tiers left out are not used."""
 
 
@@ -100,7 +100,7 @@ def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, 
         if Tier.HBM in parsed:
             warnings.warn(
                 "a CPU budget has no effect here: without an accelerator, HBM is the RAM",
-                stacklevel=4,
+                stacklevel=5,
             )
         else:
             parsed[Tier.HBM] = limit

@@ -9,18 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from ...blocks import Block, partition_model, unique_parameters
+from ...blocks import Block, unique_parameters
 from ...codecs.kernels import Use, resident_bytes
 from ...errors import InputError
 from ...hints import Hints
 from ...machine import MachineProfile
 from ...policy.plan import BlockNeed
-from ...precision.floors import Ledger
 from ...vocabulary import Precision, most_precise
 from ..payload.groups import group_blocks
 from ..payload.layout import Payload, codec_scratch_bytes, lookup_bytes, lookup_moved, make_payload
 from .demands import Demand
-from .ledger import ledger_of
 
 _COMPUTED_AS_IS = {Precision.BF16, Precision.FP16, Precision.INT8, Precision.INT4}
 """Precisions that are multiplied with as they are held; the others are expanded first."""
@@ -93,26 +91,6 @@ def expanded_bytes(payloads: Mapping[str, Payload], demands: Iterable[Demand] = 
             sizes[module] = sizes.get(module, 0) + payload.expanded_bytes
     at_once = [demand.expanded_bytes(payloads) for demand in demands]
     return max([*sizes.values(), *at_once], default=0)
-
-
-def model_needs(
-    model: nn.Module,
-    *,
-    precision: PrecisionChoice,
-    hints: Hints | None,
-    device: torch.device,
-    machine: MachineProfile,
-    ledger: Ledger | None = None,
-) -> tuple[list[BlockNeed], int]:
-    """Return the needs of a whole model, and the scratch memory that goes with them.
-
-    ``ledger`` has the floors; None: they are those of the hints.
-    """
-    blocks = partition_model(model)
-    ledger = ledger or ledger_of(model, blocks, hints)
-    payloads = make_payloads(model, blocks, precision=precision, floors=ledger.floors)
-    needs = block_needs(model, payloads, hints=hints, device=device, machine=machine)
-    return needs, scratch_bytes(payloads)
 
 
 def _need(

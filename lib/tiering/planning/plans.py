@@ -17,11 +17,11 @@ from ...hints import Hints
 from ...machine import MachineProfile
 from ...policy.plan import BlockNeed, Plan, Step, definition_schedule
 from ...policy.planner.by_hints import place_by_hints
-from ...policy.planner.planner import make_plan
+from ...policy.planner.planner import make_plan, smallest_budget
 from ...vocabulary import Precision, Tier
 from ..payload.layout import Payload
 from ..residency.casting import copy_bytes
-from ..transfer.charges import Charges
+from ..transfer.specs import EmulationSpec
 from .budget import (
     Budget,
     find_place,
@@ -54,7 +54,7 @@ class Planning:
         mode: Mode,
         machine: MachineProfile,
         keeps_originals: bool,
-        charges: Charges,
+        emulation: EmulationSpec | None,
     ) -> None:
         self._model = model
         self._blocks = blocks
@@ -65,19 +65,22 @@ class Planning:
         self._mode: Mode = mode
         self._machine = machine
         self._keeps_originals = keeps_originals
-        self._charges = charges
+        self.emulation = emulation
+        """What an emulated run charges; None in real mode. Plans use no tier that it lacks."""
         self.casts: frozenset[torch.dtype] = frozenset()
         """What autocast computes in: plans have room for copies of the weights in use."""
         self.payloads: dict[str, Payload] = {}
         """What each group is held as in the plans that are made now."""
         self._demands: dict[Demand, None] = {}
         """What forwards have needed at the same time, in the order in which it was seen."""
+        self.needs: list[BlockNeed] = []
+        """What each group asks for."""
         self.set_floors(floors)
 
     @property
     def schedule(self) -> tuple[Step, ...]:
         """The uses to expect before a forward was traced."""
-        return definition_schedule(self._needs)
+        return definition_schedule(self.needs)
 
     def set_floors(self, floors: Mapping[str, Precision]) -> None:
         """Hold every group as asked for, but none below its floor, from the next plan on."""
@@ -112,7 +115,7 @@ class Planning:
         return "give a larger HBM budget"
 
     def _ask(self) -> None:
-        self._needs: list[BlockNeed] = block_needs(
+        self.needs = block_needs(
             self._model,
             self.payloads,
             hints=self._hints,
@@ -125,7 +128,7 @@ class Planning:
         """Add full uses of what was foreseen to be looked up only."""
         full = {step.block for step in schedule if not step.lookup}
         asked = {name: None for demand in self._demands for name in sorted(demand.groups)}
-        looked_up = {need.name for need in self._needs if need.lookup_bytes}
+        looked_up = {need.name for need in self.needs if need.lookup_bytes}
         return [*schedule, *(Step(name) for name in asked if name in looked_up - full)]
 
     def make_plan(self, budget: Budget | None, schedule: Sequence[Step]) -> Plan:
@@ -133,24 +136,35 @@ class Planning:
 
         Raises InputError for a budget that is none, or too small, with the smallest that works.
         """
-        scratch = scratch_bytes(self.payloads, self._demands)
-        schedule = self._with_demands(schedule)
-        kept = 0
-        if self._keeps_originals:
-            kept = original_bytes(self._model, self.payloads.values())
+        kept = self._kept_bytes()
         if budget is not None:
             parsed = parse_budget(budget, self._device, self._mode)
-            room = leave_room(parsed, kept)
-            scratch += max(
-                copy_bytes(payload, self.casts, whole=False) for payload in self.payloads.values()
-            )
-            needs = [self._need_with_copies(need) for need in self._needs]
-            plan = make_plan(needs, schedule, room, self._machine, scratch)
+            plan = make_plan(*self._ask_for(parsed, schedule, kept))
         else:
-            parsed, plan = {}, self._plan_by_hints(scratch)
-        self._charges.check(plan)
+            parsed, plan = {}, self._plan_by_hints()
+        if self.emulation is not None:
+            self.emulation.check(plan)
         expanded = expanded_bytes(self.payloads, self._demands)
         return with_originals(replace(plan, expanded_bytes=expanded), parsed, kept)
+
+    def smallest_budget(self, budget: Mapping[Tier, int | None], schedule: Sequence[Step]) -> int:
+        """Return the smallest HBM bytes that work beside the limits of a budget's other tiers."""
+        return smallest_budget(*self._ask_for(budget, schedule, self._kept_bytes()))
+
+    def _kept_bytes(self) -> int:
+        """Return what the originals take that have to be stored."""
+        return original_bytes(self._model, self.payloads.values()) if self._keeps_originals else 0
+
+    def _ask_for(
+        self, budget: Mapping[Tier, int | None], schedule: Sequence[Step], kept_bytes: int
+    ) -> tuple[list[BlockNeed], list[Step], dict[Tier, int | None], MachineProfile, int]:
+        """Return what the planner is asked: needs, schedule, room, machine and scratch bytes."""
+        room = leave_room(budget, kept_bytes)
+        scratch = scratch_bytes(self.payloads, self._demands) + max(
+            copy_bytes(payload, self.casts, whole=False) for payload in self.payloads.values()
+        )
+        needs = [self._need_with_copies(need) for need in self.needs]
+        return needs, self._with_demands(schedule), room, self._machine, scratch
 
     def _need_with_copies(self, need: BlockNeed) -> BlockNeed:
         """Add what a weight that moves by rows takes more where it resides: its whole copy."""
@@ -159,7 +173,7 @@ class Planning:
         more = whole - copy_bytes(payload, self.casts, whole=False)
         return replace(need, resident_bytes=need.resident_bytes + more) if more else need
 
-    def _plan_by_hints(self, scratch: int) -> Plan:
+    def _plan_by_hints(self) -> Plan:
         """Put every group where the hints of its blocks say."""
         assert self._hints is not None
         tiers = {block.name: self._hints.blocks[block.name].tier for block in self._blocks}
@@ -169,5 +183,6 @@ class Planning:
             for block in payload.group.blocks:
                 tier = find_place(tiers[block.name], block.name, self._device, self._mode)
                 sums[tier] = sums.get(tier, 0) + block.num_bytes
-        plan = place_by_hints(self._needs, hinted_bytes, scratch_bytes=scratch)
+        scratch = scratch_bytes(self.payloads, self._demands)
+        plan = place_by_hints(self.needs, hinted_bytes, scratch_bytes=scratch)
         return replace(plan, hint_tiers=tiers)

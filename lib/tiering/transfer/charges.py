@@ -4,7 +4,6 @@
 (emulation.py) lets it pass.
 """
 
-from ...policy.plan import Plan
 from ...vocabulary import Tier
 
 
@@ -15,9 +14,6 @@ class Charges:
     def virtual_seconds(self) -> float:
         """What was waited for on a virtual clock since the last reset."""
         return 0.0
-
-    def check(self, plan: Plan) -> None:
-        """Raise InputError for a plan with a tier that the machine lacks."""
 
     def fetch(self, tier: Tier, num_bytes: int) -> None:
         """Charge bytes that were read past the slots: rows of an embedding."""

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from ...policy.plan import Plan
 from ...vocabulary import Tier
 from .charges import Charges
 from .specs import Clock, EmulationSpec
@@ -46,16 +44,6 @@ class EmulatedTime(Charges):
     def virtual_seconds(self) -> float:
         """What was waited for on the virtual clock since the last reset."""
         return self._waited - self._waited_before
-
-    def check(self, plan: Plan) -> None:
-        """Refuse a plan with a tier that the machine lacks; raises InputError."""
-        tiers = {placement.tier for placement in plan.placements.values()}
-        if not self.spec.charge_hbm:
-            tiers.discard(Tier.HBM)
-        if missing := tiers - self.spec.specs.keys():
-            raise InputError(
-                f"tier {min(missing)} has no emulation spec: add it to the spec file's tiers"
-            )
 
     def fetch(self, tier: Tier, num_bytes: int) -> None:
         """Charge a transfer that nobody foresaw: rows of an embedding."""

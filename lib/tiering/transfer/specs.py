@@ -15,6 +15,7 @@ from typing import Any
 from ...errors import InputError
 from ...files import parse_json, write_json
 from ...machine import DEFAULT_SPECS, TierSpec
+from ...policy.plan import Plan
 from ...vocabulary import Tier
 
 
@@ -39,6 +40,16 @@ class EmulationSpec:
     """Charge each use of weights in HBM too, as for a device that this machine doesn't have. Not
     for a measured machine, whose compute already takes the time of its own memory.
     """
+
+    def check(self, plan: Plan) -> None:
+        """Refuse a plan with a tier that the machine lacks; raises InputError."""
+        tiers = {placement.tier for placement in plan.placements.values()}
+        if not self.charge_hbm:
+            tiers.discard(Tier.HBM)
+        if missing := tiers - self.specs.keys():
+            raise InputError(
+                f"tier {min(missing)} has no emulation spec: add it to the spec file's tiers"
+            )
 
 
 def load_specs(path: str | Path) -> EmulationSpec:

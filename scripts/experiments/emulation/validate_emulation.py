@@ -23,9 +23,8 @@ from lib.checkpoint.load import load
 from lib.commands.cli import emit_json, run_main
 from lib.errors import InputError, PlacementError
 from lib.files import check_writable
-from lib.machine import UNMEASURED, MachineProfile, TierSpec, choose_machine
-from lib.tiering import Clock, EmulationSpec, Runtime, attach
-from lib.tiering.planning.needs import model_needs
+from lib.machine import MachineProfile, TierSpec, choose_machine
+from lib.tiering import Clock, EmulationSpec, Runtime, attach, plan
 from lib.tiering.probe.links import FileProbe
 from lib.tiering.stores import default_spill_folder
 from lib.units import MIB, format_bytes
@@ -84,7 +83,7 @@ def _compare(
     machine: MachineProfile,
 ) -> dict[str, Any]:
     """Decode with a model offloaded for real and one emulated, in turns."""
-    fast = int(_resident_bytes(checkpoint, precision) * share)
+    fast = int(_resident_bytes(checkpoint, precision, machine) * share)
     common: dict[str, Any] = {
         "budget": {"HBM": fast, "SSD": None},
         "precision": precision,
@@ -193,17 +192,12 @@ def _mean(first: TierSpec, second: TierSpec) -> TierSpec:
     )
 
 
-def _resident_bytes(checkpoint: Path, precision: str | None) -> int:
+def _resident_bytes(checkpoint: Path, precision: str | None, machine: MachineProfile) -> int:
     """Return the fast memory that the whole model takes at a precision, slots apart."""
-    model = load(checkpoint)
-    needs, scratch = model_needs(
-        model,
-        precision=precision,
-        hints=None,
-        device=torch.device("cpu"),
-        machine=UNMEASURED,
+    whole = plan(
+        checkpoint, budget={"HBM": None}, precision=precision, machine=machine, device="cpu"
     )
-    return scratch + sum(need.resident_bytes for need in needs)
+    return whole.plan.fast_bytes
 
 
 def _file_bytes(runtime: Runtime) -> int:
