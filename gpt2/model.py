@@ -19,29 +19,29 @@ def build_model(model: ModelConfig, tokenizer: Any, *, seed: int) -> Any:
     Raises InputError for sizes that don't fit together, a tokenizer with more tokens than the model
     has, and weights that are missing or of another architecture.
     """
+    if model.pretrained:
+        return _load_pretrained(model, tokenizer, _dropout(model.dropout))
+    _check_vocabulary(tokenizer, model.vocab_size, "GPT2_VOCAB_SIZE")
+    torch.manual_seed(seed)
+    return make_network(model, end_of_text=tokenizer.eos_token_id)
+
+
+def make_network(model: ModelConfig, *, end_of_text: int = 0) -> Any:
+    """Return a GPT2LMHeadModel of the sizes that are configured, with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    dropout = _dropout(model.dropout)
-    if model.pretrained:
-        return _load_pretrained(model, tokenizer, dropout)
-    if model.width % model.heads:
-        raise InputError(
-            f"GPT2_WIDTH={model.width} is not a multiple of GPT2_HEADS={model.heads}: change "
-            "one of them"
-        )
-    _check_vocabulary(tokenizer, model.vocab_size, "GPT2_VOCAB_SIZE")
+    _check_heads(model)
     config = GPT2Config(
         vocab_size=model.vocab_size,
         n_positions=model.context,
         n_embd=model.width,
         n_layer=model.layers,
         n_head=model.heads,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **dropout,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        **_dropout(model.dropout),
     )
     config._attn_implementation = "sdpa"
-    torch.manual_seed(seed)
     return GPT2LMHeadModel(config)
 
 
@@ -68,6 +68,14 @@ def load_model(folder: Path, *, dropout: float, attention: str = "sdpa") -> Any:
             f"checkpoint {folder} is damaged ({first_line(error)}): delete it to train again from "
             "the start"
         ) from error
+
+
+def _check_heads(model: ModelConfig) -> None:
+    if model.width % model.heads:
+        raise InputError(
+            f"GPT2_WIDTH={model.width} is no multiple of GPT2_HEADS={model.heads}: change one of "
+            "them"
+        )
 
 
 def _dropout(probability: float) -> dict[str, Any]:

@@ -110,15 +110,36 @@ def check_spill_folder(config: Config) -> None:
 def check_tiering(config: Config) -> None:
     """Refuse a budget or a quality bound that the benchmark would refuse only after training."""
     from lib.precision.floors import parse_epsilon
-    from lib.tiering.planning.budget import read_budget
 
     try:
         if config.bench.budget:
-            read_budget(config.bench.budget)
+            check_budget(config)
         if config.bench.epsilon:
             parse_epsilon(config.bench.epsilon)
     except InputError as error:
         raise InputError(f"BENCH_BUDGET or BENCH_EPSILON: {error}") from error
+
+
+def check_budget(config: Config) -> None:
+    """Refuse a budget that is too small for the model whatever floors its hints will have. One that
+    isn't configured here, but pretrained, is planned for when it is benchmarked.
+    """
+    from lib.tiering.planning.budget import read_budget
+
+    budget, bench = read_budget(config.bench.budget), config.bench
+    if config.model.pretrained or (bench.epsilon and bench.precision == "native"):
+        return
+    import torch
+
+    from gpt2.model import make_network
+    from lib.commands.flags import parse_device
+    from lib.tiering import plan
+
+    precision = None if bench.precision == "native" else bench.precision
+    model = make_network(config.model).to(getattr(torch, bench.dtype))
+    device = parse_device(config.run.device)
+    for mode in benchmark_modes(config):
+        plan(model, mode=mode, budget=budget, precision=precision, device=device)
 
 
 def benchmark_modes(config: Config) -> list[Mode]:

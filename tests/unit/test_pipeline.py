@@ -157,12 +157,21 @@ def tiny_hints(quality: dict[str, object]) -> Hints:
     return Hints(model=info, provenance=provenance, quality=quality, blocks={"b": hint})
 
 
-@pytest.mark.parametrize("line", ['BENCH_EPSILON="1.02x"', 'BENCH_BUDGET="HBM"'])
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (['BENCH_EPSILON="1.02x"'], "1.02x"),
+        (['BENCH_BUDGET="HBM"'], "no TIER=SIZE"),
+        (['BENCH_BUDGET="HBM=20KiB,SSD="'], "the smallest that works is HBM="),
+        (['BENCH_BUDGET="HBM=1GiB"', "BENCH_PRECISION_INT4=y"], "a place for the originals"),
+    ],
+)
 def test_a_bad_bound_or_budget_is_refused_before_training(
-    tmp_path: Path, commands: list[list[str]], line: str
+    tmp_path: Path, commands: list[list[str]], lines: list[str], problem: str
 ) -> None:
-    load(tmp_path, f"CONFIG_{line}")
-    with pytest.raises(InputError, match="BENCH_BUDGET or BENCH_EPSILON"):
+    small = ["GPT2_LAYERS=2", "GPT2_WIDTH=64", "GPT2_HEADS=2", "TIERING_REAL_OFFLOAD=y"]
+    load(tmp_path, *(f"CONFIG_{line}" for line in [*small, *lines]))
+    with pytest.raises(InputError, match=f"BENCH_BUDGET or BENCH_EPSILON: .*{problem}"):
         pipeline.main(["--config", str(tmp_path / ".config")])
     assert not commands
 
