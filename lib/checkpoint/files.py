@@ -184,7 +184,7 @@ class File:
 
     def _broken(self, reason: str) -> InputError:
         return InputError(
-            f"checkpoint file {self.path} is damaged, or not a safetensors file: {reason}; "
+            f"checkpoint file {self.path} is damaged or not a safetensors file: {reason}; "
             "download or save it again"
         )
 

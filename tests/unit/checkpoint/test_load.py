@@ -437,7 +437,7 @@ def test_a_class_that_the_checkpoint_is_not_of_is_refused(
 
 
 def test_a_folder_that_can_t_be_loaded_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no \.safetensors file"):
+    with pytest.raises(InputError, match=r"not a \.safetensors file"):
         load(tmp_path)
     build("MarianMTModel", HALVED).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"'model\.encoder\.embed_positions.*computes it"):
