@@ -116,7 +116,10 @@ def test_bytes_are_those_of_the_runtime(make_model, precision) -> None:
 
 
 def test_unknown_blocks_are_refused() -> None:
-    with pytest.raises(InputError, match="no block"), perturb(tiny_gpt2(), {"h.9": Precision.INT4}):
+    with (
+        pytest.raises(InputError, match="not a block"),
+        perturb(tiny_gpt2(), {"h.9": Precision.INT4}),
+    ):
         pass
 
 
