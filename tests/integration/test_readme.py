@@ -81,7 +81,7 @@ def test_links_lead_to_files(page: Path) -> None:
 
 HELP_OF_EACH = """
 import json, os, runpy, sys
-import torch, transformers  # what takes seconds, once; each program has a process of its own
+import torch._dynamo, torch.distributed.fsdp, torch.onnx, transformers  # slow: once for all
 
 root, folder, *programs = sys.argv[1:]
 for number, words in enumerate(map(json.loads, programs)):
