@@ -19,7 +19,7 @@ from .residency.archive import Archive
 from .residency.originals import Originals
 from .residency.stand_ins import plain_tensors
 from .runtime import Runtime
-from .stores import DeviceStore, FileStore, HostStore, NumaStore, Store
+from .stores import STORES, DeviceStore, Store, StoreOptions
 from .transfer.charges import Charges
 from .transfer.emulation import EmulatedTime, EmulatedTransport
 from .transfer.readers import ReaderTransport
@@ -87,7 +87,8 @@ def attach(
         device=None if device is None else _resolve_device(device),
     )
     planned.check_weights()
-    stores = _Stores(Path(spill_dir) if spill_dir is not None else None, mode, planned.device)
+    folder = Path(spill_dir) if spill_dir is not None else None
+    stores = _Stores(StoreOptions(device=planned.device, folder=folder), mode)
     charges: Charges = Charges()
     transport: Transport = ReaderTransport(stores, planned.device)
     if planned.emulation is not None:
@@ -109,23 +110,16 @@ def attach(
 
 
 class _Stores(dict[Tier, Store]):
-    """The stores of the tiers, each made when it is first used."""
+    """The stores of the tiers, each opened when it is first used."""
 
-    def __init__(self, folder: Path | None, mode: Mode, device: torch.device) -> None:
+    def __init__(self, options: StoreOptions, mode: Mode) -> None:
         super().__init__()
-        self._folder = folder
+        self._options = options
         self._mode = mode
-        self._device = device
 
     def __missing__(self, tier: Tier) -> Store:
-        if self._mode == "emulated":
-            self[tier] = DeviceStore(self._device)
-        elif tier is Tier.SSD:
-            self[tier] = FileStore(self._folder)
-        elif tier is Tier.CXL:
-            self[tier] = NumaStore(pinned=self._device.type == "cuda")
-        else:
-            self[tier] = HostStore(pinned=self._device.type == "cuda")
+        store: type[Store] = DeviceStore if self._mode == "emulated" else STORES[tier]
+        self[tier] = store.open(self._options)
         return self[tier]
 
 

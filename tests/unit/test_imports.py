@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors"},
-    {"vocabulary", "units", "files"},
+    {"vocabulary", "units", "files", "registry"},
     {"kconfig"},
     {"config", "blocks"},
     {"hints", "machine"},

@@ -101,7 +101,7 @@ class Problem:
             if tier not in machine.tiers and tier is not Tier.HBM:
                 raise InputError(
                     f"the budget names {tier}, of which the machine profile has no figures: probe "
-                    "it, declare it, or leave it out"
+                    "it, declare it in a machine.json (machine=), or leave it out"
                 )
             if capacity is not None and capacity < 0:
                 raise InputError(f"budget {tier}={capacity} must be 0 bytes or more")

@@ -16,6 +16,7 @@ from ...policy.plan import Plan
 from ...units import format_bytes, parse_bytes
 from ...vocabulary import Tier
 from ..payload.layout import Payload, make_payload
+from ..stores import served_tiers
 
 
 def original_bytes(model: nn.Module, payloads: Iterable[Payload]) -> int:
@@ -74,9 +75,6 @@ Budget = Mapping[str, str | int | None] | Mapping[Tier, str | int | None]
 """Tier -> size ("700MiB", 1.5e9 as an int, None: no limit). Tiers left out are not used."""
 
 
-_REAL_TIERS = frozenset({Tier.HBM, Tier.CPU, Tier.CXL, Tier.SSD})
-
-
 def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, int | None]:
     """Read a budget; raises InputError for unknown tiers, sizes that are none, and a missing HBM.
 
@@ -89,10 +87,10 @@ def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, 
     for name, size in budget.items():
         if name not in list(Tier):
             raise InputError(f"budget for unknown tier {name!r}; allowed: {', '.join(Tier)}")
-        if mode == "real" and Tier(name) not in _REAL_TIERS:
+        if mode == "real" and Tier(name) not in served_tiers():
             raise InputError(
-                f"real mode has no {name} tier; use {', '.join(sorted(_REAL_TIERS))}, or "
-                "mode='emulated'"
+                f"real mode has no {name} tier; use {', '.join(sorted(served_tiers()))}, or "
+                "mode='emulated', or register a store (docs/extending.md)"
             )
         parsed[Tier(name)] = None if size is None else parse_bytes(size)
     if device.type == "cpu" and mode == "real" and Tier.CPU in parsed:
@@ -118,10 +116,10 @@ def find_place(tier: Tier, block: str, device: torch.device, mode: str) -> Tier:
     """
     if mode == "emulated":
         return tier
-    if tier not in _REAL_TIERS:
+    if tier not in served_tiers():
         raise InputError(
             f"block {block!r}: real mode has no {tier} tier; use HBM, CPU, CXL or SSD, or "
-            "mode='emulated'"
+            "mode='emulated', or register a store (docs/extending.md)"
         )
     return Tier.HBM if tier is Tier.CPU and device.type == "cpu" else tier
 

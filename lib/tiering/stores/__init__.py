@@ -2,7 +2,18 @@
 store is. What the bytes mean is in ``payload``.
 """
 
-from .base import CHUNK_BYTES, NUM_READERS, PIECE_BYTES, Store, aligned_buffer, byte_view
+from .base import (
+    CHUNK_BYTES,
+    NUM_READERS,
+    PIECE_BYTES,
+    STORES,
+    Store,
+    StoreOptions,
+    aligned_buffer,
+    byte_view,
+    register_store,
+    served_tiers,
+)
 from .device import DeviceStore
 from .file import FileStore
 from .folders import MEMORY_FILESYSTEMS, default_spill_folder, filesystem_type
@@ -15,12 +26,14 @@ __all__ = [
     "MEMORY_FILESYSTEMS",
     "NUM_READERS",
     "PIECE_BYTES",
+    "STORES",
     "DeviceStore",
     "FileStore",
     "HostStore",
     "MemoryStore",
     "NumaStore",
     "Store",
+    "StoreOptions",
     "aligned_buffer",
     "available_memory",
     "byte_view",
@@ -29,5 +42,7 @@ __all__ = [
     "filesystem_type",
     "memory_limit",
     "memory_nodes",
+    "register_store",
+    "served_tiers",
     "total_memory",
 ]

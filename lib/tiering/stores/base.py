@@ -1,18 +1,22 @@
 """What every store is: a place outside fast memory that holds payloads, flat runs of bytes, by key.
 
 A store knows bytes, not modules. Weights don't change while a runtime is attached, so a payload is
-written once and never copied back.
+written once and never copied back. A registered store serves its tier in real mode
+(docs/extending.md); tests/unit/tiering/test_byte_stores.py is the suite that every one passes.
 """
 
 import contextlib
 import mmap
 from collections.abc import Iterable
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import PlacementError
+from ...registry import Registry
 from ...vocabulary import Tier
 
 CHUNK_BYTES = 256 * 2**10
@@ -25,10 +29,31 @@ NUM_READERS = 2
 """Threads that read at a time: while one checks its piece, the other keeps the disk busy."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    """What ``attach`` knows when a store is opened. ``device``: where the model computes;
+    ``folder``: the ``spill_dir``, None where none was given.
+    """
+
+    device: torch.device
+    folder: Path | None = None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether copies to the device are asynchronous from page-locked memory only."""
+        return self.device.type == "cuda"
+
+
 class Store(Protocol):
     """Holds payloads of one tier. Several threads may read at a time; one writes."""
 
     tier: ClassVar[Tier]
+
+    @classmethod
+    def open(cls, options: StoreOptions) -> Self:
+        """Make the tier's store of one runtime, when the first payload goes there; raises
+        InputError where this machine has no such tier.
+        """
 
     def has(self, key: str) -> bool:
         """Say whether a payload is held that can be read."""
@@ -65,6 +90,22 @@ class Store(Protocol):
 
     def capacity_bytes(self) -> int:
         """Measure how much more could be put here now."""
+
+
+STORES: Registry[type[Store]] = Registry("store of tier")
+"""By tier: what real mode serves, fast memory apart."""
+StoreClass = TypeVar("StoreClass", bound=type[Store])
+
+
+def register_store(store: StoreClass) -> StoreClass:
+    """Let a class serve its ``tier`` in real mode: a decorator."""
+    STORES.add(Tier(store.tier), store)
+    return store
+
+
+def served_tiers() -> frozenset[Tier]:
+    """Return the tiers that real mode has: fast memory, and those with a registered store."""
+    return frozenset({Tier.HBM, *map(Tier, STORES)})
 
 
 def aligned_buffer(num_bytes: int) -> Tensor:

@@ -1,12 +1,12 @@
 """Payloads in the compute device's own memory: what emulation keeps in place of slower tiers."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ...vocabulary import Tier
-from .base import aligned_buffer
+from .base import StoreOptions, aligned_buffer
 from .host import MemoryStore
 from .limits import available_memory
 
@@ -19,6 +19,11 @@ class DeviceStore(MemoryStore):
     def __init__(self, device: torch.device) -> None:
         super().__init__(pinned=False)
         self._device = device
+
+    @classmethod
+    def open(cls, options: StoreOptions) -> Self:
+        """Make a store on the compute device."""
+        return cls(options.device)
 
     def used_bytes(self) -> int:
         """Measure the memory held."""

@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -24,7 +24,15 @@ from ...errors import PlacementError
 from ...files import drop_cached_pages
 from ...units import SECTOR_BYTES, format_bytes
 from ...vocabulary import Tier
-from .base import PIECE_BYTES, aligned_buffer, byte_view, check_range, lost
+from .base import (
+    PIECE_BYTES,
+    StoreOptions,
+    aligned_buffer,
+    byte_view,
+    check_range,
+    lost,
+    register_store,
+)
 from .block_file import (
     BlockFile,
     Damage,
@@ -46,6 +54,7 @@ _MOST_OPEN_FILES = 4096
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+@register_store
 class FileStore:
     """A folder of block files, which stays for the next run; ``temporary``, or with ``folder``
     None, a new one inside it, removed when the store is closed, at exit, or by the next such store
@@ -79,6 +88,11 @@ class FileStore:
         self._max_open = _max_open_files()
         self._lock = threading.Lock()
         self._closed = False
+
+    @classmethod
+    def open(cls, options: StoreOptions) -> Self:
+        """Make a store in the spill folder, or in a temporary one."""
+        return cls(options.folder)
 
     def has(self, key: str) -> bool:
         """Say whether there is a file with a sound header for the key."""

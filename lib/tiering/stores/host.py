@@ -4,7 +4,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import PlacementError
 from ...units import SECTOR_BYTES, format_bytes
 from ...vocabulary import Tier
-from .base import aligned_buffer, check_range, lost
+from .base import StoreOptions, aligned_buffer, check_range, lost, register_store
 from .limits import available_memory
 
 
@@ -29,6 +29,11 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._cleanup = weakref.finalize(self, _free_all, self._payloads, pinned, os.getpid())
         self._cleanup.atexit = False
+
+    @classmethod
+    def open(cls, options: StoreOptions) -> Self:
+        """Make a store, pinned where an accelerator copies from it."""
+        return cls(pinned=options.pinned)
 
     def has(self, key: str) -> bool:
         """Say whether a payload is held."""
@@ -98,6 +103,7 @@ class MemoryStore:
         """Check that a filled payload lies where it should."""
 
 
+@register_store
 class HostStore(MemoryStore):
     """Host DRAM; ``pinned`` below a CUDA device, so that copies to it are asynchronous."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import InputError, PlacementError
 from ...units import SECTOR_BYTES
 from ...vocabulary import Tier
-from .base import aligned_buffer
+from .base import aligned_buffer, register_store
 from .host import MemoryStore
 from .limits import available_memory, read_system_file
 
@@ -32,6 +32,7 @@ _MASK_BITS = 1024
 _PAGES_PER_CALL = 65536
 
 
+@register_store
 class NumaStore(MemoryStore):
     """Memory of one node; by default the first one without CPUs.
 

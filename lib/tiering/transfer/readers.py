@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...vocabulary import Tier
-from ..stores import NUM_READERS, PIECE_BYTES, Store, aligned_buffer
+from ..stores import NUM_READERS, PIECE_BYTES, MemoryStore, Store, aligned_buffer
 from .transport import Left, Ticket, Unit
 
 _Job = Ticket | None
@@ -54,7 +54,9 @@ class ReaderTransport:
         for slot in range(num_slots if self._stream is not None else 0):
             # The allocator may have given us memory that kernels on the current stream still use.
             self.done_with(slot, shared=False)
-        if self._stream is not None and Tier.SSD in self._stores:
+        if self._stream is not None and any(
+            not isinstance(store, MemoryStore) for store in self._stores.values()
+        ):
             self._host_slots = [
                 torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True)
                 for _ in range(num_slots)

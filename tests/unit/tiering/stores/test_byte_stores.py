@@ -1,4 +1,4 @@
-"""One suite for every store."""
+"""One suite for every registered store, those of ``$TIERHINTS_PLUGINS`` among them."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,35 +9,42 @@ import torch
 from byte_payloads import KEY, OTHER, SIZE, only_node_store, payload, read
 from torch import Tensor
 
-from lib.errors import PlacementError
+from lib.errors import InputError, PlacementError
 from lib.tiering.stores import (
     CHUNK_BYTES,
     PIECE_BYTES,
+    STORES,
+    DeviceStore,
     FileStore,
     HostStore,
+    MemoryStore,
     Store,
+    StoreOptions,
     aligned_buffer,
     file,
+    register_store,
+    served_tiers,
 )
 from lib.units import SECTOR_BYTES
 from lib.vocabulary import Tier
 
 
-@pytest.fixture(params=["host", "numa, on the only node", "file", "file, page cache"])
+@pytest.fixture(params=[*STORES, "HBM", "SSD, page cache"])
 def store(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Store]:
     made: Store
-    if request.param == "host":
-        made = HostStore(pinned=False)
-    elif request.param == "file":
-        made = FileStore(tmp_path)
-    elif request.param == "file, page cache":
+    options = StoreOptions(device=torch.device("cpu"), folder=tmp_path)
+    if request.param == "HBM":
+        made = DeviceStore.open(options)
+    elif request.param == "SSD, page cache":
         monkeypatch.setattr(file, "accepts_direct_io", lambda _: False)
         with pytest.warns(UserWarning, match="no direct reads"):
-            made = FileStore(tmp_path)
-    else:
+            made = FileStore.open(options)
+    elif request.param == "CXL":
         made = only_node_store(monkeypatch)
+    else:
+        made = STORES[request.param].open(options)
     yield made
     made.close()
 
@@ -50,7 +57,8 @@ def test_bytes_come_back_exactly(store: Store) -> None:
     assert store.num_bytes(KEY) == SIZE
     assert torch.equal(read(store), data)
     view = store.view(KEY)
-    assert (view is None) == (store.tier is Tier.SSD)
+    assert view is not None or not isinstance(store, MemoryStore)
+    assert view is None or store.tier is not Tier.SSD
     assert view is None or torch.equal(view, data)
 
 
@@ -175,6 +183,25 @@ def test_freed_memory_is_gone_and_freed_files_of_a_lasting_folder_stay(tmp_path:
         store.put(KEY, SIZE, [payload()])
         store.free(KEY)
     assert [host.has(KEY), lasting.has(KEY), temporary.has(KEY)] == [False, True, False]
+
+
+def test_a_tier_has_one_store_and_real_mode_serves_the_tiers_that_have_one() -> None:
+    assert served_tiers() == {Tier.HBM, Tier.CPU, Tier.CXL, Tier.SSD}
+    with STORES.restored():
+
+        @register_store
+        class PeerStore(HostStore):
+            tier = Tier.PEER
+
+        assert served_tiers() >= {Tier.PEER} and STORES["PEER"] is PeerStore
+        with pytest.raises(InputError, match="store of tier 'PEER' is registered already"):
+
+            @register_store
+            class OtherStore(HostStore):
+                tier = Tier.PEER
+
+    with pytest.raises(InputError, match="no store of tier 'PEER'; there are: CPU, SSD, CXL"):
+        STORES["PEER"]
 
 
 def test_aligned_buffers_start_on_a_page_and_outlive_their_first_name() -> None:
