@@ -4,62 +4,23 @@ The fast memory of a matrix is its record and a share of one ``Scratch``, howeve
 Any codec on any device; faster forms of some are in ``fused``. For inference: no gradients.
 """
 
-from collections.abc import Iterator
 from functools import cache
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..vocabulary import Precision
-from .layout import ALIGNMENT, PLANE_BITS, WORD_CODES, RecordLayout
+from .interface import Use, register_kernel
+from .layout import PLANE_BITS, WORD_CODES, RecordLayout
 from .planes import unpack_planes
 from .records import add_groups, decode_parameters, scale_codes, section_views
+from .scratch import Scratch
 
 FEW_ROWS = 4
 """Activation rows up to which fp32 is as fast as bf16 on a CPU with bf16 units (docs/codecs.md)."""
 FUSED_INT8_ROWS = 16
 """Activation rows up to which ``_weight_int8pack_mm`` beats expansion (measured)."""
-
-
-class Scratch:
-    """Working memory of a fixed size, allocated beforehand, shared by the weights of one device.
-
-    One computation uses it at a time: nothing in it outlives a call, and calls from several
-    threads (or CUDA streams) each need their own.
-    """
-
-    def __init__(self, num_bytes: int, device: torch.device | str = "cpu") -> None:
-        self.num_bytes = num_bytes
-        self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-
-    def resize(self, num_bytes: int) -> None:
-        """Have another size from the next computation on."""
-        if num_bytes != self.num_bytes:
-            device, self.num_bytes = self._buffer.device, num_bytes
-            self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-
-    def split(self, *parts: tuple[torch.dtype, int, int]) -> list[Tensor]:
-        """Return uninitialised matrices (dtype, rows, cols), one after another in the buffer."""
-        start, views = 0, []
-        for dtype, rows, cols in parts:
-            end = start + rows * cols * dtype.itemsize
-            views.append(self._buffer[start:end].view(dtype).view(rows, cols))
-            start = -(-end // ALIGNMENT) * ALIGNMENT
-        return views
-
-    def shards(self, num_rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-        """Cut rows so that each part fits; InputError where one row doesn't."""
-        gaps = 8 * ALIGNMENT  # a split loses one per part, at most
-        count = (self.num_bytes - gaps) // row_bytes
-        if count < 1:
-            raise InputError(
-                f"scratch of {self.num_bytes} bytes can't hold one row of a matrix: give at least "
-                f"{row_bytes + gaps}"
-            )
-        for start in range(0, num_rows, count):
-            yield start, min(start + count, num_rows)
 
 
 @cache
@@ -97,13 +58,18 @@ def finish_linear(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
+@register_kernel
 class EncodedWeight:
     """Computes straight from a record's bytes, which it doesn't copy: a view into a slot will do.
+    Takes any record for any use; streamed weights are computed from in this form alone.
 
     ``layout`` may be a prefix; ``dtype`` is the weight's own; ``scratch`` is on the record's
     device. The record isn't checked here (``records.check_record``).
     """
 
+    name: ClassVar[str] = "encoded"
+    linear_error: ClassVar[float] = 2.0**-7
+    decoding_error: ClassVar[float] = 2.0**-20
     looks_up = True
 
     def __init__(
@@ -124,6 +90,24 @@ class EncodedWeight:
             and layout.codec.group_size == 0
             and fits_int8_kernel(layout.cols, record.device)
         )
+
+    @classmethod
+    def supports(cls, layout: RecordLayout, uses: frozenset[Use], device: torch.device) -> bool:
+        """Anything: what the others don't take is held as it is."""
+        return True
+
+    @classmethod
+    def planned_bytes(cls, layout: RecordLayout) -> int:
+        """Return the bytes of the record as far as it is read."""
+        return layout.num_bytes
+
+    @classmethod
+    def allocate(
+        cls, layout: RecordLayout, *, dtype: torch.dtype, device: torch.device, scratch: Scratch
+    ) -> Self:
+        """Make one on a record of its own."""
+        record = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
+        return cls(record, layout, dtype=dtype, scratch=scratch)
 
     @property
     def num_bytes(self) -> int:

@@ -6,28 +6,34 @@ of a record are bfloat16 as well, so they compute the very matrix that the refer
 int4 depends on the CPU: it is made on arrival and never written anywhere.
 """
 
+from typing import ClassVar, Self
+
 import torch
 from torch import Tensor
 
 from ..errors import PlacementError
+from ..vocabulary import Precision
 from .encoded import (
     FUSED_INT8_ROWS,
-    Scratch,
     compute_dtype,
     finish_linear,
     fits_int8_kernel,
     kernel_activations,
 )
-from .layout import PLANE_BITS, RecordLayout
+from .interface import Use, register_kernel
+from .layout import PARAMETER_BYTES, PLANE_BITS, RecordLayout
 from .planes import unpack_planes
 from .records import decode_parameters, section_views
+from .scratch import Scratch
 
 INT4_ROW_BLOCK = 64
 """Rows that a kernel packs together, at most: matrices are padded to it."""
+_INT4_GROUPS = {32, 64, 128, 256}
 _IDENTITY_ROWS = 256
 """Activation rows at once when packed weights are expanded."""
 
 
+@register_kernel
 class Int8Weight:
     """int8 codes (rows, cols) with a scale and a zero per row. Serves Linear and Embedding alike.
 
@@ -35,6 +41,9 @@ class Int8Weight:
     codes in the compute dtype, which holds them exactly, and scale the product.
     """
 
+    name: ClassVar[str] = "int8 by rows"
+    linear_error: ClassVar[float] = 2.0**-7
+    decoding_error: ClassVar[float] = 2.0**-20
     looks_up = True
 
     def __init__(
@@ -53,6 +62,23 @@ class Int8Weight:
         self._codes = torch.zeros(self.shape, dtype=torch.int8, device=device)
         self._scales = torch.zeros(layout.rows, dtype=torch.bfloat16, device=device)
         self._zeros = torch.zeros(layout.rows, dtype=torch.bfloat16, device=device)
+
+    @classmethod
+    def supports(cls, layout: RecordLayout, uses: frozenset[Use], device: torch.device) -> bool:
+        """Take int8 by rows, for any use."""
+        return layout.precision is Precision.INT8 and layout.codec.group_size == 0
+
+    @classmethod
+    def planned_bytes(cls, layout: RecordLayout) -> int:
+        """Return a byte a code, a scale and a zero a row."""
+        return layout.rows * layout.cols + 2 * layout.rows * PARAMETER_BYTES
+
+    @classmethod
+    def allocate(
+        cls, layout: RecordLayout, *, dtype: torch.dtype, device: torch.device, scratch: Scratch
+    ) -> Self:
+        """Make one of zeros."""
+        return cls(layout, dtype=dtype, device=device, scratch=scratch)
 
     @property
     def num_bytes(self) -> int:
@@ -110,14 +136,18 @@ class Int8Weight:
         return self.rows(torch.arange(start_row, end_row, device=self._device))
 
 
+@register_kernel
 class Int4Weight:
     """int4 codes packed for ``_weight_int4pack_mm_for_cpu`` (CPU) or ``_weight_int4pack_mm``
     (tinygemm, CUDA), for any number of activation rows.
 
     Both compute (code - 8) * scale + zero by groups of a row. A prefix of a longer code is held
-    with its zero rounded to bfloat16. ``rows`` needs the record: see ``kernels.Use``.
+    with its zero rounded to bfloat16. ``rows`` needs the record: see ``PairedWeight``.
     """
 
+    name: ClassVar[str] = "int4 packed"
+    linear_error: ClassVar[float] = 2.0**-7
+    decoding_error: ClassVar[float] = 2.0**-9
     looks_up = False
 
     def __init__(
@@ -146,6 +176,24 @@ class Int4Weight:
         self._parameters = torch.zeros(
             layout.num_groups, self._padded_rows, 2, dtype=torch.bfloat16, device=device
         )
+
+    @classmethod
+    def supports(cls, layout: RecordLayout, uses: frozenset[Use], device: torch.device) -> bool:
+        """Take int4 by groups, for Linear alone."""
+        return uses == {Use.LINEAR} and fits_int4_kernel(layout, device)
+
+    @classmethod
+    def planned_bytes(cls, layout: RecordLayout) -> int:
+        """Return half a byte a code, a scale and a zero a group, of padded rows."""
+        row_bytes = layout.cols // 2 + 2 * layout.num_groups * PARAMETER_BYTES
+        return pad_rows(layout.rows) * row_bytes
+
+    @classmethod
+    def allocate(
+        cls, layout: RecordLayout, *, dtype: torch.dtype, device: torch.device, scratch: Scratch
+    ) -> Self:
+        """Make one of zeros."""
+        return cls(layout, dtype=dtype, device=device, scratch=scratch)
 
     @property
     def num_bytes(self) -> int:
@@ -250,3 +298,13 @@ def pad_rows(rows: int) -> int:
 def inner_tiles(cols: int) -> int:
     """Return how many tiles of 16 columns tinygemm packs together; 0 where it can't."""
     return next((tiles for tiles in (8, 4, 2) if cols % (16 * tiles) == 0), 0)
+
+
+def fits_int4_kernel(layout: RecordLayout, device: torch.device) -> bool:
+    """Whether torch's int4 kernel of a device multiplies by such a record: whole groups only."""
+    return (
+        layout.precision is Precision.INT4
+        and layout.group_size in _INT4_GROUPS
+        and layout.cols % layout.group_size == 0
+        and (device.type == "cpu" or inner_tiles(layout.cols) > 0)
+    )

@@ -7,32 +7,35 @@
 | int4 by groups | Linear and Embedding | ``PairedWeight``: packed, and the record for its rows |
 | anything else | any | ``EncodedWeight``: the record, expanded a shard at a time |
 
-Every
-form is tested against ``records.decode``.
+Every form is tested against ``records.decode``. A kernel that a user registers (``interface``) is
+asked before these.
 """
 
 from collections.abc import Iterable
-from enum import StrEnum
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..vocabulary import Precision
-from .encoded import EncodedWeight, Scratch, cpu_computes_bf16
-from .fused import INT4_ROW_BLOCK, Int4Weight, Int8Weight, inner_tiles, pad_rows
-from .layout import PARAMETER_BYTES, WORD_CODES, Codec, RecordLayout
+from .encoded import EncodedWeight, cpu_computes_bf16
+from .fused import INT4_ROW_BLOCK, Int4Weight, Int8Weight, pad_rows
+from .interface import KERNELS, CompressedWeight, Use, register_kernel
+from .layout import WORD_CODES, Codec, RecordLayout
+from .paired import PairedWeight
+from .scratch import Scratch
 
 __all__ = [
+    "KERNELS",
     "SCRATCH_BYTES",
     "CompressedWeight",
     "EncodedWeight",
     "PairedWeight",
     "Scratch",
     "Use",
+    "choose_kernel",
     "empty_weight",
     "kernel_name",
     "prepare",
+    "register_kernel",
     "resident_bytes",
     "scratch_bytes",
 ]
@@ -41,72 +44,22 @@ SCRATCH_BYTES = 8 * 2**20
 """A good size of scratch: a shard of rows then stays in a CPU's caches from decoding to use."""
 _BYTES_PER_CODE, _SCRATCH_GAPS = 10, 1024
 """No form takes more scratch: codes twice, values in fp32 and bf16, the groups' parameters."""
-_INT4_GROUPS = {32, 64, 128, 256}
-
-
-class Use(StrEnum):
-    """What a module does with a weight. ``WHOLE``: anything else, for which it is expanded."""
-
-    LINEAR = "linear"
-    EMBEDDING = "embedding"
-    WHOLE = "whole"
-
-
-class CompressedWeight(Protocol):
-    """A matrix (rows = out features, cols = in features) that computes without being expanded."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    """The weight's own, in which ``rows`` and ``expand`` return it."""
-    looks_up: bool
-    """It has ``rows``."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of fast memory held, scratch not counted."""
-
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``x @ weight.T + bias``: (..., cols) -> (..., rows) in the dtype of ``x``."""
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return rows by index: any shape -> (*ids.shape, cols)."""
-
-    def expand(self, start_row: int, end_row: int) -> Tensor:
-        """Decode some rows, (n, cols): new memory of that size."""
-
-    def fill(self, start_row: int, record: Tensor, layout: RecordLayout) -> None:
-        """Take over some rows from the record of these rows, which may be on the CPU; nothing of it
-        is kept. ``start_row`` and the number of rows are multiples of 64, up to the last row.
-        """
-
-
-class PairedWeight:
-    """A tied weight held twice: packed for Linear, as its record for rows."""
-
-    looks_up = True
-
-    def __init__(self, packed: CompressedWeight, record: CompressedWeight) -> None:
-        self.shape, self.dtype = packed.shape, packed.dtype
-        self._packed, self._record = packed, record
-        self.linear = packed.linear
-        self.rows, self.expand = record.rows, record.expand
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of both."""
-        return self._packed.num_bytes + self._record.num_bytes
-
-    def fill(self, start_row: int, record: Tensor, layout: RecordLayout) -> None:
-        """Take over some rows into both."""
-        self._packed.fill(start_row, record, layout)
-        self._record.fill(start_row, record, layout)
+_OWN: tuple[type[CompressedWeight], ...] = (
+    EncodedWeight,
+    Int8Weight,
+    Int4Weight,
+    PairedWeight,
+)
 
 
 def kernel_name(device: torch.device | str) -> str:
-    """Name what decides which products of compressed weights are rounded to bfloat16."""
-    if torch.device(device).type != "cpu":
-        return torch.device(device).type
-    return "cpu, bf16" if cpu_computes_bf16() else "cpu, fp32"
+    """Name what decides how products of compressed weights are rounded: the device, and kernels
+    that were registered beside our own.
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        kind = "cpu, bf16" if cpu_computes_bf16() else "cpu, fp32"
+    return ", ".join([kind, *(kernel.name for kernel in KERNELS.values() if kernel not in _OWN)])
 
 
 def scratch_bytes(shapes: Iterable[tuple[int, int]]) -> int:
@@ -151,18 +104,8 @@ def empty_weight(
 ) -> CompressedWeight:
     """Allocate the resident form of a record, to be filled by shards of rows."""
     device = torch.device(device)
-    form = _form(layout, uses, device)
-    if form is Int8Weight:
-        return Int8Weight(layout, dtype=dtype, device=device, scratch=scratch)
-    record = None
-    if form is not Int4Weight:
-        buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=device)
-        record = EncodedWeight(buffer, layout, dtype=dtype, scratch=scratch)
-    if form is EncodedWeight:
-        assert record is not None
-        return record
-    packed = Int4Weight(layout, dtype=dtype, device=device, scratch=scratch)
-    return packed if record is None else PairedWeight(packed, record)
+    kernel = choose_kernel(layout, uses, device)
+    return kernel.allocate(layout, dtype=dtype, device=device, scratch=scratch)
 
 
 def resident_bytes(
@@ -174,27 +117,15 @@ def resident_bytes(
 ) -> int:
     """Return the ``num_bytes`` of what ``prepare`` will make, without data."""
     layout = codec.layout(rows, cols)
-    form = _form(layout, uses, torch.device(device))
-    if form is Int8Weight:
-        return rows * cols + 2 * rows * PARAMETER_BYTES
-    if form is EncodedWeight:
-        return layout.num_bytes
-    packed = pad_rows(rows) * (cols // 2 + 2 * layout.num_groups * PARAMETER_BYTES)
-    return packed + (layout.num_bytes if form is PairedWeight else 0)
+    return choose_kernel(layout, uses, torch.device(device)).planned_bytes(layout)
 
 
-def _form(
+def choose_kernel(
     layout: RecordLayout, uses: frozenset[Use], device: torch.device
-) -> type[Int8Weight | Int4Weight | EncodedWeight | PairedWeight]:
-    by_rows = layout.codec.group_size == 0
-    if layout.precision is Precision.INT8 and by_rows:
-        return Int8Weight
-    fits_int4_kernel = (
-        layout.precision is Precision.INT4
-        and layout.group_size in _INT4_GROUPS
-        and layout.cols % layout.group_size == 0
-        and (device.type == "cpu" or inner_tiles(layout.cols) > 0)
+) -> type[CompressedWeight]:
+    """Return the kernel that holds such a weight: of those that support it the one that was
+    registered last. Of our own only ``EncodedWeight``, the first, supports what another does.
+    """
+    return next(
+        kernel for kernel in reversed(KERNELS.values()) if kernel.supports(layout, uses, device)
     )
-    if not fits_int4_kernel or Use.LINEAR not in uses or Use.WHOLE in uses:
-        return EncodedWeight  # whose rows decode at once; packed codes must be multiplied for it
-    return PairedWeight if Use.EMBEDDING in uses else Int4Weight
