@@ -1,4 +1,5 @@
-"""Measure the Fisher information of a causal language model on text and write its tier hints.
+"""Measure a signal of a causal language model on text, such as its Fisher information, and write
+its tier hints.
 
 Works on any Hugging Face checkpoint, without training: for models that were trained elsewhere, with
 an optimizer that keeps no second moment, or with frozen blocks.
@@ -10,7 +11,7 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from ..text.files import find_text_files, make_sequences, read_chunks
 from ..units import format_bytes, parse_thresholds
 from ..vocabulary import Tier
 from .cli import emit_json
+
+_COUNTS = ("labels", "tokens", "sequences", "draws")
+"""What the result takes from the provenance, where the signal has it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,11 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from ..checkpoint.models import cast_weights, load_model, quiet_transformers
-    from ..signals import collect_fisher, fisher_hints, save_fisher_diagonal
+    from ..signals import SIGNALS, FisherTrace, save_fisher_diagonal, signal_hints
     from ..text.held_out import load_tokenizer, sequence_length
     from .flags import parse_device
 
     device = parse_device(args.device)
+    kind = SIGNALS[args.signal]
+    fisher = None
+    if kind is FisherTrace:
+        fisher = FisherTrace(
+            labels=args.labels or "sampled",
+            keep_diagonal=args.save_diagonal is not None,
+            seed=args.seed,
+        )
+    elif args.labels is not None or args.save_diagonal is not None:
+        raise InputError(
+            f"--labels and --save-diagonal have no effect with --signal {args.signal}: leave them "
+            "out, or use --signal fisher_trace"
+        )
+    signal = fisher or kind()
     quiet_transformers(progress=sys.stderr.isatty())
     # The model first: its errors say more about a wrong name than those of a tokenizer.
     model: Any = load_model(args.model)
@@ -68,19 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.to(device)
     begin = time.perf_counter()
     with tqdm(
-        total=args.samples, desc="Fisher", unit="seq", disable=not sys.stderr.isatty()
+        total=args.samples, desc=signal.name, unit="seq", disable=not sys.stderr.isatty()
     ) as bar:
-        result = collect_fisher(
-            model,
-            torch.split(tokens, args.batch_size),
-            labels=args.labels,
-            keep_diagonal=args.save_diagonal is not None,
-            seed=args.seed,
-            progress=bar.update,
+        found = signal.measure(
+            model.eval(), torch.split(tokens, args.batch_size), progress=bar.update
         )
     seconds = time.perf_counter() - begin
-    hints = fisher_hints(
-        result,
+    hints = signal_hints(
+        found,
         model,
         model_id=args.model,
         revision=getattr(model.config, "_commit_hash", None) or "",
@@ -95,24 +108,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
     )
     if args.save_diagonal is not None:
-        assert hints.model is not None
+        assert hints.model is not None and fisher is not None and fisher.result is not None
         save_fisher_diagonal(
-            result, args.save_diagonal, parameter_digest=hints.model.parameter_digest
+            fisher.result, args.save_diagonal, parameter_digest=hints.model.parameter_digest
         )
     save_hints(hints, args.output)
-    tiers = summarize_tiers(hints)
-    _print_table(hints, tiers)
+    tiers = summarize_tiers(hints, found.mass)
+    _print_table(hints, tiers, "Fisher information" if fisher else signal.name)
     emit_json(
         {
             "output": str(args.output),
             "diagonal": None if args.save_diagonal is None else str(args.save_diagonal),
             "model": args.model,
-            "labels": str(result.labels),
-            "tokens": result.tokens,
-            "sequences": result.sequences,
-            "draws": result.draws,
+            "signal": signal.name,
+            **{key: found.provenance[key] for key in _COUNTS if key in found.provenance},
             "sequence_length": length,
-            "fisher_trace": sum(result.trace.values()),
+            signal.name: sum(found.mass.values()),
             "blocks": len(hints.blocks),
             "tiers": tiers,
             "seconds": round(seconds, 3),
@@ -124,30 +135,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def summarize_tiers(hints: Hints) -> dict[str, dict[str, float]]:
-    """Return tier -> number of blocks, bytes, and its share of the Fisher information."""
+def summarize_tiers(hints: Hints, mass: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Return tier -> number of blocks, bytes, and its share of the signal's mass (by block)."""
     used = {hint.tier for hint in hints.blocks.values()}
     tiers: dict[str, dict[str, float]] = {
-        str(tier): {"blocks": 0, "bytes": 0, "fisher_share": 0.0} for tier in Tier if tier in used
+        str(tier): {"blocks": 0, "bytes": 0, "share": 0.0} for tier in Tier if tier in used
     }
-    for hint in hints.blocks.values():
-        trace = hint.signals["fisher_trace"]
-        assert isinstance(trace, float)
+    for name, hint in hints.blocks.items():
         entry = tiers[str(hint.tier)]
         entry["blocks"] += 1
         entry["bytes"] += hint.num_bytes or 0
-        entry["fisher_share"] += trace
-    total = sum(entry["fisher_share"] for entry in tiers.values()) or 1.0
+        entry["share"] += mass[name]
+    total = sum(entry["share"] for entry in tiers.values()) or 1.0
     for entry in tiers.values():
-        entry["fisher_share"] = round(entry["fisher_share"] / total, 6)
+        entry["share"] = round(entry["share"] / total, 6)
     return tiers
 
 
-def _print_table(hints: Hints, tiers: dict[str, dict[str, float]]) -> None:
-    print(f"{'tier':<6}{'blocks':>8}{'weights':>14}{'Fisher information':>21}")
+def _print_table(hints: Hints, tiers: dict[str, dict[str, float]], signal: str) -> None:
+    width = max(21, len(signal) + 3)
+    print(f"{'tier':<6}{'blocks':>8}{'weights':>14}{signal:>{width}}")
     for tier, entry in tiers.items():
         size = format_bytes(entry["bytes"])
-        print(f"{tier:<6}{entry['blocks']:>8}{size:>14}{entry['fisher_share']:>20.1%} ")
+        print(f"{tier:<6}{entry['blocks']:>8}{size:>14}{entry['share']:>{width - 1}.1%} ")
     ranked = sorted(hints.blocks.items(), key=lambda item: item[1].rank or len(hints.blocks))
     print("\nmost important per weight: " + ", ".join(name for name, _ in ranked[:3]))
     print("least important per weight: " + ", ".join(name for name, _ in ranked[-3:]) + "\n")
@@ -158,6 +168,13 @@ def _parser() -> argparse.ArgumentParser:
     default = "(default: %(default)s)"
     what = parser.add_argument_group("what is measured")
     what.add_argument("--model", required=True, help="hub id or folder of a causal LM checkpoint")
+    what.add_argument(
+        "--signal",
+        default="fisher_trace",
+        metavar="NAME",
+        help="fisher_trace, or one that a module of $TIERHINTS_PLUGINS registers; "
+        f"docs/extending.md {default}",
+    )
     what.add_argument(
         "--data", required=True, help="UTF-8 text or JSON Lines: a file, a folder or a glob"
     )
@@ -173,8 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--labels",
         choices=("sampled", "data"),
-        default="sampled",
-        help=f"sampled from the model: true Fisher; the text's own: empirical, biased {default}",
+        help="sampled from the model: true Fisher; the text's own: empirical, biased "
+        "(default: sampled)",
     )
     what.add_argument(
         "--batch-size",

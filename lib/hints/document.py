@@ -151,6 +151,8 @@ def _check_schema(document: dict[str, Any]) -> None:
         if error.validator == "enum"
         else ""
     )
+    if error.validator == "pattern" and "description" in error.schema:
+        allowed = f"; {error.schema['description']}"
     raise InputError(
         f"{place}: "
         f"{error.message if not allowed else repr(error.instance) + ' is unknown'}{allowed}"

@@ -2,7 +2,8 @@
 
 ``adam`` reads the optimizer's second moment, ``fisher`` measures Fisher information on text,
 ``attention`` describes attention probabilities, ``callback`` brings ``adam`` to the Hugging Face
-Trainer. Importing this package doesn't import transformers.
+Trainer. ``interface`` says what a signal of one's own has to be. Importing this package doesn't
+import transformers.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 from .adam import AdamSignal, adam_hints, collect_adam_signal
 from .analyzer import AdamStateTierAnalyzer
 from .attention import attention_fim_trace
-from .fisher import FisherResult, collect_fisher, fisher_hints, save_fisher_diagonal
+from .fisher import FisherResult, FisherTrace, collect_fisher, fisher_hints, save_fisher_diagonal
 from .gradients import FisherLabels
+from .interface import (
+    SIGNALS,
+    ElementwiseSignal,
+    Measurement,
+    Signal,
+    register_signal,
+    signal_hints,
+)
 from .scale import MomentScale
 from .summary import reshard
 
@@ -19,19 +28,26 @@ if TYPE_CHECKING:
     from .callback import TierHintsCallback
 
 __all__ = [
+    "SIGNALS",
     "AdamSignal",
     "AdamStateTierAnalyzer",
+    "ElementwiseSignal",
     "FisherLabels",
     "FisherResult",
+    "FisherTrace",
+    "Measurement",
     "MomentScale",
+    "Signal",
     "TierHintsCallback",
     "adam_hints",
     "attention_fim_trace",
     "collect_adam_signal",
     "collect_fisher",
     "fisher_hints",
+    "register_signal",
     "reshard",
     "save_fisher_diagonal",
+    "signal_hints",
 ]
 
 

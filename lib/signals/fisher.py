@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,11 @@ from ..blocks import partition_model
 from ..errors import InputError
 from ..hints import Hints
 from .gradients import FisherLabels, GradientSampler
+from .interface import Measurement, Progress, register_signal, signal_hints
 from .summary import (
     SignalValue,
     block_masses,
     dtype_names,
-    make_hints,
     packed_parameters,
     ratio_stderr,
     sum_elements,
@@ -145,11 +145,26 @@ def fisher_hints(
     extra_signals: Mapping[str, Mapping[str, SignalValue]] | None = None,
     extra_provenance: Mapping[str, Any] | None = None,
 ) -> Hints:
-    """Make hints from a Fisher measurement of ``model``; blocks are ranked by mean F_ii per weight.
+    """Make hints from a Fisher measurement of ``model``: ``signal_hints`` of
+    ``fisher_measurement``, blocks ranked by mean F_ii per weight.
+    """
+    return signal_hints(
+        fisher_measurement(result, model),
+        model,
+        model_id=model_id,
+        revision=revision,
+        hbm_threshold=hbm_threshold,
+        cpu_threshold=cpu_threshold,
+        extra_signals=extra_signals,
+        extra_provenance=extra_provenance,
+    )
+
+
+def fisher_measurement(result: FisherResult, model: nn.Module) -> Measurement:
+    """Put a Fisher measurement of ``model`` into the form that every signal has.
 
     The provenance's signal is ``fisher_diag`` if the diagonal was kept and ``fisher_trace``
-    otherwise; the ranking is the same. ``extra_signals``: block -> name -> value, written beside;
-    ``extra_provenance``: added to the provenance.
+    otherwise; the ranking is the same.
     """
     blocks = partition_model(model)
     if result.trace.keys() != {block.name for block in blocks}:
@@ -159,11 +174,10 @@ def fisher_hints(
         signals[block.name] = {"fisher_trace": result.trace[block.name]}
         if result.trace_stderr is not None:
             signals[block.name]["fisher_trace_stderr"] = result.trace_stderr[block.name]
-    return make_hints(
-        model,
-        blocks,
-        model_id=model_id,
-        revision=revision,
+    return Measurement(
+        mass=result.trace,
+        density={block.name: result.trace[block.name] / block.num_params for block in blocks},
+        signals=signals,
         provenance={
             "signal": "fisher_trace" if result.diagonal is None else "fisher_diag",
             "labels": str(result.labels),
@@ -175,15 +189,39 @@ def fisher_hints(
             "draws": result.draws,
             "seed": result.seed,
             "dtype": dtype_names(model),
-            **(extra_provenance or {}),
         },
-        density={block.name: result.trace[block.name] / block.num_params for block in blocks},
-        signals=signals,
-        reasons={},
-        hbm_threshold=hbm_threshold,
-        cpu_threshold=cpu_threshold,
-        extra_signals=extra_signals,
     )
+
+
+@register_signal
+class FisherTrace:
+    """``collect_fisher`` as a registered signal; ``result`` is what it measured last."""
+
+    name: ClassVar[str] = "fisher_trace"
+
+    def __init__(
+        self,
+        *,
+        labels: FisherLabels | str = FisherLabels.SAMPLED,
+        keep_diagonal: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self._labels, self._keep_diagonal, self._seed = labels, keep_diagonal, seed
+        self.result: FisherResult | None = None
+
+    def measure(
+        self, model: nn.Module, batches: Iterable[Tensor], *, progress: Progress | None = None
+    ) -> Measurement:
+        """Estimate the trace of every block."""
+        self.result = collect_fisher(
+            model,
+            batches,
+            labels=self._labels,
+            keep_diagonal=self._keep_diagonal,
+            seed=self._seed,
+            progress=progress,
+        )
+        return fisher_measurement(self.result, model)
 
 
 def save_fisher_diagonal(result: FisherResult, path: str | Path, *, parameter_digest: str) -> None:

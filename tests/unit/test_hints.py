@@ -156,6 +156,11 @@ def edited(place: str, value: Any) -> dict[str, Any]:
         (edited("blocks/wte/bytes", "many"), r"blocks\.wte\.bytes"),
         (edited("schema_version", 2), "schema_version"),
         (edited("model/parameter_digest", "md5:1"), "parameter_digest"),
+        (
+            edited("provenance/signal", "No Such Thing"),
+            r"provenance\.signal: 'No Such Thing' is unknown; a signal is named with lower-case",
+        ),
+        (edited("provenance/signal", 3), r"provenance\.signal: 3"),
         (edited("blocks", {}), "blocks"),
         (edited("extra", 1), "extra"),
     ],
