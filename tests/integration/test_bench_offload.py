@@ -22,8 +22,8 @@ from scripts.experiments.offload.figures import (
 )
 from scripts.experiments.offload.page_cache import drop_page_cache
 from scripts.experiments.offload.runner import Runner
+from scripts.experiments.offload.settings import CPU_SETTING
 from scripts.experiments.offload.shapes import GPT2Shape
-from scripts.experiments.offload.systems import RESIDENT
 
 SHAPE = GPT2Shape(layers=2, width=16, heads=2, vocab_size=50, context=32)
 
@@ -220,7 +220,7 @@ def test_a_worker_without_enough_memory_did_not_survive(tmp_path: Path) -> None:
         num_tokens=None,
         machine=None,
     )
-    attempt = runner.measure(RESIDENT, 40)
+    attempt = runner.measure(CPU_SETTING.resident, 40)
     assert attempt.result is None
     assert attempt.reason and attempt.limited.returncode
 

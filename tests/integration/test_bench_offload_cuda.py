@@ -17,10 +17,10 @@ from scripts.experiments.offload.cases import find_problems
 from scripts.experiments.offload.cgroups import LimitedRun, LimitKind
 from scripts.experiments.offload.checkpoint import make_checkpoint
 from scripts.experiments.offload.figures import add_ratios, table
+from scripts.experiments.offload.peers import System, Task
 from scripts.experiments.offload.runner import Attempt, Runner
 from scripts.experiments.offload.settings import CPU_SETTING, CUDA_SETTING, choose_setting
 from scripts.experiments.offload.shapes import LLAMA_7B, TOY_LLAMA, LlamaShape
-from scripts.experiments.offload.systems import System, Task
 from scripts.experiments.offload.worker import generate
 
 LLAMA = LlamaShape(layers=3, width=32, inner=64, heads=2, vocab_size=64, context=64)

@@ -130,7 +130,7 @@ class OffloadBench:
             reason = None
             if not system.is_installed():
                 reason = f"not installed: {system.install}"
-            elif system.prepare is not None or system is self._setting.resident:
+            elif system.needs_preparing or system is self._setting.resident:
                 attempt = self._runner.prepare(system)
                 reason = attempt.reason
                 if system is self._setting.resident and attempt.result is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from lib.units import MIB
 from scripts.experiments.offload.cgroups import LimitedRun
 from scripts.experiments.offload.figures import Fields, summarize_failure, summarize_run
-from scripts.experiments.offload.systems import System
+from scripts.experiments.offload.peers import System
 
 
 @dataclass(kw_only=True)

@@ -14,8 +14,8 @@ import numpy as np
 from lib.units import MIB
 from scripts.experiments.offload.cgroups import LimitedRun, run_limited
 from scripts.experiments.offload.figures import Fields
+from scripts.experiments.offload.peers import System
 from scripts.experiments.offload.shapes import Shape
-from scripts.experiments.offload.systems import System
 
 PROMPT_TOKENS = 32
 _ROOT = Path(__file__).resolve().parents[3]

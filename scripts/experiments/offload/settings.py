@@ -5,20 +5,18 @@ from dataclasses import dataclass
 
 from lib.errors import InputError
 from lib.units import GIB, MIB
-from scripts.experiments.offload.cuda_systems import CUDA_SYSTEMS
+from scripts.experiments.offload.peers import System, systems_on
 from scripts.experiments.offload.shapes import GPT2_MEDIUM, LLAMA_7B, TOY, TOY_LLAMA, Shape
-from scripts.experiments.offload.systems import CPU_SYSTEMS, System
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """A device's benchmark. ``limits_mib`` limit host memory, or a GPU's; ``reserve_mib``: what
-    our weights leave of it. The first system is the resident one. ``link`` and ``page_cache`` say
+    our weights leave of it. ``link`` and ``page_cache`` say
     in the document how things were done.
     """
 
     device: str
-    systems: tuple[System, ...]
     shape: Shape
     limits_mib: tuple[int, ...]
     toy: Shape
@@ -30,6 +28,11 @@ class Setting:
     page_cache: str
 
     @property
+    def systems(self) -> tuple[System, ...]:
+        """What is compared: the resident model, then ours and peers."""
+        return systems_on(self.device)
+
+    @property
     def resident(self) -> System:
         """The model without a limit."""
         return self.systems[0]
@@ -37,7 +40,6 @@ class Setting:
 
 CPU_SETTING = Setting(
     device="cpu",
-    systems=CPU_SYSTEMS,
     shape=GPT2_MEDIUM,
     limits_mib=(1500, 1100, 900, 700, 600),
     toy=TOY,
@@ -50,7 +52,6 @@ CPU_SETTING = Setting(
 )
 CUDA_SETTING = Setting(
     device="cuda",
-    systems=CUDA_SYSTEMS,
     shape=LLAMA_7B,
     limits_mib=(6 * GIB // MIB,),
     toy=TOY_LLAMA,

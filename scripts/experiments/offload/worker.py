@@ -20,8 +20,8 @@ import torch
 
 from scripts.experiments.offload.decode import Recorder, plan_passes
 from scripts.experiments.offload.meters import CopyMeter, DiskMeter, Meter, describe_gpu
+from scripts.experiments.offload.peers import Loaded, System, Task, anonymous_bytes
 from scripts.experiments.offload.settings import SETTINGS
-from scripts.experiments.offload.systems import Loaded, System, Task, anonymous_bytes
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         result: dict[str, Any] = {"anonymous_bytes": anonymous_bytes()}
         if task.device == "cuda":
             result["gpu"] = describe_gpu()
-        if system.prepare is not None:
+        if system.needs_preparing:
             system.prepare(task)
     else:
         result = measure(system, task, request)

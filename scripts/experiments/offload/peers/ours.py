@@ -1,0 +1,126 @@
+"""Our runtime: lossless, and with every matrix compressed; from the disk, and from host memory."""
+
+import statistics
+from typing import Any, ClassVar
+
+from lib.units import MIB
+from scripts.experiments.offload.peers.base import (
+    Loaded,
+    System,
+    Task,
+    anonymous_bytes,
+    register_system,
+)
+from scripts.experiments.offload.peers.host_model import budget_bytes
+
+_PACKING_BYTES = 48 * MIB
+"""What a CPU's matrix products of many rows take to repack fp32 weights, from the first one on; the
+compressed ones expand into the runtime's own scratch.
+"""
+
+
+@register_system
+class LosslessFromDisk(System):
+    name = "ours-lossless"
+    label = "ours, lossless"
+    devices = ("cpu",)
+    peer = False
+    exact = True
+    precision: ClassVar[str | None] = None
+
+    def load(self, task: Task) -> Loaded:
+        """Under a limit, weights get what the process has not taken already, less the reserve."""
+        from lib.checkpoint.load import load
+
+        model = load(task.checkpoint)
+        budget = task.budget_bytes
+        used = anonymous_bytes()
+        if budget is None and task.limit_bytes is not None:
+            packing_bytes = 0 if self.precision else _PACKING_BYTES
+            budget = task.limit_bytes - used - task.reserve_bytes - packing_bytes
+            if budget <= 0:
+                raise MemoryError(
+                    f"the process took {used / MIB:.0f} MiB before any weight: no budget is left"
+                )
+        return _attach(model, task, self.precision, budget_bytes=budget, below="SSD")
+
+
+@register_system
+class Int8FromDisk(LosslessFromDisk):
+    name = "ours-int8"
+    label = "ours, int8"
+    exact = False
+    full_precision = False
+    precision = "int8"
+    limits_mib = (900, 700)
+    num_tokens = 24
+
+
+@register_system
+class Int4FromDisk(Int8FromDisk):
+    name = "ours-int4"
+    label = "ours, int4"
+    precision = "int4"
+    limits_mib = (900, 600)
+
+
+@register_system
+class LosslessFromHost(System):
+    name = "ours-lossless"
+    label = "ours, lossless"
+    devices = ("cuda",)
+    peer = False
+    exact = True
+    num_tokens = 24
+    precision: ClassVar[str | None] = None
+
+    def load(self, task: Task) -> Loaded:
+        from lib.checkpoint.load import load
+
+        model = load(task.checkpoint)
+        below = "SSD" if task.device == "cpu" else "CPU"
+        budget = budget_bytes(task)
+        return _attach(model, task, self.precision, budget_bytes=budget, below=below)
+
+
+@register_system
+class Int8FromHost(LosslessFromHost):
+    name = "ours-int8"
+    label = "ours, int8"
+    exact = False
+    full_precision = False
+    precision = "int8"
+
+
+@register_system
+class Int4FromHost(Int8FromHost):
+    name = "ours-int4"
+    label = "ours, int4"
+    precision = "int4"
+
+
+def _attach(
+    model: Any, task: Task, precision: str | None, *, budget_bytes: int | None, below: str
+) -> Loaded:
+    """Attach our runtime to an empty model; what the budget doesn't hold goes to tier ``below``."""
+    from lib.tiering import attach
+
+    runtime = attach(
+        model,
+        hints=None,
+        budget={"HBM": budget_bytes, below: None},
+        precision=precision,
+        weights=task.checkpoint,
+        machine=task.machine,
+        spill_dir=task.folder,
+        device=task.device,
+        mode="real",
+    )
+    plan = runtime.plan
+    units = [size for placement in plan.placements.values() for size in placement.unit_bytes]
+    return Loaded(
+        model=model,
+        moved_bytes=lambda: runtime.stats().bytes_moved,
+        unit_bytes=round(statistics.median(units)) if units else None,
+        facts=lambda: {"budget_bytes": budget_bytes, "plan": plan.to_json()},
+    )
