@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     from ..checkpoint.models import cast_weights, load_model, quiet_transformers
-    from ..signals import SIGNALS, FisherTrace, save_fisher_diagonal, signal_hints
+    from ..signals import FisherTrace, save_fisher_diagonal, signal_hints
+    from ..signals.interface import SIGNALS
     from ..text.held_out import load_tokenizer, sequence_length
     from .flags import parse_device
 

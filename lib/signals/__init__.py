@@ -14,7 +14,6 @@ from .attention import attention_fim_trace
 from .fisher import FisherResult, FisherTrace, collect_fisher, fisher_hints, save_fisher_diagonal
 from .gradients import FisherLabels
 from .interface import (
-    SIGNALS,
     ElementwiseSignal,
     Measurement,
     Signal,
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from .callback import TierHintsCallback
 
 __all__ = [
-    "SIGNALS",
     "AdamSignal",
     "AdamStateTierAnalyzer",
     "ElementwiseSignal",

@@ -21,7 +21,7 @@ from lib.codecs.kernels import KERNELS
 from lib.commands import collect
 from lib.errors import InputError
 from lib.hints import load_hints, match_hints
-from lib.signals import SIGNALS
+from lib.signals.interface import SIGNALS
 from lib.tiering import attach
 from lib.tiering.stores import STORES
 from lib.vocabulary import Tier

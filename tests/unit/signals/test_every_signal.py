@@ -13,7 +13,6 @@ from lib.blocks import partition_model, unique_parameters
 from lib.errors import InputError
 from lib.hints import load_hints, save_hints
 from lib.signals import (
-    SIGNALS,
     ElementwiseSignal,
     FisherTrace,
     Signal,
@@ -22,6 +21,7 @@ from lib.signals import (
     register_signal,
     signal_hints,
 )
+from lib.signals.interface import SIGNALS
 
 THRESHOLDS: Any = {"model_id": "toy", "hbm_threshold": 0.3, "cpu_threshold": 0.8}
 
