@@ -73,8 +73,8 @@ def load_model(folder: Path, *, dropout: float, attention: str = "sdpa") -> Any:
 def _check_heads(model: ModelConfig) -> None:
     if model.width % model.heads:
         raise InputError(
-            f"GPT2_WIDTH={model.width} is not a multiple of GPT2_HEADS={model.heads}: change one of "
-            "them"
+            f"GPT2_WIDTH={model.width} is not a multiple of GPT2_HEADS={model.heads}: change one "
+            "of them"
         )
 
 
