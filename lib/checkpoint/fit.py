@@ -38,6 +38,8 @@ _DEQUANTIZE = (
     "save_pretrained() it to another folder, and give that one"
 )
 _PIECE_BYTES = 4 * 2**20
+_MASK = re.compile(r"(^|\.)attn(\.attention)?\.(masked_)?bias$")
+"""Causal masks that older GPT-2, GPT-Neo and GPT-J checkpoints have as buffers."""
 
 
 def check_fit(model: nn.Module, source: CheckpointSource) -> None:
@@ -95,11 +97,12 @@ def refuse_codes(model: nn.Module, source: CheckpointSource) -> dict[str, torch.
         for name, dtype in source.in_files().items()
         if name not in taken and not (ignored and ignored.search(name))
     }
-    codes = {name: dtype for name, dtype in spare.items() if dtype in _CODES}
+    suspects = {name: dtype for name, dtype in spare.items() if not _MASK.search(name)}
+    codes = {name: dtype for name, dtype in suspects.items() if dtype in _CODES}
     if codes:
         raise _quantized(source.path, "it has codes that no parameter takes", codes)
     modules = {name.rpartition(".")[0] for name in taken} - {""}
-    scales = {name: dtype for name, dtype in spare.items() if _belongs(name, taken, modules)}
+    scales = {name: dtype for name, dtype in suspects.items() if _belongs(name, taken, modules)}
     if scales:
         raise _quantized(
             source.path, "tensors beside weights of the model, which no parameter takes", scales

@@ -12,7 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama, tiny_mixtral
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPTextConfig, CLIPTextModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPTextConfig,
+    CLIPTextModel,
+    GPTJConfig,
+    GPTNeoConfig,
+)
 
 from lib.errors import InputError
 from lib.tiering import attach, empty_weights, load
@@ -208,3 +215,32 @@ def test_what_older_checkpoints_hold_is_left_out_without_a_word(tmp_path: Path) 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             attach(load(tmp_path), budget={"HBM": None}, weights=tmp_path).detach()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("h.0.attn.bias", torch.uint8), ("h.0.attn.attention.masked_bias", torch.float32)],
+)
+def test_masks_that_older_checkpoints_have_are_left_out(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config: Any = GPTNeoConfig(
+        hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]],
+        vocab_size=50, max_position_embeddings=16,
+    )  # fmt: skip
+    if dtype is torch.uint8:
+        config = GPTJConfig(
+            n_embd=16, n_layer=1, n_head=2, rotary_dim=4, vocab_size=50, n_positions=16
+        )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    mask = {f"transformer.{name}": torch.ones(1, 1, 16, 16).to(dtype)}
+    save_file(load_file(file) | mask, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="left out"):
+        empty = load(tmp_path)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with attach(empty, budget={"HBM": None}, weights=tmp_path):
+            assert torch.equal(empty(ids).logits, expected)
