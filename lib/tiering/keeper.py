@@ -180,11 +180,26 @@ class PlanKeeper:
         if self.broken is not None:
             raise PlacementError(self.broken)
         self._unplanned = False
-        dtype = autocast_dtype(self.memory.device)
-        casts = self.forwards.casts | ({dtype} if dtype is not None else set())
-        if self.plan.budget and not casts <= self.planning.casts:
-            self._leave_room_for_copies(casts)
+        if (dtype := autocast_dtype(self.memory.device)) is not None:
+            self.leave_room_for_copies(dtype)
         return sum(sum(place.unit_bytes) for place in self.plan.placements.values())
+
+    def leave_room_for_copies(self, dtype: torch.dtype) -> None:
+        """Plan again with room for the copies of weights that autocast computes with.
+
+        Raises InputError where the budget has none, with the smallest that does; nothing has moved.
+        """
+        before = self.planning.casts
+        if dtype in before or not self.plan.budget:
+            return
+        self.planning.casts = before | {dtype}
+        try:
+            plan = self.planning.make_plan(self.budget, self.forwards.expected)
+        except InputError as error:
+            self.planning.casts = before
+            raise InputError(f"autocast makes a copy of the weights in use: {error}") from error
+        with self.residency.holding():
+            self.carry_out(plan)
 
     def end_forward(self, error: BaseException | None) -> None:
         """Hear of the end of a forward, and of the error that ended it."""
@@ -236,20 +251,16 @@ class PlanKeeper:
         self._unplanned = True
 
     def explain(self, demand: Demand | None = None) -> str:
-        """Say why no plan within the budget is enough, and which budget is.
-
-        Who keeps views of some weights may keep them of all, and who takes one weight of a layer
-        whole may take the layer's others beside it.
+        """Say why no plan within the budget is enough, and which budget is, also for what the same
+        code may need next: code that keeps views of some weights may keep them of all.
         """
         payloads = self.planning.payloads
         if demand is None or self.memory.kept_bytes() or self.memory.extra_bytes:
-            beside = list(payloads)
+            parts = [part.parameter for each in payloads.values() for part in each.parts]
+            demand = Demand(frozenset(payloads), frozenset(parts))
         else:
-            layers = {payloads[name].group.layer for name in demand.groups if demand.whole} - {None}
-            beside = [name for name, each in payloads.items() if each.group.layer in layers]
-        parts = [part.parameter for name in beside for part in payloads[name].parts]
-        expected = [Demand(frozenset(beside), frozenset(parts))] if beside else []
-        return self.planning.explain(self.budget or None, self.forwards.expected, expected)
+            demand = demand.widened(payloads)
+        return self.planning.explain(self.budget or None, self.forwards.expected, [demand])
 
     def _budget_left(self) -> dict[str, int | None] | None:
         """Return the budget without what others have kept views of."""
@@ -258,19 +269,6 @@ class PlanKeeper:
         if kept and limit is not None:
             budget[str(Tier.HBM)] = max(limit - kept, 0)
         return budget or None
-
-    def _leave_room_for_copies(self, casts: frozenset[torch.dtype] | set[torch.dtype]) -> None:
-        """Plan again with room for the copies of weights that autocast computes with.
-
-        Raises InputError where the budget has none, with the smallest that does; nothing has moved.
-        """
-        before, self.planning.casts = self.planning.casts, self.planning.casts | casts
-        try:
-            plan = self.planning.make_plan(self.budget, self.forwards.schedule)
-        except InputError as error:
-            self.planning.casts = before
-            raise InputError(f"autocast makes a copy of the weights in use: {error}") from error
-        self.carry_out(plan)
 
     def _plan_again(self) -> None:
         """Plan for what the forward has used, now that the order of its uses is known."""

@@ -49,7 +49,10 @@ class Calls:
                     failure = error
                     raise
                 finally:
-                    around.leave(this, failure)
+                    try:
+                        around.leave(this, failure)
+                    finally:
+                        failure = None  # whose traceback has this frame, and views of slots
 
             return run
 

@@ -38,6 +38,9 @@ class Supervisor(Protocol):
     def end_forward(self, error: BaseException | None) -> None:
         """Hear of a forward's end, and of the error that ended it."""
 
+    def leave_room_for_copies(self, dtype: torch.dtype) -> None:
+        """Have room for the copies that autocast makes from here on, or raise."""
+
 
 class Forwards:
     """The calls of a model, and the forward that it is in. One thread at a time may be in one."""
@@ -164,10 +167,10 @@ class Forwards:
     def _begin(self, call: object, part: nn.Module | None) -> None:
         self.refuse_other_processes()
         self._end_leftovers()
+        self.trace = []
         streamed = self._supervisor.begin_forward()
         self._call, self._part = call, part
         self._thread = threading.current_thread()
-        self.trace = []
         self._residency.begin_forward()
         self._recorder.forwards += 1
         self._bar.begin(streamed)
@@ -219,7 +222,9 @@ class Forwards:
         dtype = autocast_dtype(self._memory.device)
         if dtype is None:
             return None
-        self.casts.add(dtype)
+        if dtype not in self.casts:
+            self.casts.add(dtype)
+            self._supervisor.leave_room_for_copies(dtype)
         copied = sum(group.copy_bytes(dtype) for group in hook.groups)
         self._recorder.book_moment(copied)
         return UnkeptCopies(copied).__enter__()

@@ -54,4 +54,7 @@ class GroupHook:
             failure = error
             raise
         finally:
-            self.leave(call, failure)
+            try:
+                self.leave(call, failure)
+            finally:
+                failure = None  # whose traceback has this frame

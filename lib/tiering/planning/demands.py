@@ -37,6 +37,20 @@ class Demand:
             if part.parameter in self.whole and part.record is not None
         )
 
+    def widened(self, payloads: Mapping[str, Payload]) -> "Demand":
+        """Return what the same code may need next: of weights needed together, the layer's others;
+        of weights needed whole, those others whole. Outside layers the others are all.
+        """
+        if len(self.groups) < 2 and not self.whole:
+            return self
+        layers = {payloads[name].group.layer for name in self.groups}
+        beside = {
+            name for name, each in payloads.items() if None in layers or each.group.layer in layers
+        }
+        groups = self.groups | beside
+        parts = {part.parameter for name in groups for part in payloads[name].parts}
+        return Demand(groups, frozenset(parts) if self.whole else self.whole)
+
     def like(self, payloads: Mapping[str, Payload]) -> Iterator["Demand"]:
         """Yield the demand, and what corresponds to it in the other layers."""
         yield self

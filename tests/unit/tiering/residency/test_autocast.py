@@ -221,18 +221,14 @@ def test_a_budget_without_room_for_the_copies_is_refused_with_one_that_has(
             assert runtime.stats().peak_resident_bytes <= 30 * 1024
 
 
-def test_copies_that_a_model_s_own_autocast_makes_are_within_the_budget_of_the_next_forward(
-    tmp_path: Path,
-) -> None:
+def test_copies_that_a_model_s_own_autocast_makes_are_within_the_budget(tmp_path: Path) -> None:
     model, x = Decorated().eval(), torch.randn(1, 64)
     with torch.no_grad(), attach(model, budget=_smallest(model), spill_dir=tmp_path) as runtime:
-        model(x)
         before = runtime.plan.scratch_bytes
-        model(x)
+        for _ in range(3):  # from the first forward on
+            model(x)
+            assert runtime.stats().peak_resident_bytes <= (runtime.budget["HBM"] or 0)
         assert runtime.plan.scratch_bytes > before
-        runtime.reset_stats()
-        model(x)
-        assert runtime.stats().peak_resident_bytes <= (runtime.budget["HBM"] or 0)
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
