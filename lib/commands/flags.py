@@ -42,7 +42,7 @@ def planned_precision(name: str | None) -> Precision | None:
 
 
 def planned_machine(path: Path | None) -> MachineProfile:
-    """Return the machine of ``--machine``, else this one; says so where nobody measured it."""
+    """Return the machine of ``--machine``, else this one; says so where it was not measured."""
     machine = choose_machine(path)
     if machine is UNMEASURED:
         print(

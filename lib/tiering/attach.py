@@ -31,37 +31,46 @@ def attach(
     model: nn.Module,
     hints: HintsGiven = None,
     *,
-    mode: Mode = "real",
+    # What it may take.
     budget: Budget | None = None,
+    weights: str | Path | None = None,
+    spill_dir: str | Path | None = None,
+    # What it may cost.
     precision: PrecisionChoice = None,
     epsilon: float | str | None = None,
     measure: Measure | None = None,
-    weights: str | Path | None = None,
-    machine: MachineProfile | str | Path | None = None,
-    emulation: EmulationSpec | None = None,
-    spill_dir: str | Path | None = None,
+    # Where it computes.
     device: str | torch.device | None = None,
+    machine: MachineProfile | str | Path | None = None,
+    mode: Mode = "real",
+    emulation: EmulationSpec | None = None,
 ) -> Runtime:
     """Place a model's weights and return the runtime, which is also a context manager that
     detaches.
 
     ``hints`` is a Hints, a parsed document of either form, or a file; it may be left out where
-    there is a ``budget``, and without a budget it says where each block goes. ``budget`` bounds
-    each tier (weights, slots and working memory together); without an accelerator HBM is the
-    machine's RAM. ``precision`` None keeps outputs bit for bit; "int4" and the like compress every
-    matrix, but none below its floor; without ``weights`` the originals go to the SSD, for detach.
-    ``epsilon`` (nats per token, or "ppl=1.02") bounds what
-    precision may cost altogether: it makes floors from the KL that calibrated hints predict, those
-    of the fewest bytes, and without a ``precision`` every block is held at its floor. ``measure``
-    runs the attached model on held-out text: precisions are raised until the upper bound of the
-    measured KL is within epsilon, and only with it may a block go below 3 bits. ``weights`` is the
-    safetensors checkpoint of a model on the meta device (``load(folder)``, or built inside
-    ``empty_weights()``), which is then never in memory as a whole. ``machine`` (machine.json) tells
-    the planner, and an emulated run, how fast the tiers are (default: what `tierhints probe` has
-    measured here, or in emulation ``DEFAULT_SPECS``). ``spill_dir`` holds the SSD tier and
-    keeps it for the next run (default: a temporary folder on a disk). ``device`` is where the model
-    computes (default: where its first parameter is). ``plan`` says what would come of all these.
-    ``forward`` and ``generate`` keep their signatures; the model is for inference while attached.
+    there is a ``budget``, and without a budget it says where each block goes. ``forward`` and
+    ``generate`` keep their signatures; the model is for inference while attached. ``plan`` says
+    what would come of the same arguments.
+
+    *What it may take.* ``budget`` bounds each tier (weights, slots and working memory together);
+    without an accelerator HBM is the machine's RAM. ``weights`` is the safetensors checkpoint of a
+    model on the meta device (``load(folder)``, or built inside ``empty_weights()``), which is then
+    never in memory as a whole. ``spill_dir`` holds the SSD tier and keeps it for the next run
+    (default: a temporary folder on a disk).
+
+    *What it may cost.* ``precision`` None keeps outputs bit for bit; "int4" and the like compress
+    every matrix, but none below its floor; without ``weights`` the originals go to the SSD, for
+    detach. ``epsilon`` (nats per token, or "ppl=1.02") bounds what precision may cost altogether:
+    it makes floors from the KL that calibrated hints predict, those of the fewest bytes, and
+    without a ``precision`` every block is held at its floor. ``measure`` runs the attached model on
+    held-out text: precisions are raised until the upper bound of the measured KL is within epsilon,
+    and only with it may a block go below 3 bits.
+
+    *Where it computes.* ``device`` (default: where the model's first parameter is). ``machine``
+    (machine.json) tells the planner, and an emulated run, how fast the tiers are (default: what
+    ``tierhints probe`` has measured here, or in emulation ``DEFAULT_SPECS``). ``mode`` "emulated"
+    leaves weights where they are and charges what ``emulation`` says.
 
     Raises InputError for hints that don't fit the model, a tier that the mode can't serve, a budget
     that is too small (with the smallest that would do), a checkpoint that is quantized or another

@@ -99,7 +99,7 @@ def test_a_budget_that_is_too_small_names_one_that_works(
 @pytest.mark.parametrize(
     "flags, problem",
     [
-        (["--budget", "HBM"], "'HBM' is no TIER=SIZE"),
+        (["--budget", "HBM"], "'HBM' is not TIER=SIZE"),
         (["--budget", "HBM=1GiB,HBM=2GiB"], "names HBM twice"),
         (["--budget", "HBM=1parsec"], "1parsec"),
         (["--budget", "DISK=1GiB"], "unknown tier 'DISK'"),

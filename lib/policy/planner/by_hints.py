@@ -1,6 +1,6 @@
 """Placing blocks without a budget: each goes to the tier that its hints name.
 
-Hints say what should be near; nobody says how much fits, so nothing is predicted of such a plan.
+Hints say what should be near, not how much fits, so nothing is predicted of such a plan.
 """
 
 from collections.abc import Mapping, Sequence

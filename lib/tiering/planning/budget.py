@@ -76,7 +76,7 @@ Budget = Mapping[str, str | int | None] | Mapping[Tier, str | int | None]
 
 
 def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, int | None]:
-    """Read a budget; raises InputError for unknown tiers, sizes that are none, and a missing HBM.
+    """Read a budget; raises InputError for unknown tiers, wrong sizes, and a missing HBM.
 
     Without an accelerator host memory is the fast tier itself: a CPU budget is then HBM's, or,
     beside one, without effect (a warning says so), but for emulation, where it is a tier of its
@@ -118,14 +118,15 @@ def find_place(tier: Tier, block: str, device: torch.device, mode: str) -> Tier:
         return tier
     if tier not in served_tiers():
         raise InputError(
-            f"block {block!r}: real mode has no {tier} tier; use HBM, CPU, CXL or SSD, or "
-            "mode='emulated', or register a store (docs/extending.md)"
+            f"block {block!r}: real mode has no {tier} tier; use "
+            f"{', '.join(sorted(served_tiers()))}, or mode='emulated', or register a store "
+            "(docs/extending.md)"
         )
     return Tier.HBM if tier is Tier.CPU and device.type == "cpu" else tier
 
 
 def check_names_tiers(budget: Any) -> None:
-    """Raise InputError for a budget that is no mapping."""
+    """Raise InputError for a budget that is not a mapping."""
     if not isinstance(budget, Mapping):
         raise InputError(
             f'budget {budget!r} names no tiers: give sizes by tier, such as {{"HBM": "700MiB"}}'
@@ -139,7 +140,7 @@ def read_budget(text: str) -> dict[str, str | None]:
         name, equals, size = entry.strip().partition("=")
         if not equals or not name:
             raise InputError(
-                f"budget entry {entry!r} is no TIER=SIZE: give such as HBM=700MiB,SSD= (no size: "
+                f"budget entry {entry!r} is not TIER=SIZE: give such as HBM=700MiB,SSD= (no size: "
                 "no limit)"
             )
         if name in budget:

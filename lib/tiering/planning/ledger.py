@@ -45,7 +45,7 @@ def ledger_of(
     """Return the ledger of a model's groups (``payload.group_blocks``).
 
     Without ``epsilon`` only the floors of the hints hold. ``streams``: there is a tier below fast
-    memory. ``device`` computes. Raises InputError for an epsilon that is none, or without
+    memory. ``device`` computes. Raises InputError for a wrong epsilon, or one without
     calibrated hints.
     """
     if epsilon is not None and hints is None:

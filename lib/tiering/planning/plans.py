@@ -134,7 +134,7 @@ class Planning:
     def make_plan(self, budget: Budget | None, schedule: Sequence[Step]) -> Plan:
         """Plan within a budget, or None: by the hints.
 
-        Raises InputError for a budget that is none, or too small, with the smallest that works.
+        Raises InputError for a wrong budget, and for one too small, with the smallest that works.
         """
         kept = self._kept_bytes()
         if budget is not None:

@@ -1,5 +1,5 @@
 """What stands behind a parameter whose weights are away, or held compressed: how an operation gets
-them as a tensor, and how somebody gets a copy to keep.
+them as a tensor, and how a caller gets a copy to keep.
 """
 
 import contextlib
@@ -76,8 +76,8 @@ class AwayWeights:
             yield
 
     def copy(self) -> Tensor | None:
-        """Read weights that are away for somebody who keeps them; parameters that are tied, and who
-        asks again meanwhile, get the same memory. Later writes show in the parameter's counter.
+        """Read weights that are away into memory that the caller keeps; a tied parameter, and a
+        second caller meanwhile, get the same. Later writes show in the parameter's counter.
         """
         group, part, memory = self.group, self.part, self.group.memory
         if not group.units or part.record is not None:

@@ -78,7 +78,7 @@ class FastMemory:
         self.lookup = torch.empty(0, dtype=torch.uint8, device="cpu")
         """The buffer of lookups in embeddings that are away."""
         self.copy_device = device
-        """Where copies of weights go that somebody keeps."""
+        """Where copies go that callers keep."""
         self.extra_bytes = 0
         """What expanded weights take now."""
         self._limit: int | None = None
@@ -170,7 +170,7 @@ class FastMemory:
 
     @contextlib.contextmanager
     def copies_on_host(self) -> Iterator[None]:
-        """Read what somebody keeps into host memory for a while: it may be the whole model."""
+        """Read copies that callers keep into host memory: they may be the whole model."""
         self.copy_device = torch.device("cpu")
         try:
             yield
@@ -204,7 +204,7 @@ class FastMemory:
         return self._limit - self._planned_bytes - self.extra_bytes - self.transport.left_bytes()
 
     def _sweep(self) -> None:
-        """Give back the memory of expanded weights that nobody has views of any more."""
+        """Give back the memory of expanded weights without any view left."""
         gone = sum(left.num_bytes for left in self._left if left.is_free)
         self._left = [left for left in self._left if not left.is_free]
         if gone:

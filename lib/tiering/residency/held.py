@@ -80,7 +80,7 @@ class HeldGroup:
             self.memory.ensure_room(partial(look, [self], []))
         if not self.units or self.by_rows:
             return 0
-        self.num_holds += 1  # first: whoever is interrupted below is found by end_holds
+        self.num_holds += 1  # first: after an interrupt below, end_holds finds it
         if self.num_holds > 1:
             return 0
         try:

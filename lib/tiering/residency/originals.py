@@ -2,7 +2,7 @@
 restoring.
 
 A model on the meta device gets its weights from a checkpoint. Its own parameters become real ones
-until detach, so that whoever else refers to them sees the weights, too; and its persistent buffers
+until detach, so that other references to them see the weights, too; and its persistent buffers
 get the checkpoint's values.
 """
 
@@ -108,7 +108,7 @@ class Originals:
         to compute, or none where gradients would be recorded (a backward pass would find weights
         that have gone again).
 
-        Raises PlacementError where somebody else has asked for gradients.
+        Raises PlacementError where gradients were asked for since attach.
         """
         frozen = torch.is_grad_enabled()
         if frozen == self._frozen:
@@ -244,7 +244,7 @@ def _check_shape(kind: str, name: str, tensor: Tensor, checkpoint: CheckpointSou
 
 def _refuse_other_meta_tensors(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse tensors that modules made from weights in their constructors: CPU kernels would
-    compute with them, and with memory that nobody wrote.
+    compute with them, and with memory that was never written.
     """
     known = {id(parameter) for parameter in parameters.values()}
     known |= {id(buffer) for buffer in model.buffers()}

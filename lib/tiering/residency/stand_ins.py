@@ -196,8 +196,8 @@ def set_weights(parameter: nn.Parameter, weights: Tensor) -> None:
 
 
 def swap_contents(parameter: nn.Parameter, other: nn.Parameter) -> None:
-    """Exchange two plain parameters' tensors, also of different devices; whoever refers to one of
-    the Python objects sees the other's tensor. Unlike torch.utils.swap_tensors for objects that
+    """Exchange two plain parameters' tensors, also of different devices; references to one of
+    the Python objects see the other's tensor. Unlike torch.utils.swap_tensors for objects that
     have weak references, too (nn.LSTM keeps some).
     """
     assert type(parameter) is type(other) is nn.Parameter

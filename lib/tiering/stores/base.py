@@ -2,7 +2,8 @@
 
 A store knows bytes, not modules. Weights don't change while a runtime is attached, so a payload is
 written once and never copied back. A registered store serves its tier in real mode
-(docs/extending.md); tests/unit/tiering/test_byte_stores.py is the suite that every one passes.
+(docs/extending.md); tests/unit/tiering/stores/test_byte_stores.py is the suite that every one
+passes.
 """
 
 import contextlib

@@ -46,7 +46,7 @@ class EmulatedTime(Charges):
         return self._waited - self._waited_before
 
     def fetch(self, tier: Tier, num_bytes: int) -> None:
-        """Charge a transfer that nobody foresaw: rows of an embedding."""
+        """Charge a transfer that the schedule doesn't have: rows of an embedding."""
         self._pass(self.enqueue(tier, num_bytes) - self._now())
 
     def use_in_place(self, num_bytes: int) -> None:
@@ -128,7 +128,7 @@ class EmulatedTransport:
         return True
 
     def is_lent(self, slot: int) -> bool:
-        """There are no slots that somebody could have a view of."""
+        """There are no slots to have views of."""
         return False
 
     def left_bytes(self) -> int:

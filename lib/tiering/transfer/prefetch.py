@@ -3,7 +3,7 @@
 The order of use is traced in each forward and expected again in the next, wrapping around: as soon
 as a slot is free, the unit whose use comes next is asked for. Units that are used twice, skipped,
 or used in another order are found further ahead in the schedule, or fetched when they are asked
-for. A slot is given to another unit only once nobody holds its own and no other slot's use lies
+for. A slot is given to another unit only once its own is not held and no other slot's use lies
 further ahead (Belady's rule, which is optimal for a known order).
 """
 
@@ -45,7 +45,7 @@ class Prefetcher:
         self._free = list(range(num_slots))
         self._live: dict[Unit, _Live] = {}
         self._lent: set[Unit] = set()
-        """Units whose slots somebody else has views of: they are held for as long."""
+        """Units of whose slots callers have views: they are held for as long."""
         self._trace: list[Unit] = []
         self._tracing = False
         """Uses between two forwards are none of the schedule, and may be any number."""
@@ -67,7 +67,7 @@ class Prefetcher:
         self._take_back()
         if self._tracing:
             self._trace.append(unit)
-        if unit in self._lent:  # it was held on for whoever has views of it
+        if unit in self._lent:  # it was held on because of views
             self._lent.discard(unit)
             self._live[unit].holds -= 1
         live = self._live.get(unit)
@@ -100,12 +100,12 @@ class Prefetcher:
 
     @property
     def lent(self) -> list[str]:
-        """Name the groups whose slots somebody else has views of."""
+        """Name the groups of whose slots callers have views."""
         self._take_back()
         return sorted({unit.group for unit in self._lent})
 
     def _take_back(self) -> None:
-        """End the holds of lent slots that nobody has views of any more."""
+        """End the holds of lent slots without any view left."""
         for unit in list(self._lent):
             if not self._transport.is_lent(self._live[unit].ticket.slot):
                 self._lent.discard(unit)

@@ -87,7 +87,7 @@ class ReaderTransport:
             self._in_slot[slot] = ticket
             for _ in range(min(NUM_READERS, ticket._num_open)):
                 self._jobs.put(ticket)
-        except BaseException:  # KeyboardInterrupt: nobody may write into the slot any more
+        except BaseException:  # KeyboardInterrupt: no thread may write into the slot any more
             unread = 0
             while ticket.take_piece() is not None:
                 unread += 1
@@ -124,11 +124,11 @@ class ReaderTransport:
         return kept
 
     def is_lent(self, slot: int) -> bool:
-        """Say whether somebody else has a view of a slot's memory."""
+        """Say whether other tensors are views of a slot's memory."""
         return _num_users(self._slots[slot]) > self._num_own_users
 
     def left_bytes(self) -> int:
-        """Return the memory of former slots that somebody else still has views of."""
+        """Return the memory of former slots of which views are left."""
         self._left = [left for left in self._left if not left.is_free]
         return sum(left.num_bytes for left in self._left)
 
@@ -185,7 +185,7 @@ class ReaderTransport:
 
 
 def _read_pieces(jobs: "queue.SimpleQueue[_Job]") -> None:
-    """Read and check pieces until told to end; a failure goes to whoever waits for the unit."""
+    """Read and check pieces until told to end; a failure is raised where the unit is waited for."""
     while (ticket := jobs.get()) is not None:
         while (piece := ticket.take_piece()) is not None:
             start, target = piece
@@ -195,7 +195,7 @@ def _read_pieces(jobs: "queue.SimpleQueue[_Job]") -> None:
                     ticket.store.read_into(ticket.unit.key, start, target)
             except BaseException as error:
                 ticket.error = error
-            del piece, target  # views of the slot, which must not be taken for somebody else's
+            del piece, target  # views of the slot, which must not be taken for a caller's
             if ticket.end_pieces(1):
                 try:
                     if ticket.error is None and ticket.finish is not None:

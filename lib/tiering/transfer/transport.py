@@ -73,10 +73,10 @@ class Transport(Protocol):
         """
 
     def is_lent(self, slot: int) -> bool:
-        """Say whether somebody else has a view of a slot's memory."""
+        """Say whether other tensors are views of a slot's memory."""
 
     def left_bytes(self) -> int:
-        """Return the memory of former slots that somebody else still has views of."""
+        """Return the memory of former slots of which views are left."""
 
     def slots(self) -> Sequence[Tensor]:
         """Return the slots, to measure them."""
@@ -111,7 +111,7 @@ class Arrival:
     def wait(self) -> None:
         """Block until it is there."""
         while not self._there:
-            # What the gate is worth after an interrupt nobody knows: hence the time limit.
+            # An interrupt may leave the gate in either state: hence the time limit.
             if self._gate.acquire(timeout=_ARRIVAL_SECONDS):
                 self._gate.release()
 
@@ -131,7 +131,7 @@ class Ticket:
     """What the reader thread does once all bytes are in host memory."""
     store: Store | None = None
     _pieces: deque[tuple[int, Tensor]] = field(default_factory=deque)
-    """(Start in the payload, target) of the reads that nobody has begun."""
+    """(Start in the payload, target) of the reads that have not begun."""
     _num_open: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -51,7 +51,7 @@ class Loaded:
 
 
 class System(ABC):
-    """A way of running the model, on some of ``DEVICES``. ``peer``: somebody else's; ``num_tokens``
+    """A way of running the model, on some of ``DEVICES``. ``peer``: not ours; ``num_tokens``
     are timed unless the user says otherwise; ``exact``: its logits must be the resident model's bit
     for bit; ``limits_mib``: those that it is run under, None: all; ``module``: what must be
     installed, and ``install`` how; ``needs_preparing``: it has ``prepare``.
