@@ -6,6 +6,7 @@ encoders of PyTorch take another path where modules have hooks.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -58,10 +59,13 @@ class Calls:
 
         self._wrap(module, wrap)
 
-    def run_within(self, module: nn.Module, context: Context) -> None:
-        """Run each call of a module, its hooks included, in a context."""
+    def run_within(
+        self, module: nn.Module, context: Context, *, method: str = "_call_impl"
+    ) -> None:
+        """Run each call of a module, its hooks included, or of one of its methods in a context."""
 
         def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(call)  # its signature, which callers ask for
             def run(*args: Any, **kwargs: Any) -> Any:
                 refuse_tracing()
                 with context(args, kwargs):
@@ -69,7 +73,7 @@ class Calls:
 
             return run
 
-        self._wrap(module, wrap)
+        self._wrap(module, wrap, method)
 
     def remove(self) -> None:
         """Let the modules run as before."""
@@ -77,14 +81,17 @@ class Calls:
             self._undo.pop()()
 
     def _wrap(
-        self, module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+        self,
+        module: nn.Module,
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
+        method: str = "_call_impl",
     ) -> None:
-        own = module.__dict__.get("_call_impl")
+        own = module.__dict__.get(method)
 
         def undo() -> None:
-            module.__dict__.pop("_call_impl")
+            module.__dict__.pop(method)
             if own is not None:
-                module.__dict__["_call_impl"] = own
+                module.__dict__[method] = own
 
-        module.__dict__["_call_impl"] = wrap(module._call_impl)
+        module.__dict__[method] = wrap(getattr(module, method))
         self._undo.append(undo)

@@ -26,7 +26,7 @@ from .fast_path import EncoderPaths
 from .group_hook import GroupHook
 from .guards import Guards
 from .managed import attached
-from .progress import PassBar
+from .progress import PassBar, count_passes
 
 
 class Supervisor(Protocol):
@@ -124,6 +124,8 @@ class Forwards:
             module = self._model.get_submodule(name)
             self._calls.surround(module, _Part(self, module))
         self._calls.surround(self._model, _Part(self, None))
+        if callable(getattr(self._model, "generate", None)):
+            self._calls.run_within(self._model, self._generation, method="generate")
         for module in self._model.modules():
             attached.add(module)
         self._guards = Guards(self._model, self._save_state)
@@ -145,6 +147,11 @@ class Forwards:
                     self._end(failure)
                 finally:
                     self._thread = self._call = None
+
+    def _generation(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        return self._bar.generation(count_passes(self._model, args, kwargs))
 
     def _save_state(
         self,

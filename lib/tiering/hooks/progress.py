@@ -1,20 +1,20 @@
 """Bars for slow work, on a terminal only: placing weights, and passes that stream for long.
 
 A forward knows its own bytes. Inside transformers' ``generate`` the bar is that of the whole
-generation: how many passes it may still take stands in the loop that calls the model.
+generation, whose arguments say how many passes it may take.
 """
 
 import contextlib
 import sys
-import weakref
 from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any, cast
+from typing import Any
 
+from torch import Tensor, nn
 from tqdm import tqdm
 
 _DELAY_SECONDS = 2.0
 """What is over sooner shows no bar."""
+_LENGTHS = ("max_new_tokens", "max_length")
 
 
 @contextlib.contextmanager
@@ -29,21 +29,28 @@ class PassBar:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._generation: weakref.ref[Any] | None = None
+        self._num_passes = 0
+        """Of the generation that runs; 0: none does."""
+
+    @contextlib.contextmanager
+    def generation(self, num_passes: int) -> Iterator[None]:
+        """Show one bar for so many forwards; within another generation it is that one's."""
+        outer, self._num_passes = self._num_passes, self._num_passes or num_passes
+        try:
+            yield
+        finally:
+            self._num_passes = outer
+            if not outer:
+                self.close()
 
     def begin(self, num_bytes: int) -> None:
         """Start a forward that will stream so many bytes."""
         if not (num_bytes and sys.stderr.isatty()):
             return
-        criteria, num_passes = _running_generation()
-        if criteria is not None and self._generation is not None:
-            if self._generation() is criteria:
-                return
-        self.close()
-        self._bar = _bar("streaming weights", num_bytes * num_passes, delay=_DELAY_SECONDS)
-        if criteria is not None:
-            # It goes when generate() returns, or raises.
-            self._generation = weakref.ref(criteria, lambda _: self.close())
+        if not (self._num_passes and self._bar is not None):
+            self.close()
+            total = num_bytes * max(self._num_passes, 1)
+            self._bar = _bar("streaming weights", total, delay=_DELAY_SECONDS)
 
     def update(self, num_bytes: int) -> None:
         """Say that more bytes have come."""
@@ -52,14 +59,26 @@ class PassBar:
 
     def end(self) -> None:
         """End a forward; the bar of a generation stays."""
-        if self._generation is None:
+        if not self._num_passes:
             self.close()
 
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
-        self._bar = self._generation = None
+        self._bar = None
+
+
+def count_passes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return how many forwards transformers' ``generate`` may make of these arguments, at most."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    named = {name: kwargs.get(name, getattr(config, name, None)) for name in _LENGTHS}
+    if isinstance(named["max_new_tokens"], int):
+        return max(named["max_new_tokens"], 1)
+    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    given = ids.shape[-1] if isinstance(ids, Tensor) and ids.dim() == 2 else 0
+    longest = named["max_length"]
+    return max(longest - given, 1) if isinstance(longest, int) else 1
 
 
 def _bar(what: str, num_bytes: int, *, delay: float) -> Any:
@@ -73,19 +92,3 @@ def _bar(what: str, num_bytes: int, *, delay: float) -> Any:
         leave=False,
         disable=not sys.stderr.isatty(),
     )
-
-
-def _running_generation() -> tuple[Any, int]:
-    """Return the stopping criteria of the generation that this thread is in, if any, and how many
-    passes it may still take; else None and the one pass.
-    """
-    frame = cast(FrameType | None, sys._getframe(1))
-    while frame is not None:
-        if {"stopping_criteria", "input_ids"} <= set(frame.f_code.co_varnames):
-            local = frame.f_locals
-            criteria, ids = local.get("stopping_criteria"), local.get("input_ids")
-            longest = getattr(criteria, "max_length", None)
-            if longest is not None and ids is not None:
-                return criteria, max(int(longest) - ids.shape[-1], 1)
-        frame = frame.f_back
-    return None, 1
