@@ -161,7 +161,7 @@ def tiny_hints(quality: dict[str, object]) -> Hints:
     ("lines", "problem"),
     [
         (['BENCH_EPSILON="1.02x"'], "1.02x"),
-        (['BENCH_BUDGET="HBM"'], "no TIER=SIZE"),
+        (['BENCH_BUDGET="HBM"'], "not TIER=SIZE"),
         (['BENCH_BUDGET="HBM=20KiB,SSD="'], "the smallest that works is HBM="),
         (['BENCH_BUDGET="HBM=1GiB"', "BENCH_PRECISION_INT4=y"], "a place for the originals"),
     ],
