@@ -25,7 +25,7 @@ from ..checkpoint.models import cast_weights, load_model, quiet_transformers
 from ..errors import InputError
 from ..evaluation.calibrate import DRAWS, CalibratedModel, calibrate_model, calibrated_hints
 from ..evaluation.kernel_error import measure_kernels
-from ..evaluation.oracle import check_additivity, progress_bar, rank_signals
+from ..evaluation.oracle import check_additivity, rank_signals
 from ..evaluation.predictions import Pair, Predictions, measuring_batches
 from ..files import check_writable
 from ..hints import Hints, load_hints, match_hints, save_hints
@@ -33,9 +33,10 @@ from ..precision.perturb import curve_precisions
 from ..precision.quality import Quality
 from ..precision.sensitivity import find_violations
 from ..precision.tolerance import LARGEST_TRUSTED_FACTOR
+from ..progress import progress_bar
 from ..text.parts import vocabulary_size
-from .cli import emit_json
-from .flags import parse_device
+from .cli import Parser, add_json_flag, emit
+from .flags import add_device_flag, add_hints_flag, add_model_flag, parse_device
 from .text_flags import add_text_flags, read_parts
 
 Fields = dict[str, Any]
@@ -47,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_numbers(args)
     output = args.output or args.tier_hints
     check_writable(output)
-    check_writable(args.json)
     device = parse_device(args.device)
     hints = load_hints(args.tier_hints)
     quiet_transformers(progress=sys.stderr.isatty())
@@ -100,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     document["seconds"] = round(time.perf_counter() - begin, 1)
     save_hints(calibrated, output)
-    _print(document)
-    emit_json(document, args.json)
+    emit(_table(document), document, args.json)
     return 0
 
 
@@ -152,16 +151,17 @@ def _row(pair: Pair, quality: Quality, found: CalibratedModel) -> Fields:
     }
 
 
-def _print(document: Fields) -> None:
+def _table(document: Fields) -> str:
     text, quality = document["text"], document["quality"]
-    print(
+    lines: list[str] = []
+    lines.append(
         f"Fisher information on {text['fisher_sequences']}, KL on {text['calibration_sequences']}, "
         f"{text['judging_sequences']} left to judge on, of {text['sequence_length']} tokens each: "
         f"{text['source']}"
     )
     columns = ["signal", "scale", "10 %", "90 %"]
     columns += ["rho", "worst rho within a precision"] if "spearman" in document else []
-    print("\n" + "  ".join(f"{column:>16}" for column in columns))
+    lines.append("\n" + "  ".join(f"{column:>16}" for column in columns))
     for signal in document.get("spearman") or document["calibration"]:
         fitted = document["calibration"].get(signal)
         cells = ["", "", ""] if fitted is None else [fitted["scale"], *fitted["band"]]
@@ -169,37 +169,38 @@ def _print(document: Fields) -> None:
             within = [row[signal] for row in document["within_precision"].values()]
             cells += [document["spearman"][signal], min(within)]
         shown = [f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells]
-        print("  ".join(f"{cell:>16}" for cell in [signal, *shown]))
+        lines.append("  ".join(f"{cell:>16}" for cell in [signal, *shown]))
     for row in document.get("additivity", []):
-        print(
+        lines.append(
             f"{row['plan']:>22}: KL {row['joint_kl']:.3g}, {row['joint_over_sum']:.2f} of the sum "
             f"of singles; on unseen text {row['judged_kl']:.3g}, predicted {row['predicted']:.3g} "
             f"({row['predicted_over_judged']:.2f}); perplexity {row['perplexity']:.2f}"
         )
     for signal, reason in document["missing"].items():
-        print(f"no {signal}: {reason}")
+        lines.append(f"no {signal}: {reason}")
     for step in document["violations"]:
-        print(
+        lines.append(
             f"{step['signal']} of {step['block']}: {step['coarser']} below {step['finer']}, "
             f"{step['reason']}"
         )
     if quality["unexercised"]:
-        print(
+        lines.append(
             f"not exercised by this text, so they stay as they are under an epsilon: "
             f"{', '.join(quality['unexercised'])}"
         )
-    print(f"\n{_guarantee(quality)}")
+    lines.append(f"\n{_guarantee(quality)}")
     if not quality["trustworthy"]:
-        print(
+        lines.append(
             "WARNING: predictions say little on this model: bounds are "
             f"{quality['conformal_factor']:.3g} times what is predicted, where "
             f"{LARGEST_TRUSTED_FACTOR:g} is a lot. More text and draws may help (--samples, "
             "--draws); or measure what is placed: attach(..., measure=)."
         )
-    print(
+    lines.append(
         f"Kernels cost up to {quality['kernels']['nats']:.2g} nats more "
         f"({quality['kernels']['name']}).\n"
     )
+    return "\n".join(lines)
 
 
 def _guarantee(quality: Fields) -> str:
@@ -223,16 +224,11 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Predict each block's KL per precision, calibrate it, write it to the hints.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
-    )
+    parser = Parser("Predict each block's KL per precision, calibrate it, write it to the hints.")
     default = "(default: %(default)s)"
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--model", required=True, help="folder or hub id of a causal LM checkpoint")
-    what.add_argument(
-        "--tier-hints", required=True, type=Path, metavar="FILE", help="hints of this model"
-    )
+    add_model_flag(what)
+    add_hints_flag(what, required=True)
     what.add_argument(
         "--draws",
         type=int,
@@ -245,13 +241,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="measure every block at every precision, and all together",
     )
-    what.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    add_device_flag(what)
     add_text_flags(parser, samples=192, use=", the three parts together")
     out = parser.add_argument_group("what is written")
     out.add_argument(
         "--output", type=Path, metavar="FILE", help="the hints (default: the file they came from)"
     )
-    out.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the JSON document here as well"
-    )
+    add_json_flag(out)
     return parser

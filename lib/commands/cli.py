@@ -1,16 +1,62 @@
-"""What every command shares: exit codes and the closing JSON line.
+"""What every command shares: one-line errors, exit codes, and how a result is given.
 
-Exit codes: 0 done; 1 the run failed; 2 the input was wrong (argparse uses 2 as well).
+A result is a table for people and a JSON document. On a terminal stdout gets the table alone;
+elsewhere the document follows it as the last line. ``--json FILE`` writes the document to a file,
+``--json -`` gives it alone on stdout, and the table on stderr.
+
+Exit codes: 0 done; 1 the run failed; 2 the input was wrong; 130 interrupted (Ctrl-C).
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import InputError, PlacementError
-from ..files import write_json
+from ..files import check_writable, write_json
+
+STDOUT = Path("-")
+EPILOG = (
+    "Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted. Where stdout is no terminal, "
+    "the last line is the result as JSON."
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of flags whose errors are one line."""
+
+    def __init__(self, description: str, *, epilog: str = "") -> None:
+        super().__init__(description=description, epilog=f"{epilog} {EPILOG}".strip())
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and exit with 2."""
+        self.exit(2, f"error: {message} ({self.prog} --help)\n")
+
+
+def add_json_flag(parser: argparse._ActionsContainer) -> None:
+    """Add ``--json``."""
+    parser.add_argument(
+        "--json",
+        type=_json_file,
+        metavar="FILE",
+        help="write the result as JSON to a file, or with - to stdout, instead of the table",
+    )
+
+
+def emit(table: str, document: Any, path: Path | None = None) -> None:
+    """Give a result: its table, and its document where the flags and stdout want it."""
+    print(table.rstrip("\n"), file=sys.stderr if path == STDOUT else sys.stdout, flush=True)
+    emit_json(document, path)
+
+
+def emit_json(document: Any, path: Path | None = None) -> None:
+    """Give a result whose table is printed already."""
+    if path is not None and path != STDOUT:
+        write_json(document, path)
+    if path == STDOUT or not sys.stdout.isatty():
+        print(json.dumps(document, allow_nan=False), flush=True)
 
 
 def run_main(main: Callable[[], int | None]) -> int:
@@ -30,14 +76,17 @@ def run_main(main: Callable[[], int | None]) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 1
+        return 130
 
 
-def emit_json(document: Any, path: Path | None = None) -> None:
-    """Print the result as the last line of stdout and, if a path is given, write it there too."""
-    if path is not None:
-        write_json(document, path)
-    print(json.dumps(document, allow_nan=False), flush=True)
+def _json_file(name: str) -> Path:
+    path = Path(name)
+    try:
+        if path != STDOUT:
+            check_writable(path)
+    except InputError as error:  # argparse would hide its text
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def _one_line(error: BaseException) -> str:

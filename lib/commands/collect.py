@@ -18,10 +18,12 @@ from typing import Any
 from ..errors import InputError
 from ..files import check_writable
 from ..hints import Hints, save_hints
+from ..progress import progress_bar
 from ..text.files import find_text_files, make_sequences, read_chunks
 from ..units import format_bytes, parse_thresholds
 from ..vocabulary import Tier
-from .cli import emit_json
+from .cli import Parser, add_json_flag, emit
+from .flags import add_device_flag, add_model_flag, parse_device
 
 _COUNTS = ("labels", "tokens", "sequences", "draws")
 """What the result takes from the provenance, where the signal has it."""
@@ -38,18 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed} is out of range: give 0 to {2**63 - 1}")
-    for path in (args.output, args.save_diagonal, args.json):
+    for path in (args.output, args.save_diagonal):
         check_writable(path)
     files = find_text_files(args.data)
 
     import torch
-    from tqdm import tqdm
 
     from ..checkpoint.models import cast_weights, load_model, quiet_transformers
     from ..signals import FisherTrace, save_fisher_diagonal, signal_hints
     from ..signals.interface import SIGNALS
     from ..text.held_out import load_tokenizer, sequence_length
-    from .flags import parse_device
 
     device = parse_device(args.device)
     kind = SIGNALS[args.signal]
@@ -86,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     model.to(device)
     begin = time.perf_counter()
-    with tqdm(
-        total=args.samples, desc=signal.name, unit="seq", disable=not sys.stderr.isatty()
-    ) as bar:
+    with progress_bar(args.samples, signal.name, unit="seq") as bar:
         found = signal.measure(
             model.eval(), torch.split(tokens, args.batch_size), progress=bar.update
         )
@@ -115,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     save_hints(hints, args.output)
     tiers = summarize_tiers(hints, found.mass)
-    _print_table(hints, tiers, "Fisher information" if fisher else signal.name)
-    emit_json(
+    emit(
+        _table(hints, tiers, "Fisher information" if fisher else signal.name),
         {
             "output": str(args.output),
             "diagonal": None if args.save_diagonal is None else str(args.save_diagonal),
@@ -153,22 +151,23 @@ def summarize_tiers(hints: Hints, mass: Mapping[str, float]) -> dict[str, dict[s
     return tiers
 
 
-def _print_table(hints: Hints, tiers: dict[str, dict[str, float]], signal: str) -> None:
+def _table(hints: Hints, tiers: dict[str, dict[str, float]], signal: str) -> str:
     width = max(21, len(signal) + 3)
-    print(f"{'tier':<6}{'blocks':>8}{'weights':>14}{signal:>{width}}")
+    lines = [f"{'tier':<6}{'blocks':>8}{'weights':>14}{signal:>{width}}"]
     for tier, entry in tiers.items():
         size = format_bytes(entry["bytes"])
-        print(f"{tier:<6}{entry['blocks']:>8}{size:>14}{entry['share']:>{width - 1}.1%} ")
+        lines.append(f"{tier:<6}{entry['blocks']:>8}{size:>14}{entry['share']:>{width - 1}.1%} ")
     ranked = sorted(hints.blocks.items(), key=lambda item: item[1].rank or len(hints.blocks))
-    print("\nmost important per weight: " + ", ".join(name for name, _ in ranked[:3]))
-    print("least important per weight: " + ", ".join(name for name, _ in ranked[-3:]) + "\n")
+    lines += ["", "most important per weight: " + ", ".join(name for name, _ in ranked[:3])]
+    lines += ["least important per weight: " + ", ".join(name for name, _ in ranked[-3:])]
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    parser = Parser(__doc__.split("\n\n")[0].strip())
     default = "(default: %(default)s)"
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--model", required=True, help="hub id or folder of a causal LM checkpoint")
+    add_model_flag(what)
     what.add_argument(
         "--signal",
         default="fisher_trace",
@@ -205,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help=f"of the choice of text and of the labels {default}"
     )
     how = parser.add_argument_group("how it is computed")
-    how.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    add_device_flag(how)
     how.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -238,7 +237,5 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="also write the Fisher diagonal, per weight, as safetensors in float32",
     )
-    out.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the last line, the result, here"
-    )
+    add_json_flag(out)
     return parser

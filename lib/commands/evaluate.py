@@ -19,24 +19,30 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ..blocks.faults import find_fault
 from ..checkpoint.models import load_model, quiet_transformers
 from ..errors import InputError
 from ..evaluation.predictions import measuring_batches
-from ..files import check_writable
 from ..hints import load_hints
 from ..precision.floors import parse_epsilon
 from ..precision.quality import Quality, QualityMeter
+from ..progress import show_progress
 from ..signals.summary import causal_logits, dtype_names
 from ..text.held_out import load_tokenizer
 from ..text.parts import vocabulary_size
 from ..tiering import attach
 from ..tiering.planning.budget import read_budget
-from ..vocabulary import Precision
-from .cli import emit_json
-from .flags import parse_device
+from .cli import Parser, add_json_flag, emit
+from .flags import (
+    add_budget_flag,
+    add_device_flag,
+    add_hints_flag,
+    add_model_flag,
+    add_precision_flags,
+    parse_device,
+    planned_precision,
+)
 from .text_flags import add_text_flags, read_held_out
 
 HARNESS = "lm_eval"
@@ -48,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and emit; returns the exit code."""
     args = _parser().parse_args(argv)
     _check(args)
-    check_writable(args.json)
     device = parse_device(args.device)
     quiet_transformers(progress=sys.stderr.isatty())
     hints = None if args.tier_hints is None else load_hints(args.tier_hints)
@@ -71,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model,
             hints,
             budget=None if args.budget is None else read_budget(args.budget),
-            precision=args.precision,
+            precision=planned_precision(args.precision),
             epsilon=args.epsilon,
             device=device,
         ) as runtime:
@@ -98,15 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         **quality.to_json(),
         "tasks": tasks or None,
     }
-    _print(document)
-    emit_json(document, args.json)
+    emit(_table(document), document, args.json)
     return 0
 
 
 def save_reference(model: torch.nn.Module, batches: Sequence[Tensor], folder: Path) -> None:
     """Write the model's logits, a file per batch: all of them need not fit in memory."""
     with torch.inference_mode():
-        for index, ids_BT in enumerate(_show(batches, "full model")):
+        for index, ids_BT in enumerate(show_progress(batches, "full model", total=len(batches))):
             logits_BTV = causal_logits(model, ids_BT).cpu().contiguous()
             if not bool(logits_BTV.isfinite().all()):
                 fault = find_fault(model) or "they overflow in this dtype"
@@ -120,7 +124,7 @@ def compare_with_reference(
     """Compare the model with what ``save_reference`` wrote."""
     meter = QualityMeter()
     with torch.inference_mode():
-        for index, ids_BT in enumerate(_show(batches, "as placed")):
+        for index, ids_BT in enumerate(show_progress(batches, "as placed", total=len(batches))):
             reference_BTV = load_file(folder / f"{index}.safetensors")["logits"].to(ids_BT.device)
             meter.add(ids_BT, reference_BTV, causal_logits(model, ids_BT))
     return meter.result()
@@ -154,30 +158,27 @@ def run_tasks(model: Any, args: argparse.Namespace) -> Fields:
     }
 
 
-def _print(document: Mapping[str, Any]) -> None:
+def _table(document: Mapping[str, Any]) -> str:
+    lines: list[str] = []
     interval = document["kl_interval"]
     spread = "" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g}, 95 %)"
     ratio = document["perplexity"] / document["reference_perplexity"] - 1
-    print(f"text            {document['text']['source']}")
-    print(f"                {document['sequences']} sequences, {document['tokens']} tokens")
-    print(f"perplexity      {document['reference_perplexity']:.4f} full")
-    print(f"                {document['perplexity']:.4f} as placed ({ratio:+.2%})")
-    print(f"KL(full || it)  {document['kl_nats']:.4g} nats per token{spread}")
+    lines.append(f"text            {document['text']['source']}")
+    lines.append(f"                {document['sequences']} sequences, {document['tokens']} tokens")
+    lines.append(f"perplexity      {document['reference_perplexity']:.4f} full")
+    lines.append(f"                {document['perplexity']:.4f} as placed ({ratio:+.2%})")
+    lines.append(f"KL(full || it)  {document['kl_nats']:.4g} nats per token{spread}")
     if document["epsilon"] is not None:
-        print(
+        lines.append(
             f"                {document['predicted_nats']:.4g} predicted, at most "
             f"{document['bound_nats']:.4g} by its bound; epsilon {document['epsilon']}"
         )
-    print(f"same top token  {document['top1_agreement']:.2%}")
+    lines.append(f"same top token  {document['top1_agreement']:.2%}")
     for task, scores in ((document["tasks"] or {}).get("ours") or {}).items():
         for metric, value in scores.items():
             full = document["tasks"]["full"][task][metric]
-            print(f"{task} {metric}: {full:.4g} full, {value:.4g} as placed")
-    print()
-
-
-def _show(batches: Sequence[Tensor], name: str) -> "tqdm[Tensor]":
-    return tqdm(batches, desc=name, disable=not sys.stderr.isatty(), leave=False)
+            lines.append(f"{task} {metric}: {full:.4g} full, {value:.4g} as placed")
+    return "\n".join(lines)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -196,31 +197,13 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Measure perplexity, KL and top-1 agreement of a placed, compressed model.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
-    )
-    default = "(default: %(default)s)"
+    parser = Parser("Measure perplexity, KL and top-1 agreement of a placed, compressed model.")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, help="folder or hub id of a causal LM checkpoint")
-    model.add_argument("--tier-hints", type=Path, metavar="FILE", help="hints of this model")
-    model.add_argument(
-        "--budget",
-        metavar="TIER=SIZE,...",
-        help="place by bytes per tier, not by the hints: HBM=700MiB,SSD= (no size: no limit)",
-    )
-    model.add_argument(
-        "--precision",
-        choices=[str(precision) for precision in Precision],
-        help="hold the weights so, or at their floor (default: as they are, lossless)",
-    )
-    model.add_argument(
-        "--epsilon",
-        metavar="BOUND",
-        help="hold the weights so that precision costs at most this: nats per token (0.02), or a "
-        "perplexity ratio (ppl=1.02); needs calibrated hints (default: no bound)",
-    )
-    model.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    add_model_flag(model)
+    add_hints_flag(model)
+    add_budget_flag(model, otherwise="each block goes where the hints say")
+    add_precision_flags(model)
+    add_device_flag(model)
     add_text_flags(parser, samples=64, use="")
     tasks = parser.add_argument_group("lm-evaluation-harness")
     tasks.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks to run, full and placed")
@@ -228,7 +211,5 @@ def _parser() -> argparse.ArgumentParser:
         "--task-folder", type=Path, metavar="DIR", help="a folder with more task definitions (YAML)"
     )
     tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task, at most")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the JSON document here as well"
-    )
+    add_json_flag(parser)
     return parser

@@ -26,7 +26,8 @@ from ..export import (
 )
 from ..files import check_writable, write_bytes
 from ..hints import Hints, load_hints
-from .cli import emit_json
+from .cli import Parser, add_json_flag, emit
+from .flags import add_hints_flag
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in export.lost:
         print(f"not expressed: {line}", file=sys.stderr)
     paths = [str(args.output / name) for name in export.files]
-    print("\n".join([*(f"wrote {path}" for path in paths), "", *export.commands, ""]))
     document = {
         "to": args.to,
         "files": paths,
@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "commands": list(export.commands),
         "not_expressed": list(export.lost),
     }
-    emit_json(document, args.json)
+    emit(
+        "\n".join([*(f"wrote {path}" for path in paths), "", *export.commands]), document, args.json
+    )
     return 0
 
 
@@ -80,8 +82,7 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--bits goes with --to {' or '.join(_WITH_BITS)}, not {args.to}")
         if not (math.isfinite(args.bits) and 0 < args.bits <= 32):
             raise InputError(f"--bits {args.bits} is out of range: give more than 0, at most 32")
-    for path in (args.output / "file", args.json):
-        check_writable(path)
+    check_writable(args.output / "file")
 
 
 def _model_of(hints: Hints) -> str:
@@ -133,15 +134,14 @@ def _read_checkpoint(name: str) -> "tuple[nn.Module | None, str | None]":
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Write tier hints in the format of another tool.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. What the tool can't express is said "
-        "on stderr; the last line of stdout is JSON.",
+    parser = Parser(
+        "Write tier hints in the format of another tool.",
+        epilog="What the tool can't express is said on stderr.",
     )
     default = "(default: %(default)s)"
     what = parser.add_argument_group("what is exported")
     what.add_argument("--to", required=True, choices=[*_EXPORTS, "imatrix"], help="the tool")
-    what.add_argument("--tier-hints", type=Path, required=True, metavar="FILE", help="the hints")
+    add_hints_flag(what, required=True)
     what.add_argument(
         "--model",
         metavar="DIR",
@@ -171,7 +171,5 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--output", type=Path, default=Path("export"), metavar="DIR", help=f"folder {default}"
     )
-    out.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the last line, the result, here"
-    )
+    add_json_flag(out)
     return parser

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import check_writable
@@ -21,6 +20,7 @@ from ..machine import (
     machine_to_json,
     save_machine,
 )
+from ..progress import show_progress
 from ..tiering.probe.compute import measure_compute
 from ..tiering.probe.lanes import Lane, open_lanes
 from ..tiering.probe.links import UNIT_SIZES, Point, make_profile, time_lanes
@@ -32,7 +32,7 @@ from ..tiering.stores import (
     total_memory,
 )
 from ..units import GB, GIB, MIB, format_bytes, format_seconds, parse_bytes
-from .cli import emit_json
+from .cli import Parser, add_json_flag, emit
 
 _QUICK_BYTES = 128 * MIB
 _QUICK_LARGEST = 16 * MIB
@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(
             f"{MACHINE_VARIABLE} is empty, so no machine file is read: unset it, or give --output"
         )
-    for path in (args.json, output):
-        check_writable(path)
+    check_writable(output)
     sizes = [size for size in UNIT_SIZES if not args.quick or size <= _QUICK_LARGEST]
     file_bytes = _choose_file_bytes(args.size, args.quick, max(sizes))
     repeats = args.repeats or (3 if args.quick else 15)
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         numa_node=args.numa_node,
     )
     try:
-        rounds = tqdm(range(repeats), desc="probing", unit="round", disable=None)
+        rounds = show_progress(range(repeats), "probing", total=repeats, unit="round")
         points = time_lanes(lanes, sizes, rounds)
     finally:
         for lane in lanes:
@@ -69,10 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     compute = measure_compute(device, rounds=repeats)
     machine = make_profile(args.name or machine_name(device), lanes, points, compute)
     save_machine(machine, output)
-    print_table(machine, lanes, points)
     used = "used by every plan from now on" if output == machine_path() else "give it as --machine"
-    print(f"\nWritten: {output} ({used})\n")
-    emit_json(
+    emit(
+        f"{probe_table(machine, lanes, points)}\n\nWritten: {output} ({used})",
         {
             "machine": machine_to_json(machine),
             "points": {str(tier): [asdict(p) for p in found] for tier, found in points.items()},
@@ -102,28 +100,30 @@ def machine_name(device: torch.device) -> str:
     return f"{cpu_name()}, {torch.cuda.get_device_name(device)}"
 
 
-def print_table(
+def probe_table(
     machine: MachineProfile, lanes: Iterable[Lane], points: dict[Any, list[Point]]
-) -> None:
-    """Print what was measured of each tier, per size of unit."""
-    print(f"{'tier':5} {'what':22} {'capacity':>11} {'setup':>9} {'GB/s':>7}   measured, per unit")
+) -> str:
+    """Return what was measured of each tier, per size of unit."""
+    lines = [
+        f"{'tier':5} {'what':22} {'capacity':>11} {'setup':>9} {'GB/s':>7}   measured, per unit"
+    ]
     for lane in lanes:
         spec, capacity = machine.tiers[lane.tier], machine.capacity_bytes.get(lane.tier)
-        print(
+        lines.append(
             f"{lane.tier:5} {lane.name:22} {format_bytes(capacity) if capacity else 'unknown':>11} "
             f"{format_seconds(spec.setup_us * 1e-6):>9} {spec.bandwidth_gb_s:7.2f}"
         )
         for point in points[lane.tier]:
             fitted = spec.transfer_seconds(point.num_bytes)
-            print(
+            lines.append(
                 f"{'':5} {format_bytes(point.num_bytes):>22} {format_seconds(point.median_s):>11} "
                 f"median {format_seconds(point.p95_s):>9} p95, n={point.n}, "
                 f"{point.num_bytes / point.median_s / GB:.2f} GB/s, "
                 f"fit {fitted / point.median_s - 1:+.0%}"
             )
-    print(f"\n{'compute, products with one row':39} " + "Gweights/s")
-    for precision, rate in machine.compute.items():
-        print(f"{'':5} {precision:33} {rate / 1e9:10.2f}")
+    lines += ["", f"{'compute, products with one row':39} Gweights/s"]
+    lines += [f"{'':5} {p:33} {rate / 1e9:10.2f}" for p, rate in machine.compute.items()]
+    return "\n".join(lines)
 
 
 def _choose_file_bytes(size: str | None, quick: bool, largest: int) -> int:
@@ -145,7 +145,7 @@ def _repeats(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--output",
         type=Path,
@@ -180,7 +180,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="a rough measurement in a few seconds, for tests"
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the JSON document here too"
-    )
+    add_json_flag(parser)
     return parser

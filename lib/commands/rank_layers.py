@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..files import check_writable, write_json
 from ..vocabulary import Precision
-from .cli import emit_json
+from .cli import Parser, add_json_flag, emit
+from .flags import add_device_flag, add_model_flag, parse_device
+from .text_flags import add_text_flags, read_held_out
 
 if TYPE_CHECKING:
     from ..signals.kv import KvLayer, RoundTrip
@@ -29,25 +31,20 @@ BATCH = 8
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments, measure, write the ranking and print the result."""
     args = _parser().parse_args(argv)
-    if args.sequences < 1:
-        raise InputError(f"--sequences {args.sequences} must be at least 1")
+    if args.samples < 1:
+        raise InputError(f"--samples {args.samples} must be at least 1")
     check_writable(args.output)
-    check_writable(args.json)
 
     import torch
 
     from ..checkpoint.models import load_model, quiet_transformers
     from ..signals.kv import collect_kv_fisher
-    from ..text.held_out import load_heldout
-    from .flags import parse_device
 
     quiet_transformers(progress=sys.stderr.isatty())
     device = parse_device(args.device)
     model: Any = load_model(args.model)
-    text = load_heldout(
-        args.model, vocab_size=model.config.vocab_size, length=context_length(model)
-    )
-    tokens = text.tokens[: args.sequences]
+    text = read_held_out(args, model)
+    tokens = text.tokens
     layers = collect_kv_fisher(
         model.to(device),
         torch.split(tokens, BATCH),
@@ -62,14 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **ranking_document(layers),
     }
     write_json(document, args.output)
-    print_ranking(layers)
-    emit_json({"output": str(args.output), **document}, args.json)
+    emit(ranking_table(layers), {"output": str(args.output), **document}, args.json)
     return 0
-
-
-def context_length(model: Any) -> int:
-    """Return the tokens per sequence to measure with: the model's context, at most 512."""
-    return min(512, getattr(model.config, "max_position_embeddings", None) or 512)
 
 
 def codec_round_trips(precisions: Sequence[Precision]) -> "dict[str, RoundTrip]":
@@ -99,37 +90,28 @@ def ranking_document(layers: "Sequence[KvLayer]") -> dict[str, Any]:
     }
 
 
-def print_ranking(layers: "Sequence[KvLayer]") -> None:
-    """Print the ranking for a person."""
+def ranking_table(layers: "Sequence[KvLayer]") -> str:
+    """Return the ranking for a person."""
     names = list(layers[0].damage)
-    print(f"{'layer':<6}{'block':<28}{'keys':>10}{'values':>10}  Fisher trace per token")
+    lines = [f"{'layer':<6}{'block':<28}{'keys':>10}{'values':>10}  Fisher trace per token"]
     for layer in sorted(layers, key=lambda layer: layer.trace):
         costs: Mapping[str, Any] = layer.damage
         text = ", ".join(f"{name} {costs[name].total:.2g}" for name in names)
-        print(
+        lines.append(
             f"{layer.layer:<6}{layer.block:<28}{layer.keys_trace:>10.3g}{layer.values_trace:>10.3g}"
             f"  predicted KL: {text}"
         )
-    print()
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip())
+    parser = Parser(__doc__.split("\n\n")[0].strip())
     default = "(default: %(default)s)"
-    parser.add_argument("--model", required=True, help="hub id or folder of a causal LM checkpoint")
-    parser.add_argument(
-        "--sequences",
-        type=int,
-        default=32,
-        metavar="N",
-        help=f"sequences of held-out text {default}",
-    )
-    parser.add_argument("--seed", type=int, default=0, help=f"of the sampled labels {default}")
-    parser.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
+    add_model_flag(parser)
+    add_device_flag(parser)
+    add_text_flags(parser, samples=32, use="")
     parser.add_argument(
         "--output", type=Path, default=Path("layer_ranking.json"), metavar="FILE", help=default
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the last line, the result, here"
-    )
+    add_json_flag(parser)
     return parser

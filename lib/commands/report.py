@@ -17,7 +17,7 @@ from ..report.benchmark_plots import plot_latency, plot_memory
 from ..report.page import render_page
 from ..report.plots import attention_traces, plot_attention, plot_importance, plot_loss, plot_tiers
 from ..report.run import Missing, Run, load_run
-from .cli import emit_json
+from .cli import Parser, add_json_flag, emit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,13 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     output = args.output or args.run / "report.html"
     run = load_run(args.run)
-    for path in (output, args.json):
-        check_writable(path)
+    check_writable(output)
     pictures = draw_pictures(run)
     write_text(render_page(run, pictures), output)
     for missing in run.missing:
         print(f"missing: {missing.part}: {missing.problem}", file=sys.stderr)
-    print(f"report: {output}")
     document = {
         "report": str(output),
         "pictures": {name: str(path) for name, path in pictures.items()},
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "unigram_entropy_nats": run.unigram_entropy,
         "missing": [missing.part for missing in run.missing],
     }
-    emit_json(document, args.json)
+    emit(f"report: {output}", document, args.json)
     return 0
 
 
@@ -74,15 +72,10 @@ def draw_pictures(run: Run) -> dict[str, Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Write a run's report.html: one page with plots, facts and benchmark.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
-    )
+    parser = Parser("Write a run's report.html: one page with plots, facts and benchmark.")
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run: runs/<name>")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="page to write (default: RUN_DIR/report.html)"
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the last line's JSON here as well"
-    )
+    add_json_flag(parser)
     return parser

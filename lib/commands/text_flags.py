@@ -1,11 +1,13 @@
 """The text that a command measures on: its flags, how it is read, and the parts it is cut into."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..text.held_out import HeldOutText, read_text, sequence_length
-from ..text.parts import PARTS, TextParts, cut_parts, vocabulary_size
+
+if TYPE_CHECKING:
+    from ..text.held_out import HeldOutText
+    from ..text.parts import TextParts
 
 
 def add_text_flags(parser: argparse.ArgumentParser, *, samples: int, use: str) -> None:
@@ -36,8 +38,11 @@ def add_text_flags(parser: argparse.ArgumentParser, *, samples: int, use: str) -
     )
 
 
-def read_held_out(args: argparse.Namespace, model: Any) -> HeldOutText:
+def read_held_out(args: argparse.Namespace, model: Any) -> "HeldOutText":
     """Return the sequences that the flags ask for, in the model's vocabulary and context."""
+    from ..text.held_out import read_text, sequence_length
+    from ..text.parts import vocabulary_size
+
     return read_text(
         args.model,
         args.data,
@@ -48,8 +53,10 @@ def read_held_out(args: argparse.Namespace, model: Any) -> HeldOutText:
     )
 
 
-def read_parts(args: argparse.Namespace, model: Any) -> TextParts:
+def read_parts(args: argparse.Namespace, model: Any) -> "TextParts":
     """Return what the flags ask for in three parts; InputError for fewer than two each."""
+    from ..text.parts import PARTS, cut_parts
+
     text = read_held_out(args, model)
     if len(text.tokens) < 2 * PARTS:
         raise InputError(

@@ -14,18 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..checkpoint.models import quiet_transformers
 from ..errors import InputError
 from ..files import check_writable
 from ..machine import MachineProfile, TierSpec, machine_to_json
+from ..progress import show_progress
 from ..report.what_if_plots import plot_what_if
 from ..tiering import Planned, plan
 from ..units import format_bytes, parse_bytes
 from ..vocabulary import Precision, Tier
-from .cli import emit_json
-from .flags import add_model_flags, planned_device, planned_machine, planned_precision
+from .cli import Parser, add_json_flag, emit
+from .flags import add_planning_flags, planned_device, planned_machine, planned_precision
 
 LINK_TIERS = [tier for tier in Tier if tier is not Tier.HBM]
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
@@ -34,8 +33,7 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep, print and plot; returns the exit code."""
     args = _parser().parse_args(argv)
-    for path in (args.json, args.plot):
-        check_writable(path)
+    check_writable(args.plot)
     bandwidths = read_bandwidths(args.bandwidth)
     machine = planned_machine(args.machine)
     tier = Tier(args.tier)
@@ -69,15 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "resident_tokens_per_s": resident,
         "rows": rows,
     }
-    print(
+    table = (
         f"{args.model}, {args.precision}, {format_bytes(whole.weight_bytes)}: predicted tokens per "
-        f"second, weights in HBM and {tier}\n"
+        f"second, weights in HBM and {tier}\n\n{_table(rows, resident)}"
     )
-    print(_table(rows, resident), end="\n\n")
     if args.plot is not None:
         plot_what_if(document, args.plot)
-        print(f"plot: {args.plot}\n")
-    emit_json(document, args.json)
+        table += f"\n\nplot: {args.plot}"
+    emit(table, document, args.json)
     return 0
 
 
@@ -99,7 +96,7 @@ def sweep(
     assert smallest is not None
     rows = []
     for label, size in budgets:
-        for machine in tqdm(machines, desc=f"HBM={label}", leave=False, disable=None):
+        for machine in show_progress(machines, f"HBM={label}", total=len(machines)):
             row: dict[str, Any] = {
                 "budget": label,
                 "hbm_bytes": size,
@@ -183,13 +180,17 @@ def _table(rows: Sequence[dict[str, Any]], resident: float) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Predict tokens per second over bandwidth and budget, for machines that may "
-        "not exist.",
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong input. The last line of stdout is JSON.",
+    parser = Parser(
+        "Predict tokens per second over bandwidth and budget, for machines that may not exist."
     )
-    add_model_flags(parser)
+    add_planning_flags(parser)
     sweep_flags = parser.add_argument_group("sweep")
+    sweep_flags.add_argument(
+        "--precision",
+        choices=["lossless", *map(str, Precision)],
+        default="lossless",
+        help="of all matrices, though none below its floor (default: %(default)s)",
+    )
     sweep_flags.add_argument(
         "--tier",
         choices=list(map(str, LINK_TIERS)),
@@ -217,7 +218,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--plot", type=Path, metavar="FILE", help="PNG to draw")
-    output.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the last line's JSON here as well"
-    )
+    add_json_flag(output)
     return parser

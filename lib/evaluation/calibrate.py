@@ -21,7 +21,8 @@ from ..precision.tolerance import (
     in_nats,
     tolerance_limit,
 )
-from .oracle import measure, progress_bar
+from ..progress import progress_bar
+from .oracle import measure
 from .predictions import (
     Pair,
     Predictions,

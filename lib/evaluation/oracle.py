@@ -1,11 +1,9 @@
 """The ground truth: every block at every precision measured, and how well signals predict it."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..precision.allocate import allocate_precisions
 from ..precision.plans import predicted_kl
@@ -13,6 +11,7 @@ from ..precision.quality import Quality, measure_perturbations
 from ..precision.sensitivity import Curves
 from ..precision.sizes import PrecisionMap, stored_sizes
 from ..precision.tolerance import spearman
+from ..progress import progress_bar
 from ..vocabulary import Precision
 from .predictions import Pair, Predictions
 
@@ -110,8 +109,3 @@ def check_additivity(
             }
         )
     return rows
-
-
-def progress_bar(total: int, name: str) -> "tqdm[Any]":
-    """Return a bar on stderr, shown on a terminal alone."""
-    return tqdm(total=total, desc=name, disable=not sys.stderr.isatty(), leave=False)

@@ -4,6 +4,7 @@ Whatever is wrong with what the user names raises InputError with one line.
 """
 
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def read_text(
     """Return at most ``count`` sequences of the user's text, or of ``load_heldout`` without one.
 
     The user's text is drawn from all over its files by ``seed``. What a short one lacks is said on
-    stdout; the caller decides how few are too few.
+    stderr; the caller decides how few are too few.
     """
     if data is None:
         text = load_heldout(model, vocab_size=vocab_size, length=length)
@@ -123,7 +124,10 @@ def read_text(
     tokenizer = load_tokenizer(model)
     tokens = make_sequences(tokenizer, chunks, length=length, count=count, data=data)
     if len(tokens) < count:
-        print(f"{data} holds {len(tokens)} sequences of {length} tokens, not {count}: all are used")
+        print(
+            f"{data} holds {len(tokens)} sequences of {length} tokens, not {count}: all are used",
+            file=sys.stderr,
+        )
     return HeldOutText(tokens=tokens, source=data)
 
 

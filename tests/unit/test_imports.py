@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"errors"},
     {"vocabulary", "units", "files", "registry"},
-    {"kconfig"},
+    {"kconfig", "progress"},
     {"config", "blocks"},
     {"hints", "machine"},
     {"codecs"},

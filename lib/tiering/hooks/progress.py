@@ -1,4 +1,4 @@
-"""Bars for slow work, on a terminal only: placing weights, and passes that stream for long.
+"""Bars for slow work: placing weights and, on a terminal, passes that stream for long.
 
 A forward knows its own bytes. Inside transformers' ``generate`` the bar is that of the whole
 generation, whose arguments say how many passes it may take.
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
+
+from ...progress import progress_bar
 
 _DELAY_SECONDS = 2.0
 """What is over sooner shows no bar."""
@@ -18,10 +19,10 @@ _LENGTHS = ("max_new_tokens", "max_length")
 
 
 @contextlib.contextmanager
-def placing_bar(num_bytes: int) -> Iterator[Callable[[int], None]]:
+def placing_bar(num_bytes: int) -> Iterator[Callable[[int], object]]:
     """Show the bytes placed so far and the time to go; yields what is told of more bytes."""
-    with _bar("placing weights", num_bytes, delay=0.0) as bar:
-        yield lambda more: bar.update(more) and None
+    with progress_bar(num_bytes, "placing weights", unit="B") as bar:
+        yield bar.update
 
 
 class PassBar:
@@ -50,7 +51,7 @@ class PassBar:
         if not (self._num_passes and self._bar is not None):
             self.close()
             total = num_bytes * max(self._num_passes, 1)
-            self._bar = _bar("streaming weights", total, delay=_DELAY_SECONDS)
+            self._bar = progress_bar(total, "streaming weights", unit="B", delay=_DELAY_SECONDS)
 
     def update(self, num_bytes: int) -> None:
         """Say that more bytes have come."""
@@ -79,16 +80,3 @@ def count_passes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     given = ids.shape[-1] if isinstance(ids, Tensor) and ids.dim() == 2 else 0
     longest = named["max_length"]
     return max(longest - given, 1) if isinstance(longest, int) else 1
-
-
-def _bar(what: str, num_bytes: int, *, delay: float) -> Any:
-    return tqdm(
-        total=num_bytes,
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        delay=delay,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )

@@ -54,7 +54,7 @@ class Residency:
         schedule: Sequence[Step],
         moves: Sequence[str],
         *,
-        progress: Callable[[int], None] = lambda num_bytes: None,
+        progress: Callable[[int], object] = lambda num_bytes: None,
     ) -> None:
         """Carry a plan out: slots go, blocks move one after the other, slots are made anew.
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.commands.cli import emit_json, run_main
-from lib.commands.rank_layers import BATCH, codec_round_trips, context_length, ranking_document
+from lib.commands.rank_layers import BATCH, codec_round_trips, ranking_document
 from lib.errors import InputError
 from lib.files import check_writable
 from lib.vocabulary import Precision
@@ -80,10 +80,12 @@ def compare_model(name: str, num_sequences: int, *, seed: int) -> dict[str, Any]
     """Return what one model's cache loses under every way of choosing."""
     from lib.checkpoint.models import load_model
     from lib.signals.kv import collect_kv_fisher
-    from lib.text.held_out import load_heldout
+    from lib.text.held_out import load_heldout, sequence_length
 
     model: Any = load_model(name)
-    text = load_heldout(name, vocab_size=model.config.vocab_size, length=context_length(model))
+    text = load_heldout(
+        name, vocab_size=model.config.vocab_size, length=sequence_length(model.config, None)
+    )
     tokens = text.tokens[:: max(1, len(text.tokens) // num_sequences)][:num_sequences]
     if len(tokens) < 4:
         raise InputError(f"held-out text ({text.source}) has {len(tokens)} sequences, 4 are needed")
