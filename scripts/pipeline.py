@@ -29,6 +29,8 @@ CONTENTS = {
     "benchmark_emulated.json": "what emulated tiers cost",
     "benchmark_real.json": "what real offload costs and saves",
     "fisher_diag.safetensors": "the Fisher information of every parameter",
+    "frontier.json": "fast memory, tokens per second and KL of the model held in many ways",
+    "frontier.png": "the picture of it",
     "allocations.json": "allocations of precision at equal bytes",
     "kv_cache.json": "caches whose layers have different precisions",
     "layers.json": "the layers, least sensitive first",
@@ -70,10 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code
     print_contents(config)
     if documents:
-        from lib.report import benchmark_table
-
-        print(f"\n{benchmark_table(documents)}")
+        print(f"\n{closing_table(config, documents)}")
     return 0
+
+
+def closing_table(config: Config, documents: list[Any]) -> str:
+    """Return what the run is about: the frontier if it was measured, else the benchmarks."""
+    if config.bench.frontier:
+        from lib.report.frontier import frontier_table
+
+        path = config.run.directory / "frontier.json"
+        picture = config.run.directory / "frontier.png"
+        table = frontier_table(json.loads(path.read_text(encoding="utf-8")))
+        return f"{table}\nthe same as a picture: {picture}" if picture.exists() else table
+    from lib.report import benchmark_table
+
+    return benchmark_table(documents)
 
 
 def configured_stages(config: Config) -> list[str]:
@@ -184,6 +198,11 @@ def compare_uses(config: Config, checkpoint: Path) -> None:
     """Put the signals to use in the other ways that are wanted, and print what each is worth."""
     folder, model = config.run.directory, ["--model", str(checkpoint)]
     commands = []
+    if config.bench.frontier:
+        calibrate(config, checkpoint)
+        flags = ["--tier-hints", str(config.hints_path), "--device", config.run.device]
+        flags += ["--json", str(folder / "frontier.json")]
+        commands.append(["lib.commands", "frontier", *model, *flags])
     if config.bench.allocations:
         calibrate(config, checkpoint)
         flags = ["--tier-hints", str(config.hints_path), "--device", config.run.device]
@@ -196,7 +215,8 @@ def compare_uses(config: Config, checkpoint: Path) -> None:
         commands.append(["lib.commands", "rank-layers", *model, *flags])
     for command in commands:
         text, _ = run_command(command)
-        print(text)
+        if "frontier" not in command:  # it closes the run
+            print(text)
 
 
 def calibrate(config: Config, checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import check_writable, write_text
 from ..report.benchmark_plots import plot_latency, plot_memory
+from ..report.frontier import plot_frontier
 from ..report.page import render_page
 from ..report.plots import attention_traces, plot_attention, plot_importance, plot_loss, plot_tiers
 from ..report.run import Missing, Run, load_run
@@ -59,6 +60,8 @@ def draw_pictures(run: Run) -> dict[str, Path]:
         # Emulation moves nothing: its flat line is drawn only where there is no other.
         moving = [document for document in run.benchmarks if document["mode"] == "real"]
         wanted["memory"] = lambda path: plot_memory(moving or run.benchmarks, path, **style)
+    if run.frontier:
+        wanted["frontier"] = lambda path: plot_frontier(run.frontier, path, **style)
     pictures = {}
     for name, draw in wanted.items():
         path = run.directory / f"{name}.png"

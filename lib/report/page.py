@@ -13,12 +13,18 @@ from typing import Any
 
 from ..hints import Hints
 from ..units import format_bytes
+from .frontier import HEADS, frontier_rows
 from .plots import tier_bytes
 from .run import Run
 from .style import PAGE_STYLE
 from .tables import charged_overhead_pct, comparison_notes, comparison_rows, is_steady
 
 CAPTIONS = {
+    "frontier": (
+        "What memory costs",
+        "Each point is a run of the whole model, its weights held in another way. Ours gives every "
+        "block the precision that the quality bound allows; uniform precision gives all the same.",
+    ),
     "loss": (
         "Loss curve",
         "Training and held-out loss. The dashed line is the loss of the best model that ignores "
@@ -59,6 +65,7 @@ def render_page(run: Run, pictures: Mapping[str, Path]) -> str:
     figures = {key: _figure(key, path) for key, path in pictures.items()}
     sections = [
         _missing_section(run),
+        _section("Frontier", [_frontier(run), *_pick(figures, "frontier")]),
         _section("Benchmark", [_benchmark(run), *_pick(figures, "latency", "memory")]),
         _section("Hints", [_hints(run), *_pick(figures, "importance", "tiers", "attention")]),
         _section("Training", [_training(run), *_pick(figures, "loss")]),
@@ -153,6 +160,10 @@ def _missing_section(run: Run) -> str:
         command = f"<pre>{escape(missing.command)}</pre>" if missing.command else ""
         items += f"<li><b>{escape(missing.part)}</b>: {escape(missing.problem)}.{command}</li>"
     return f"<section class=missing><h2>Missing from this report</h2><ul>{items}</ul></section>"
+
+
+def _frontier(run: Run) -> str:
+    return _table(HEADS, frontier_rows(run.frontier)) if run.frontier else ""
 
 
 def _benchmark(run: Run) -> str:

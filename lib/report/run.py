@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..hints import Hints, load_hints
+from .frontier import frontier_rows
 from .tables import benchmark_sections
 
 MODES = ("emulated", "real")
@@ -34,6 +35,7 @@ class Run:
     model: Mapping[str, Any] = field(default_factory=dict)
     hints: Hints | None = None
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
+    frontier: Mapping[str, Any] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
 
     @property
@@ -91,6 +93,15 @@ def load_run(directory: Path) -> Run:
             )
             part = f"benchmark, {mode}"
             run.missing.append(Missing(part=part, problem=str(error), command=command))
+    path = directory / "frontier.json"
+    if path.exists() or (run.config.get("bench") or {}).get("frontier"):
+        try:
+            run.frontier = _read_frontier(path)
+        except InputError as error:
+            command = (
+                f"tierhints frontier --model {checkpoint} --tier-hints {hints_path} --json {path}"
+            )
+            run.missing.append(Missing(part="frontier", problem=str(error), command=command))
     if not (run.config or run.metrics or run.model or run.hints or run.benchmarks):
         raise InputError(
             f"folder {str(directory)!r} holds no part of a run: give runs/<name>, which make writes"
@@ -152,6 +163,15 @@ def _read_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} can't be read: {error}") from error
+
+
+def _read_frontier(path: Path) -> dict[str, Any]:
+    document = read_json(path)
+    try:
+        frontier_rows(document)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{path} is not a frontier of this version ({error!r})") from error
+    return document
 
 
 def _read_benchmark(path: Path) -> dict[str, Any]:

@@ -177,10 +177,11 @@ def test_a_short_text_is_used_as_far_as_it_goes(
     arguments += ["--data", str(text)]
     text.write_text("".join(f"line {index} of text\n" for index in range(60)))
     assert evaluate.main(arguments) == 0
-    note, *_, last = capsys.readouterr().out.splitlines()
-    count = json.loads(last)["sequences"]
+    printed = capsys.readouterr()
+    count = json.loads(printed.out.splitlines()[-1])["sequences"]
     assert 6 <= count < 64
-    assert note == f"{text} holds {count} sequences of 16 tokens, not 64: all are used"
+    note = f"{text} holds {count} sequences of 16 tokens, not 64: all are used"
+    assert note in printed.err.splitlines()
     document = call(calibrate_hints.main, capsys, *arguments, "--draws", 8)
     parts = [document["text"][f"{part}_sequences"] for part in ("fisher", "calibration", "judging")]
     assert sum(parts) == count

@@ -1,0 +1,79 @@
+"""Measure a model's frontier: fast memory against tokens per second against KL, for budgets and
+precisions, ours beside uniform precision.
+
+    tierhints frontier --model runs/quickstart/checkpoint \
+        --tier-hints runs/quickstart/tier_hints.json --plot frontier.png
+
+Each point attaches the model, decodes, and compares it with the full model on held-out text.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import check_writable
+from ..hints import load_hints
+from ..report.frontier import frontier_table, plot_frontier
+from ..units import format_bytes, parse_bytes
+from .cli import Parser, add_json_flag, emit
+from .flags import add_device_flag, add_hints_flag, add_model_flag, parse_device
+from .text_flags import add_text_flags, read_held_out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and draw; returns the exit code."""
+    args = _parser().parse_args(argv)
+    check_writable(args.plot)
+    budgets = [parse_bytes(size) for size in args.budgets.split(",")] if args.budgets else None
+    hints = None if args.tier_hints is None else load_hints(args.tier_hints)
+
+    from ..blocks import storage_bytes
+    from ..checkpoint.models import load_model, quiet_transformers
+    from ..evaluation.frontier import default_settings, measure_frontier
+
+    device = parse_device(args.device)
+    quiet_transformers(progress=sys.stderr.isatty())
+    model: Any = load_model(args.model)
+    text = read_held_out(args, model)
+    settings = default_settings(
+        storage_bytes(model.parameters()),
+        calibrated=hints is not None and bool(hints.quality.get("calibrated")),
+        budgets=budgets,
+    )
+    found = measure_frontier(model, text.tokens, hints, settings=settings, device=device)
+    document = {
+        "model": args.model,
+        "tier_hints": None if args.tier_hints is None else str(args.tier_hints),
+        "text": {"source": text.source, "tokens": found.tokens},
+        "device": str(device),
+        **found.to_json(),
+    }
+    head = f"{args.model}, {format_bytes(found.full.fast_bytes)} of weights, on {device}"
+    table = f"{head}\n\n{frontier_table(document)}"
+    if args.plot is not None:
+        plot_frontier(document, args.plot)
+        table += f"\n\nplot: {args.plot}"
+    emit(table, document, args.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "Measure fast memory against tokens per second against KL, over budgets and precisions."
+    )
+    model = parser.add_argument_group("model")
+    add_model_flag(model)
+    add_hints_flag(model)
+    add_device_flag(model)
+    model.add_argument(
+        "--budgets",
+        metavar="SIZE,...",
+        help="fast memory to stream weights under (default: a half and a fifth of the model's)",
+    )
+    add_text_flags(parser, samples=64, use="")
+    output = parser.add_argument_group("output")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="PNG to draw")
+    add_json_flag(output)
+    return parser

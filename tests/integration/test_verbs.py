@@ -1,0 +1,148 @@
+"""What every verb of tierhints keeps: exit codes, one-line errors, where its result goes, and that
+Ctrl-C leaves nothing half-written.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_verify_epsilon import save_model
+
+from lib.commands.__main__ import VERBS
+from lib.files import write_json
+from tests.integration.tiny_run import ROOT
+
+ARGUMENTS: dict[str, str] = {
+    "collect": "--model {model} --data {text} --samples 4 --sequence-length 16 "
+    "--output {out}/h.json",
+    "calibrate": "--model {model} --tier-hints {hints} --data {text} --samples 12 --draws 8 "
+    "--sequence-length 16 --output {out}/h.json",
+    "plan": "--model {model} --budget HBM=1MiB,SSD=",
+    "what-if": "--model {model} --bandwidth 1,2 --budgets 50%",
+    "evaluate": "--model {model} --budget HBM=,SSD= --precision int8 --data {text} --samples 4",
+    "frontier": "--model {model} --data {text} --samples 4 --budgets 250KiB",
+    "export": "--to accelerate --tier-hints {hints} --model {model} --output {out}",
+    "probe": "--quick --repeats 1 --size 32MiB --output {out}/machine.json",
+    "rank-layers": "--model {model} --data {text} --samples 4 --output {out}/layers.json",
+    "report": "{run} --output {out}/report.html",
+}
+BAD: dict[str, str] = {
+    "collect": "--samples 0",
+    "calibrate": "--draws 1",
+    "plan": "--budget HBM=many",
+    "what-if": "--bandwidth fast",
+    "evaluate": "--epsilon -1",
+    "frontier": "--budgets some",
+    "export": "--to nowhere",
+    "probe": "--repeats none",
+    "rank-layers": "--samples 0",
+    "report": "--output {out}",
+}
+"""What is added to the arguments."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verbs")
+    save_model(folder / "model")
+    lines = [f"line {index}: {index**3 % 1009} jumps over {index**2}\n" for index in range(400)]
+    (folder / "text.txt").write_text("".join(lines))
+    write_json({"tiering": {"generate_json": False}, "run": {}}, folder / "run" / "config.json")
+    return folder
+
+
+KINDS = ("help", "bad value", "bad output", "pipe", "terminal", "json -", "writing", "early")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Path:
+    """Run every verb in every way; a folder of each, with stdout, stderr, code and outputs."""
+    jobs = []
+    for verb in VERBS:
+        for kind in KINDS:
+            own = folder / "results" / verb / kind
+            names = {
+                "model": folder / "model",
+                "hints": folder / "model" / "tier_hints.json",
+                "text": folder / "text.txt",
+                "run": folder / "run",
+                "out": own / "out",
+            }
+            words = [verb, *(word.format(**names) for word in ARGUMENTS[verb].split())]
+            more = {
+                "help": ["--help"],
+                "bad value": [word.format(**names) for word in BAD[verb].split()],
+                "bad output": ["--json", str(folder)],
+                "json -": ["--json", "-"],
+                "writing": ["--json", str(own / "out" / "document.json")],
+            }
+            jobs.append(
+                {
+                    "words": [*words, *more.get(kind, [])],
+                    "folder": str(own),
+                    "terminal": kind == "terminal",
+                    "interrupt": kind if kind in ("writing", "early") else "",
+                }
+            )
+    write_json(jobs, folder / "jobs.json")
+    script = Path(__file__).with_name("fork_verbs.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(folder / "jobs.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return folder / "results"
+
+
+def read(results: Path, verb: str, kind: str) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr; Ctrl-C's own echo and a terminal's line ends apart."""
+    folder = results / verb / kind
+    out, err = ((folder / name).read_text() for name in ("stdout", "stderr"))
+    return int((folder / "code").read_text()), out.replace("\r\n", "\n"), err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+class TestEveryVerb:
+    def test_it_has_help(self, verb: str, results: Path) -> None:
+        code, out, err = read(results, verb, "help")
+        assert (code, err) == (0, "") and out.startswith(f"usage: tierhints {verb}")
+        assert "--json" in out and "130" in out
+
+    @pytest.mark.parametrize("kind", ["bad value", "bad output"])
+    def test_a_bad_value_is_one_line_and_exit_code_2(
+        self, verb: str, kind: str, results: Path
+    ) -> None:
+        code, out, err = read(results, verb, kind)
+        assert code == 2 and out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+
+    def test_in_a_pipe_the_last_line_is_the_document(self, verb: str, results: Path) -> None:
+        code, out, err = read(results, verb, "pipe")
+        *table, last = out.splitlines()
+        assert code == 0, err
+        assert table and isinstance(json.loads(last), dict)
+
+    def test_on_a_terminal_there_is_a_table_alone(self, verb: str, results: Path) -> None:
+        code, out, err = read(results, verb, "terminal")
+        assert code == 0, err
+        assert out.strip() and not any(line.startswith("{") for line in out.splitlines())
+
+    def test_the_document_alone_goes_to_stdout(self, verb: str, results: Path) -> None:
+        code, out, err = read(results, verb, "json -")
+        assert code == 0, err
+        assert isinstance(json.loads(out), dict) and err.strip()
+
+    @pytest.mark.parametrize("kind", ["writing", "early"])
+    def test_ctrl_c_ends_with_130_and_nothing_half_written(
+        self, verb: str, kind: str, results: Path
+    ) -> None:
+        code, _, err = read(results, verb, kind)
+        assert code == 130 or (kind == "early" and code == 0), err
+        assert code == 0 or err.endswith("interrupted\n")
+        written = [path for path in (results / verb / kind / "out").rglob("*") if path.is_file()]
+        assert not [path for path in written if path.name.endswith(".partial")]
+        for path in written:
+            if path.suffix == ".json":
+                json.loads(path.read_text())
