@@ -8,6 +8,7 @@ belongs to the block that names it first, and the other modules that compute wit
 
 from .identity import Run, digest_samples, parameter_digest
 from .parameters import (
+    is_sharded,
     storage_bytes,
     unique_parameters,
     unwrap_model,
@@ -21,6 +22,7 @@ __all__ = [
     "Piece",
     "Run",
     "digest_samples",
+    "is_sharded",
     "parameter_digest",
     "partition_model",
     "select_piece",

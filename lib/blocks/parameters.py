@@ -31,6 +31,11 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor is a DTensor, of which each rank has a part; without importing it."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole_tensor(tensor: Tensor) -> Tensor:
     """Gather a sharded DTensor (collective: every rank must call it); any other tensor passes
     through.
