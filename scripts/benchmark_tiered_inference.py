@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,7 @@ def _cast_model(
     match_hints(
         hints,
         [block.name for block in blocks],
-        parameter_digest=parameter_digest(model),
+        identify=partial(parameter_digest, model),
         tied=tied_modules(blocks),
     )
     if dtype is not None:

@@ -6,9 +6,9 @@ belongs to the block that names it first, and the other modules that compute wit
 ``Block.modules``.
 """
 
+from .identity import Run, digest_samples, parameter_digest
 from .parameters import (
-    digest_parameters,
-    parameter_digest,
+    is_sharded,
     storage_bytes,
     unique_parameters,
     unwrap_model,
@@ -20,7 +20,9 @@ __all__ = [
     "Block",
     "BlockKind",
     "Piece",
-    "digest_parameters",
+    "Run",
+    "digest_samples",
+    "is_sharded",
     "parameter_digest",
     "partition_model",
     "select_piece",

@@ -1,16 +1,9 @@
-"""Parameters of a model by canonical name: tied ones once, sharded ones whole, and their digest."""
+"""Parameters of a model by canonical name: tied ones once, sharded ones whole."""
 
-import hashlib
 from collections.abc import Iterable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
-
-_DIGEST_SAMPLES = 65_536
-"""Elements of one parameter that enter the digest; enough to tell two checkpoints apart, cheap at
-any size.
-"""
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -38,35 +31,9 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def parameter_digest(model: nn.Module) -> str:
-    """Identify a model's weights: ``digest_parameters`` of all of them, by canonical name."""
-    return digest_parameters(
-        (name, parameter.detach()) for name, parameter in sorted(unique_parameters(model).items())
-    )
-
-
-def digest_parameters(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 over names, shapes and values rounded to bfloat16; names must be sorted.
-
-    Large parameters are sampled evenly, so this is an identity and no integrity check. The rounding
-    makes a model loaded in bfloat16 have the digest of its float32 original; float16 may round
-    twice and differ. Gathers DTensor (collective).
-    """
-    digest = hashlib.sha256()
-    for name, parameter in parameters:
-        digest.update(f"{name}:{tuple(parameter.shape)};".encode())
-        values = whole_tensor(parameter).reshape(-1)
-        if values.numel() > _DIGEST_SAMPLES:
-            index = (
-                torch.arange(_DIGEST_SAMPLES, device=values.device)
-                * values.numel()
-                // _DIGEST_SAMPLES
-            )
-            values = values[index]
-        if values.is_floating_point():
-            values = values.to(torch.bfloat16)
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor is a DTensor, of which each rank has a part; without importing it."""
+    return hasattr(tensor, "full_tensor")
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ def empty_weights() -> Iterator[None]:
             before = made.get(id(param))
             if before is None or before[0]() is not param:
                 empty = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+                empty._is_hf_initialized = True  # type: ignore[attr-defined]  # for transformers
                 before = made[id(param)] = weakref.ref(param), empty
             module._parameters[name] = before[1]  # a tied weight stays one parameter
 

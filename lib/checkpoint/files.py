@@ -9,7 +9,7 @@ opened. Nothing is mapped: mapped pages stay in memory as the kernel likes, and 
 import math
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,28 @@ class Entry:
         flat = out.reshape(-1).view(torch.uint8)
         self.file.read_into(start, memoryview(flat.numpy()), name)  # type: ignore[arg-type]
 
+    def extents(self, start: int, end: int) -> "Iterator[Extent]":
+        """Yield where elements [start, end) lie, in row-major order."""
+        size = self.dtype.itemsize
+        yield Extent(self.file, self.start + start * size, (end - start) * size)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A range of bytes in a file's data."""
+
+    file: "File"
+    start: int
+    num_bytes: int
+
+    def announce(self) -> None:
+        """Let the system begin to read it, and nothing beyond."""
+        self.file.announce(self.start, self.num_bytes)
+
+    def read_into(self, out: memoryview, name: str) -> None:
+        """Fill ``out``, of as many bytes."""
+        self.file.read_into(self.start, out, name)
+
 
 class File:
     """One safetensors file, open for as long as something refers to it."""
@@ -116,6 +138,12 @@ class File:
         if end != data_bytes:
             raise self._broken(f"it has {data_bytes} bytes of data, and its header declares {end}")
         return parsed
+
+    def announce(self, start: int, num_bytes: int) -> None:
+        """Let the system begin to read these bytes of the data, and none beyond."""
+        if hasattr(os, "posix_fadvise"):
+            offset = self._data_start + start
+            os.posix_fadvise(self._descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, start: int, out: memoryview, name: str) -> None:
         """Fill ``out`` from a position in the data."""

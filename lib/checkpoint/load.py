@@ -86,6 +86,8 @@ def build_empty_model(
         raise InputError(
             f"model folder {str(folder)!r} has no config.json: give a checkpoint's folder"
         )
+    from transformers import initialization
+
     refuse_quantized_config(folder)
     try:
         built, config = _find_class(folder, model_class)
@@ -93,7 +95,9 @@ def build_empty_model(
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
         chosen = _resolve_dtype(dtype, config, checkpoint_dtype)
-        with empty_weights():
+        # Random weights would be computed for meta tensors, too, by Python code that imports
+        # torch._dynamo: guarded functions leave parameters that are marked as they are.
+        with empty_weights(), initialization.guard_torch_init_functions():
             model = built._from_config(config, dtype=chosen)
     except InputError:
         raise

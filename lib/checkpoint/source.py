@@ -6,6 +6,7 @@ are found and put together (``packed``). The files themselves are in ``files``.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -13,8 +14,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from ..blocks import Run, digest_samples
 from ..errors import InputError
-from .files import PLAIN_DTYPES, Entry, open_files
+from .files import PLAIN_DTYPES, Entry, Extent, open_files
 from .packed import packed_layouts
 
 
@@ -44,6 +46,15 @@ class _Stack:
             for part in row:
                 part.read(0, target[start : start + part.shape[0]], name)
                 start += part.shape[0]
+
+    def extents(self, start: int, end: int) -> Iterator[Extent]:
+        """Yield where elements [start, end) lie, in row-major order."""
+        first = 0
+        for part in (part for row in self.rows for part in row):
+            last = first + part.shape.numel()
+            if max(start, first) < min(end, last):
+                yield from part.extents(max(start, first) - first, min(end, last) - first)
+            first = last
 
 
 class CheckpointSource:
@@ -149,6 +160,30 @@ class CheckpointSource:
             entry.read(first, tensor, name)
         return tensor
 
+    def sample(self, name: str, runs: Sequence[Run]) -> Tensor:
+        """Read some runs of a flattened tensor's elements, one after another: 1-D. As many small
+        reads are made, all at the same time. Raises PlacementError like ``read``.
+        """
+        entry = self._entry(name)
+        extents = [extent for start, end in runs for extent in entry.extents(start, end)]
+        for extent in extents:
+            extent.announce()
+        num_bytes = sum(extent.num_bytes for extent in extents)
+        values = torch.empty(num_bytes, dtype=torch.uint8)
+        data, filled = memoryview(values.numpy()), 0  # type: ignore[arg-type]
+        for extent in extents:
+            extent.read_into(data[filled : filled + extent.num_bytes], name)
+            filled += extent.num_bytes
+        return values.view(entry.dtype)
+
+    def digest(self, names: Iterable[str], like: str = "") -> str:
+        """Identify the weights of a model's parameters like ``blocks.parameter_digest``; names are
+        the canonical ones.
+        """
+        return digest_samples(
+            ((name, self.shape(name), partial(self.sample, name)) for name in sorted(names)), like
+        )
+
     def arrange(
         self, renamed: Mapping[str, str], stacked: Mapping[str, Sequence[Sequence[str]]]
     ) -> None:
@@ -194,5 +229,7 @@ def open_checkpoint(model: nn.Module, path: str | Path) -> CheckpointSource:
         names.setdefault(id(parameter), []).append(name)
     prefix = getattr(model, "base_model_prefix", "")
     source = CheckpointSource(path, base_model_prefix=prefix, tied=names.values())
-    source.arrange(*packed_layouts(model, source.names))
+    if not all(name in source for name in model.state_dict(keep_vars=True)):
+        # Only then: transformers' tables of renamed tensors take half a second to build.
+        source.arrange(*packed_layouts(model, source.names))
     return source

@@ -26,7 +26,8 @@ from torch import Tensor
 from ..errors import InputError, PlacementError
 from ..vocabulary import Precision
 from .layout import PLANE_BITS, Codec, Plane, RecordLayout, default_codec
-from .planes import pack_planes, unpack_planes
+from .planes import unpack_planes
+from .quantize import LARGEST_WEIGHT, SMALLEST_SCALE, group_views, quantize_rows
 
 __all__ = [
     "LARGEST_WEIGHT",
@@ -41,16 +42,6 @@ __all__ = [
     "encode_from",
 ]
 
-SMALLEST_SCALE = 2.0**-100
-"""Weights of a group may be nearer to each other than any scale; this keeps all arithmetic normal.
-"""
-LARGEST_WEIGHT = 2.0**120
-"""Above it the range of a group could overflow float32."""
-EDGE_MARGIN = {2: 0.375, 3: 0.375, 4: 0.125}
-"""Scales by which a group's extremes may lie beyond its outermost codes, by bits; at most 1/2, so
-that the error bound holds. With few codes the finer scale is worth more than exact extremes
-(measured: docs/codecs.md).
-"""
 SHARD_WEIGHTS = 1 << 20
 """Weights encoded at once: some MiB of working memory."""
 RAW_DTYPES = {
@@ -107,8 +98,11 @@ def encode_from(
         end = min(start + shard_rows, layout.rows)
         rows = read_rows(start, end).detach().to("cpu")
         assert rows.shape == (end - start, layout.cols), "read_rows gave another shape"
-        encode_rows = _cast_rows if layout.codec.is_raw else _quantize_rows
-        encode_rows(rows, record, layout, start, end)
+        if layout.codec.is_raw:
+            _cast_rows(rows, record, layout, start, end)
+        else:
+            sections = [view[start:end] for view in section_views(record, layout)]
+            quantize_rows(rows, sections, layout, start)
     record[: _HEADER.size + 8] = _header(record, layout, dtype)
     return record
 
@@ -188,13 +182,13 @@ def scale_codes(
         workspace = torch.empty_like(codes).flatten()
     unpack_planes(planes, PLANE_BITS[layout.precision], codes=codes, workspace=workspace)
     out.copy_(codes[:, : layout.cols])
-    for values, scale in _groups(out, scales, layout.group_size):
+    for values, scale in group_views(out, scales, layout.group_size):
         values.mul_(scale)
 
 
 def add_groups(values: Tensor, lows: Tensor, layout: RecordLayout) -> None:
     """Add the value of code 0, fp32 (n, num_groups), to scaled codes (n, cols), in place."""
-    for group, low in _groups(values, lows, layout.group_size):
+    for group, low in group_views(values, lows, layout.group_size):
         group.add_(low)
 
 
@@ -251,71 +245,6 @@ def _cast_rows(rows: Tensor, record: Tensor, layout: RecordLayout, start: int, e
             f"weights of rows {start} to {end} are NaN, infinite or too large for "
             f"{layout.codec.precision}: mend them, or store a wider precision"
         )
-
-
-def _quantize_rows(
-    rows: Tensor, record: Tensor, layout: RecordLayout, start: int, end: int
-) -> None:
-    values = rows.to(torch.float32, copy=True)
-    size, bits = layout.group_size, layout.codec.bits
-    scales, zeros = _fit_groups(values, size, bits, start)
-    all_scales, all_zeros = parameter_views(record, layout)
-    all_scales[start:end] = scales
-    all_zeros[start:end] = zeros
-    for groups, zero in _groups(values, zeros.float(), size):
-        groups.sub_(zero)
-    for groups, scale in _groups(values, scales.float(), size):
-        groups.div_(scale)
-    middle = 1 << (bits - 1)
-    codes = torch.zeros(len(values), layout.padded_cols, dtype=torch.uint8)
-    codes[:, : layout.cols] = values.round_().add_(middle).clamp_(0, 2 * middle - 1)
-    planes = [plane_view(record, layout, plane)[start:end] for plane in layout.planes]
-    pack_planes(codes, PLANE_BITS[layout.precision], planes)
-
-
-def _fit_groups(values: Tensor, size: int, bits: int, start: int) -> tuple[Tensor, Tensor]:
-    """Choose scales and zeros, bfloat16 (n, groups), that cover each group's range."""
-    parts = [torch.unflatten(values, 1, (-1, size))] if values.shape[1] % size == 0 else None
-    if parts is None:
-        whole = values.shape[1] // size * size
-        parts = [values[:, whole:].unsqueeze(1)]
-        if whole:
-            parts.insert(0, torch.unflatten(values[:, :whole], 1, (-1, size)))
-    low = torch.cat([part.amin(-1) for part in parts], dim=1).double()
-    high = torch.cat([part.amax(-1) for part in parts], dim=1).double()
-    sound = (low >= -LARGEST_WEIGHT) & (high <= LARGEST_WEIGHT)  # False for NaN too
-    if not sound.all():
-        row = start + int((~sound).any(1).nonzero()[0])
-        raise InputError(
-            f"row {row} holds a weight that is NaN, infinite or beyond {LARGEST_WEIGHT:.1e}: mend "
-            "it, or store this weight as it is"
-        )
-    margin, middle = EDGE_MARGIN.get(bits, 0.0), 1 << (bits - 1)
-    below, above = middle + margin, middle - 1 + margin
-    scale = (high - low) / (below + above)
-    zero = ((low + high + scale) / 2).bfloat16()  # the value itself where all are equal
-    # The rounded zero must not push an end of the range out of reach.
-    centre = zero.double()
-    scale = torch.maximum(scale, torch.maximum((centre - low) / below, (high - centre) / above))
-    scale.clamp_(min=SMALLEST_SCALE)
-    rounded = scale.bfloat16()
-    short = rounded.double() < scale
-    rounded = (rounded.view(torch.int16) + short.to(torch.int16)).view(torch.bfloat16)
-    return rounded, zero
-
-
-def _groups(values: Tensor, parameters: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Pair views of values (n, cols) with the parameters that broadcast over them."""
-    whole = values.shape[1] // size
-    parameters = parameters.unsqueeze(-1)
-    pairs = []
-    if whole:
-        pairs.append(
-            (torch.unflatten(values[:, : whole * size], 1, (whole, size)), parameters[:, :whole])
-        )
-    if values.shape[1] % size:
-        pairs.append((values[:, whole * size :].unsqueeze(1), parameters[:, whole:]))
-    return pairs
 
 
 def _checksums(record: Tensor, layout: RecordLayout) -> list[int]:

@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def check_hints(hints: Hints, model: Any) -> None:
     names = [block.name for block in partition_model(model)]
     if hints.model is None:
         raise InputError("flat hints have no place for a KL curve: make full ones for this model")
-    match_hints(hints, names, parameter_digest=parameter_digest(model))
+    match_hints(hints, names, identify=partial(parameter_digest, model))
     if unknown := sorted(set(names) - set(hints.blocks)):
         raise InputError(f"block {unknown[0]!r} has no hint of its own: make the hints anew")
 

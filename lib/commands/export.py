@@ -4,13 +4,14 @@
 
 Formats: accelerate (device_map.json), torchao (torchao.json), llama-cpp (tensor_types.txt and
 override_tensor.txt), imatrix (imatrix.gguf, from a Fisher diagonal) and vllm (vllm.yaml). Of a
-safetensors checkpoint one weight at a time is read, to see that the hints are this model's.
+safetensors checkpoint samples are read, to see that the hints are this model's.
 """
 
 import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from ..export import (
     export_vllm,
 )
 from ..files import check_writable, write_bytes
-from ..hints import Hints, load_hints
+from ..hints import Hints, Identify, load_hints
 from .cli import Parser, add_json_flag, emit
 from .flags import add_hints_flag
 
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _check(args)
     hints = load_hints(args.tier_hints)
-    outline, digest = _read_outline(args.model or _model_of(hints), hints)
+    outline, identify = _read_outline(args.model or _model_of(hints), hints)
     if args.to == "imatrix":
-        export = export_imatrix(outline, args.fisher, parameter_digest=digest)
+        export = export_imatrix(outline, args.fisher, identify=identify)
     else:
         export = _EXPORTS[args.to](outline, args)
     for name, content in export.files.items():
@@ -94,32 +95,32 @@ def _model_of(hints: Hints) -> str:
     return name
 
 
-def _read_outline(name: str, hints: Hints) -> tuple[Outline, str]:
-    """Return the outline of a model whose weights are those of the hints, and their digest."""
+def _read_outline(name: str, hints: Hints) -> tuple[Outline, Identify]:
+    """Return the outline of a model whose weights are those of the hints, and what names them."""
     from ..blocks import parameter_digest
     from ..checkpoint.models import load_model, quiet_transformers
     from ..export.model import outline_model
 
     quiet_transformers(progress=False)
-    model, digest = _read_checkpoint(name)
-    if digest is None:  # a hub id, pickled weights, or names that transformers converts
-        model = load_model(name)
-        digest = parameter_digest(model)
-    assert model is not None
-    return outline_model(model, hints, parameter_digest=digest), digest
+    found = _open_checkpoint(name)
+    if found is None:  # a hub id, pickled weights, or names that transformers converts
+        loaded = load_model(name)
+        found = loaded, partial(parameter_digest, loaded)
+    model, identify = found
+    return outline_model(model, hints, identify=identify), identify
 
 
-def _read_checkpoint(name: str) -> "tuple[nn.Module | None, str | None]":
-    """Build the model without memory for its weights, and read those one by one for the digest;
-    None for a checkpoint that isn't safetensors of the model's own names.
+def _open_checkpoint(name: str) -> "tuple[nn.Module, Identify] | None":
+    """Build the model without memory for its weights, which are sampled where they lie; None for a
+    checkpoint that isn't safetensors of the model's own names.
     """
-    from ..blocks import digest_parameters, unique_parameters
+    from ..blocks import unique_parameters
     from ..checkpoint.load import load
     from ..checkpoint.source import CheckpointSource
 
     folder = Path(name)
     if not folder.is_dir() or not any(folder.glob("*.safetensors*")):
-        return None, None
+        return None
     model: Any = load(folder)
     names: dict[int, list[str]] = {}
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
@@ -129,8 +130,8 @@ def _read_checkpoint(name: str) -> "tuple[nn.Module | None, str | None]":
     )
     own = sorted(unique_parameters(model))
     if not all(parameter in source for parameter in own):
-        return None, None
-    return model, digest_parameters((parameter, source.read(parameter)) for parameter in own)
+        return None
+    return model, partial(source.digest, own)
 
 
 def _parser() -> argparse.ArgumentParser:

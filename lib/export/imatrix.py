@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..hints import Identify, shorten_digest
 from .gguf_names import GgufNames, import_gguf, is_quantizable
 from .outline import Export, MatrixKind, Outline, Weight, list_some
 
@@ -28,15 +29,16 @@ _LEAST = 1e-6
 leave llama-quantize no scale to choose."""
 
 
-def export_imatrix(outline: Outline, diagonal: Path, *, parameter_digest: str) -> Export:
-    """Make imatrix.gguf from a file of tierhints collect --save-diagonal.
+def export_imatrix(outline: Outline, diagonal: Path, *, identify: Identify) -> Export:
+    """Make imatrix.gguf from a file of tierhints collect --save-diagonal; ``identify``
+    (``partial(parameter_digest, model)``) names the model's weights.
 
     Raises InputError for a file that is not a Fisher diagonal, or of other weights.
     """
     names = GgufNames(outline.model_type, outline.num_layers)
     entries: dict[str, NDArray[np.float32]] = {}
     unknown: list[str] = []
-    file, tokens = _open_diagonal(diagonal, parameter_digest)
+    file, tokens = _open_diagonal(diagonal, identify)
     with file:
         for weight in _unique_matrices(outline):
             tensors = names.find(weight)
@@ -85,7 +87,7 @@ def _to_gguf(
         return path.read_bytes()
 
 
-def _open_diagonal(path: Path, parameter_digest: str) -> tuple[Any, int]:
+def _open_diagonal(path: Path, identify: Identify) -> tuple[Any, int]:
     """Return the open file and the tokens it was measured on."""
     from safetensors import SafetensorError, safe_open
 
@@ -101,11 +103,12 @@ def _open_diagonal(path: Path, parameter_digest: str) -> tuple[Any, int]:
         raise InputError(
             f"{path} is not a Fisher diagonal: make it with tierhints collect --save-diagonal"
         )
-    if metadata.get("parameter_digest") != parameter_digest:
+    made_for = metadata.get("parameter_digest", "")
+    found = identify(made_for)
+    if found != made_for:
         raise InputError(
-            f"Fisher diagonal {path} was measured on other weights "
-            f"({str(metadata.get('parameter_digest'))[:19]}..., this model has "
-            f"{parameter_digest[:19]}...): collect it on this model"
+            f"Fisher diagonal {path} was measured on other weights ({shorten_digest(made_for)}, "
+            f"this model has {shorten_digest(found)}): collect it on this model"
         )
     return file, int(metadata["tokens"])
 

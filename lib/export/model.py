@@ -6,19 +6,19 @@ Only shapes, dtypes and names are read, so a model on the meta device will do.
 from torch import nn
 
 from ..blocks import Piece, partition_model, tied_modules, unique_parameters
-from ..hints import Hints, match_hints
+from ..hints import Hints, Identify, match_hints
 from .outline import MatrixKind, Outline, OutlineBlock, Weight
 
 
-def outline_model(model: nn.Module, hints: Hints, *, parameter_digest: str | None) -> Outline:
-    """Match hints with a model and return its outline; ``parameter_digest`` None skips the identity
-    check. Raises InputError for another model's hints.
+def outline_model(model: nn.Module, hints: Hints, *, identify: Identify | None) -> Outline:
+    """Match hints with a model and return its outline; ``identify`` None skips the identity check.
+    Raises InputError for another model's hints.
     """
     blocks = partition_model(model)
     matched = match_hints(
         hints,
         [block.name for block in blocks],
-        parameter_digest=parameter_digest,
+        identify=identify,
         tied=tied_modules(blocks),
     )
     modules = dict(model.named_modules())

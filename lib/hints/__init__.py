@@ -13,12 +13,13 @@ from .document import (
     load_hints,
     save_hints,
 )
-from .matching import match_hints
+from .matching import Identify, match_hints, shorten_digest
 from .records import BlockHint, Hints, ModelInfo
 
 __all__ = [
     "BlockHint",
     "Hints",
+    "Identify",
     "ModelInfo",
     "assign_tiers",
     "build_hints",
@@ -28,4 +29,5 @@ __all__ = [
     "match_hints",
     "rank_blocks",
     "save_hints",
+    "shorten_digest",
 ]

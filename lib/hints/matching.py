@@ -1,36 +1,38 @@
 """Hints matched with the blocks of a model, by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import InputError
 from .records import BlockHint, Hints
+
+Identify = Callable[[str], str]
+"""Returns the digest of a model's weights, in the scheme of the digest that it is given."""
 
 
 def match_hints(
     hints: Hints,
     block_names: Sequence[str],
     *,
-    parameter_digest: str | None,
+    identify: Identify | None,
     tied: Mapping[str, str] | None = None,
 ) -> dict[str, BlockHint]:
     """Return block name -> hint for every block of a model; a hint's name matches a block by FQN
     prefix, the longest wins.
 
-    ``parameter_digest`` None skips the identity check. ``tied``: module -> the block whose weights
-    it shares (GPT-2's lm_head); a hint may name it too, if the tiers agree. Raises InputError for
-    hints of another model, a block without a hint, and a hint that matches no block.
+    ``identify`` (``partial(parameter_digest, model)``) names the model's weights; None skips the
+    identity check. ``tied``: module -> the block whose weights it shares (GPT-2's lm_head); a hint
+    may name it too, if the tiers agree. Raises InputError for hints of another model, a block
+    without a hint, and a hint that matches no block.
     """
-    if (
-        hints.model is not None
-        and parameter_digest is not None
-        and hints.model.parameter_digest != parameter_digest
-    ):
-        raise InputError(
-            f"the hints were made for other weights (model {hints.model.id!r}, revision "
-            f"{hints.model.revision!r}, "
-            f"digest {hints.model.parameter_digest[:19]}..., this model has "
-            f"{parameter_digest[:19]}...): make hints for this model"
-        )
+    if hints.model is not None and identify is not None:
+        made_for = hints.model.parameter_digest
+        found = identify(made_for)
+        if found != made_for:
+            raise InputError(
+                f"the hints were made for other weights (model {hints.model.id!r}, revision "
+                f"{hints.model.revision!r}, digest {shorten_digest(made_for)}, this model has "
+                f"{shorten_digest(found)}): make hints for this model"
+            )
     used: set[str] = set()
     matched: dict[str, BlockHint] = {}
     missing: list[str] = []
@@ -68,6 +70,12 @@ def match_hints(
             f"{len(missing)} blocks of the model have no hint ({_some(missing)}): give each a tier"
         )
     return matched
+
+
+def shorten_digest(digest: str) -> str:
+    """Return a digest's scheme and its first digits."""
+    scheme, _, digits = digest.rpartition(":")
+    return f"{scheme}:{digits[:12]}..."
 
 
 def _some(names: list[str]) -> str:

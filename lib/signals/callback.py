@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
-from ..blocks import unique_parameters
+from ..blocks import is_sharded, unique_parameters
 from ..files import check_writable
 from ..hints import Hints, save_hints
 from ..units import parse_thresholds
@@ -231,7 +230,7 @@ class TierHintsCallback(TrainerCallback, ExportableState):
         final: bool = False,
         **kwargs: Any,
     ) -> None:
-        sharded = any(isinstance(p, DTensor) for p in unique_parameters(model).values())
+        sharded = any(is_sharded(p) for p in unique_parameters(model).values())
         if not (state.is_world_process_zero or sharded):
             return
         scale, obstacle = self._scale_values(optimizer)
@@ -290,7 +289,7 @@ def _scale_obstacle(args: TrainingArguments, model: nn.Module, beta2: set[float]
     config = getattr(model, "config", None)
     loss = getattr(model, "loss_function", None)
     loss_name = getattr(loss, "__name__", loss)
-    sharded = any(isinstance(p, DTensor) for p in unique_parameters(model).values())
+    sharded = any(is_sharded(p) for p in unique_parameters(model).values())
     checks: dict[str, bool] = {
         f"parameter groups differ in beta2 ({sorted(beta2)})": len(beta2) > 1,
         f"the loss ({loss_name}) isn't the mean log-likelihood of next tokens": (

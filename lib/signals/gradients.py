@@ -14,9 +14,8 @@ from types import TracebackType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from ..blocks import unique_parameters, unwrap_model
+from ..blocks import is_sharded, unique_parameters, unwrap_model
 from ..blocks.faults import find_fault
 from ..errors import InputError
 from .summary import causal_logits, check_token_ids, dtype_names, refuse_fsdp1
@@ -156,7 +155,7 @@ def check_batch(ids: Tensor, labels: FisherLabels, model: nn.Module) -> None:
 def _check_measurable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     refuse_fsdp1(model)
     for name, parameter in parameters.items():
-        if isinstance(parameter, DTensor):
+        if is_sharded(parameter):
             raise InputError(
                 f"parameter {name!r} is sharded: save the model and run tierhints collect "
                 "on one process"

@@ -6,13 +6,13 @@ Models are called in one way, as causal language models on token ids.
 """
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..blocks import Block, parameter_digest, select_piece, unique_parameters, unwrap_model
 from ..errors import InputError
@@ -66,7 +66,7 @@ def ratio_stderr(values: Sequence[float], tokens: Sequence[int]) -> float:
 def refuse_fsdp1(model: nn.Module) -> None:
     """Refuse FSDP1, whose parameters and moments are flat buffers without block structure."""
     for module in model.modules():
-        if isinstance(module, FullyShardedDataParallel):
+        if isinstance(module, _fsdp_classes("FullyShardedDataParallel")):
             raise InputError(
                 "the model is wrapped by FSDP1 (FullyShardedDataParallel), whose flat parameters "
                 "have no block "
@@ -80,8 +80,8 @@ def reshard(model: nn.Module) -> None:
     Until then the model names them in place of the sharded ones that the optimizer knows.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if isinstance(module, _fsdp_classes("FSDPModule")):
+            cast(Any, module).reshard()
 
 
 def make_hints(
@@ -158,8 +158,9 @@ def check_token_ids(ids: Tensor, model: nn.Module) -> None:
 def class_name(model: nn.Module) -> str:
     """Return the model's own class, without wrappers and without FSDP2's derived class."""
     cls: type = type(unwrap_model(model))
-    if issubclass(cls, FSDPModule):
-        cls = next(base for base in cls.__bases__ if not issubclass(base, FSDPModule))
+    sharded = _fsdp_classes("FSDPModule")
+    if issubclass(cls, sharded):
+        cls = next(base for base in cls.__bases__ if not issubclass(base, sharded))
     return cls.__name__
 
 
@@ -167,3 +168,11 @@ def dtype_names(model: nn.Module) -> str:
     """Return the dtypes of the weights, such as ``float32`` or ``bfloat16+float32``."""
     dtypes = {parameter.dtype for parameter in unique_parameters(model).values()}
     return "+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _fsdp_classes(name: str) -> tuple[type, ...]:
+    """Return a class of torch.distributed.fsdp; none where nobody has imported that, which takes 2
+    seconds, so that no model can be of it.
+    """
+    module = sys.modules.get("torch.distributed.fsdp")
+    return () if module is None else (getattr(module, name),)

@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_a_llama_run_writes_hints_for_every_byte(llama_run: tuple[Path, Trainer]
     hints = load_hints(folder / "tier_hints.json")
     sizes = {block.name: block.num_bytes for block in partition_model(run.model)}
     assert {name: hint.num_bytes for name, hint in hints.blocks.items()} == sizes
-    matched = match_hints(hints, sizes, parameter_digest=parameter_digest(run.model))
+    matched = match_hints(hints, sizes, identify=partial(parameter_digest, run.model))
     assert matched.keys() == sizes.keys()
     assert hints.model is not None
     assert (hints.model.class_name, hints.model.revision) == ("LlamaForCausalLM", "step-6")
@@ -198,7 +199,7 @@ def test_each_packed_expert_is_a_block(tmp_path: Path) -> None:
     run.save_model(str(tmp_path / "saved"))
     loaded = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "saved")
     sizes = {block.name: block.num_bytes for block in partition_model(loaded)}
-    assert match_hints(hints, sizes, parameter_digest=parameter_digest(loaded))
+    assert match_hints(hints, sizes, identify=partial(parameter_digest, loaded))
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_a_signal_becomes_hints_that_attach_takes(
     assert result["weight_magnitude"] == pytest.approx(total, rel=1e-5)
     hints = load_hints(tmp_path / "h.json")
     sizes = [block.name for block in partition_model(model)]
-    assert match_hints(hints, sizes, parameter_digest=None).keys() == set(sizes)
+    assert match_hints(hints, sizes, identify=None).keys() == set(sizes)
     assert hints.provenance["signal"] == "weight_magnitude"
     assert hints.blocks["transformer.ln_f"].importance == 1.0  # weights of 1, biases of 0
     with attach(model, tmp_path / "h.json"):

@@ -181,7 +181,7 @@ def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
 def test_names_match_by_prefix_and_the_longest_wins() -> None:
     hints = make_hints({"h": 1.0, "h.0.mlp.experts.1": 2.0, "wte": 3.0})
     blocks = ["wte", "h.0.attn", "h.0.mlp.experts.0", "h.0.mlp.experts.1"]
-    matched = match_hints(hints, blocks, parameter_digest=DIGEST)
+    matched = match_hints(hints, blocks, identify=lambda _: DIGEST)
     assert [matched[name].num_bytes for name in blocks] == [100] * 4
     assert matched["h.0.attn"] is hints.blocks["h"]
     assert matched["h.0.mlp.experts.1"] is hints.blocks["h.0.mlp.experts.1"]
@@ -190,15 +190,15 @@ def test_names_match_by_prefix_and_the_longest_wins() -> None:
 def test_a_tied_module_may_be_named_if_the_tiers_agree() -> None:
     hints = Hints(blocks={"wte": BlockHint(tier=Tier.SSD), "lm_head": BlockHint(tier=Tier.SSD)})
     tied = {"lm_head": "wte"}
-    assert list(match_hints(hints, ["wte"], parameter_digest=None, tied=tied)) == ["wte"]
+    assert list(match_hints(hints, ["wte"], identify=None, tied=tied)) == ["wte"]
     other = Hints(blocks={"wte": BlockHint(tier=Tier.HBM), "lm_head": BlockHint(tier=Tier.SSD)})
     with pytest.raises(InputError, match="'lm_head' says SSD, but .* 'wte', which is in HBM"):
-        match_hints(other, ["wte"], parameter_digest=None, tied=tied)
+        match_hints(other, ["wte"], identify=None, tied=tied)
 
 
 def test_a_prefix_ends_at_a_dot() -> None:
     with pytest.raises(InputError, match=r"'h\.1'"):
-        match_hints(make_hints({"h.1": 1.0}), ["h.10"], parameter_digest=DIGEST)
+        match_hints(make_hints({"h.1": 1.0}), ["h.10"], identify=lambda _: DIGEST)
 
 
 @pytest.mark.parametrize(
@@ -214,4 +214,4 @@ def test_hints_that_do_not_fit_the_model_are_refused(
     blocks: list[str], digest: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        match_hints(make_hints(), blocks, parameter_digest=digest)
+        match_hints(make_hints(), blocks, identify=lambda _: digest)

@@ -65,10 +65,14 @@ class _CompileRefused(PlacementError, AssertionError):
     """Goes through torch.compile as it is: other errors it wraps, or takes for a graph break."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # run, not traced
 def raise_compiling() -> NoReturn:
     """Say that torch.compile and torch.export can't have an attached model."""
     raise _CompileRefused(
         "torch.compile and torch.export can't trace a model whose weights come and go: detach the "
         "runtime first, or call the uncompiled model"
     )
+
+
+# What torch.compiler.assume_constant_result does (it is run and not traced), which would import
+# torch._dynamo here: 1.6 seconds.
+raise_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...blocks import Block, digest_parameters, tied_modules, unique_parameters, unwrap_model
+from ...blocks import Block, parameter_digest, tied_modules, unique_parameters, unwrap_model
 from ...checkpoint.fit import check_fit
 from ...checkpoint.load import build_empty_model, load
 from ...checkpoint.source import CheckpointSource, open_checkpoint
 from ...errors import InputError
-from ...hints import Hints, hints_from_json, load_hints, match_hints
+from ...hints import Hints, Identify, hints_from_json, load_hints, match_hints
 from ..hooks.managed import refuse_managed
 
 HintsGiven = Hints | Mapping[str, Any] | str | Path | None
@@ -57,20 +58,16 @@ def read_hints(hints: HintsGiven, model: nn.Module, blocks: Sequence[Block]) -> 
         hints = load_hints(hints)
     elif not isinstance(hints, Hints):
         hints = hints_from_json(hints)
-    digest = None
-    if hints.model is not None and is_in_memory(model):
-        given = unique_parameters(model)
-        digest = digest_parameters((name, given[name].detach()) for name in sorted(given))
-    return _match(hints, blocks, digest)
+    return _match(hints, blocks, partial(parameter_digest, model) if is_in_memory(model) else None)
 
 
 def check_digest(
     hints: Hints, model: nn.Module, blocks: Sequence[Block], checkpoint: CheckpointSource
 ) -> None:
-    """Refuse hints that were made for other weights than a checkpoint's, which is read for it."""
-    if hints.model is not None:
-        names = sorted(unique_parameters(model))
-        _match(hints, blocks, digest_parameters((name, checkpoint.read(name)) for name in names))
+    """Refuse hints that were made for other weights than a checkpoint's, of which it reads what
+    identifies them.
+    """
+    _match(hints, blocks, partial(checkpoint.digest, unique_parameters(model)))
 
 
 def choose_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
@@ -91,11 +88,11 @@ def choose_device(model: nn.Module, device: str | torch.device | None) -> torch.
     return chosen
 
 
-def _match(hints: Hints, blocks: Sequence[Block], digest: str | None) -> Hints:
+def _match(hints: Hints, blocks: Sequence[Block], identify: Identify | None) -> Hints:
     matched = match_hints(
         hints,
         [block.name for block in blocks],
-        parameter_digest=digest,
+        identify=identify,
         tied=tied_modules(blocks),
     )
     return replace(hints, blocks=matched)

@@ -79,7 +79,7 @@ class Planned:
         return limit_seconds(self.needs, self.plan, self.machine) if budget else None
 
     def check_weights(self) -> None:
-        """Refuse hints that were made for other weights than the checkpoint's: it is read whole."""
+        """Refuse hints that were made for other weights than the checkpoint's; samples are read."""
         if self.hints is not None and self.checkpoint is not None:
             check_digest(self.hints, self.model, self.blocks, self.checkpoint)
 

@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers(progress=sys.stderr.isatty())
     model: Any = load_model(args.model)
     names = [block.name for block in partition_model(model)]
-    match_hints(hints, names, parameter_digest=parameter_digest(model))
+    match_hints(hints, names, identify=partial(parameter_digest, model))
     cast_weights(model, torch.float32)
     sizes = stored_sizes(model)
     pairs = list_pairs(model, seed=args.seed)

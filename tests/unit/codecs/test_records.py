@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lib.codecs.layout import GROUP_SIZES, PLANE_BITS, RAW_BITS, RecordLayout
+from lib.codecs.quantize import EDGE_MARGIN
 from lib.codecs.records import (
-    EDGE_MARGIN,
     LARGEST_WEIGHT,
     SMALLEST_SCALE,
     Codec,

@@ -1,6 +1,7 @@
 """Models, hints and outlines that the tests of the exports share."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,5 +81,5 @@ def make_hints(
 
 def outline_of(model: torch.nn.Module, **options: Any) -> Outline:
     return outline_model(
-        model, make_hints(model, **options), parameter_digest=parameter_digest(model)
+        model, make_hints(model, **options), identify=partial(parameter_digest, model)
     )

@@ -1,5 +1,6 @@
 """The Fisher diagonal as an importance matrix, read back by gguf."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def save_diagonal(model: Any, path: Path) -> Path:
 def export_and_read(model: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Return the tensors and fields of the file, and the diagonal it was made from."""
     diagonal = save_diagonal(model, folder / "diagonal.safetensors")
-    export = export_imatrix(outline_of(model), diagonal, parameter_digest=parameter_digest(model))
+    export = export_imatrix(outline_of(model), diagonal, identify=partial(parameter_digest, model))
     content = export.files["imatrix.gguf"]
     assert isinstance(content, bytes)
     (folder / "imatrix.gguf").write_bytes(content)
@@ -89,7 +90,7 @@ def test_channels_without_information_keep_a_little_weight(tmp_path: Path) -> No
         "parameter_digest": parameter_digest(model),
     }
     save_file(values, diagonal, metadata=metadata)
-    export = export_imatrix(outline_of(model), diagonal, parameter_digest=parameter_digest(model))
+    export = export_imatrix(outline_of(model), diagonal, identify=partial(parameter_digest, model))
     content = export.files["imatrix.gguf"]
     assert isinstance(content, bytes)
     (tmp_path / "imatrix.gguf").write_bytes(content)
@@ -100,23 +101,27 @@ def test_channels_without_information_keep_a_little_weight(tmp_path: Path) -> No
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     model = tiny_llama()
-    outline, digest = outline_of(model), parameter_digest(model)
+    outline, identify = outline_of(model), partial(parameter_digest, model)
     diagonal = save_diagonal(model, tmp_path / "diagonal.safetensors")
     with pytest.raises(InputError, match="measured on other weights"):
-        export_imatrix(outline, diagonal, parameter_digest="sha256:" + "0" * 64)
+        export_imatrix(outline, diagonal, identify=lambda _: "sha256:" + "0" * 64)
     weights = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(2)}, weights)
     with pytest.raises(InputError, match="is not a Fisher diagonal"):
-        export_imatrix(outline, weights, parameter_digest=digest)
+        export_imatrix(outline, weights, identify=identify)
     with pytest.raises(InputError, match="can't be read"):
-        export_imatrix(outline, tmp_path / "missing", parameter_digest=digest)
+        export_imatrix(outline, tmp_path / "missing", identify=identify)
     values = load_file(diagonal)
     values["lm_head.weight"][0, 0] = float("nan")
-    metadata = {"signal": "fisher_diag", "tokens": "64", "parameter_digest": digest}
+    metadata = {
+        "signal": "fisher_diag",
+        "tokens": "64",
+        "parameter_digest": parameter_digest(model),
+    }
     save_file(values, diagonal, metadata=metadata)
     with pytest.raises(InputError, match=r"'lm_head.weight' .* aren't finite"):
-        export_imatrix(outline, diagonal, parameter_digest=digest)
+        export_imatrix(outline, diagonal, identify=identify)
     del values["lm_head.weight"]
     save_file(values, diagonal, metadata=metadata)
     with pytest.raises(InputError, match=r"has no 'lm_head.weight'"):
-        export_imatrix(outline, diagonal, parameter_digest=digest)
+        export_imatrix(outline, diagonal, identify=identify)

@@ -20,7 +20,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from lib.blocks import digest_parameters, partition_model, storage_bytes, unique_parameters
+from lib.blocks import parameter_digest, partition_model, storage_bytes
 from lib.codecs.kernels import kernel_name
 from lib.commands import plan as plan_command
 from lib.commands.cli import run_main
@@ -81,13 +81,13 @@ def in_memory(folder: Path) -> Any:
 def make_hints(model: nn.Module) -> Hints:
     """Curves and tiers that are arbitrary, but always the same."""
     nats = {"int8": 1e-5, "int6": 1e-4, "int5": 1e-3, "int4": 4e-3, "int3": 2e-2, "int2": 0.1}
-    blocks, given = partition_model(model), unique_parameters(model)
+    blocks = partition_model(model)
     made = build_hints(
         model=ModelInfo(
             id="toy",
             revision="",
             class_name=type(model).__name__,
-            parameter_digest=digest_parameters((name, given[name]) for name in sorted(given)),
+            parameter_digest=parameter_digest(model),
         ),
         provenance={"signal": "adam_exp_avg_sq", "created": "2026-01-01T00:00:00+00:00"},
         num_bytes={block.name: block.num_bytes for block in blocks},
