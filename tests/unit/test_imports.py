@@ -9,9 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    {"errors"},
-    {"vocabulary", "units", "files", "registry"},
-    {"kconfig", "progress"},
+    {"alias", "errors"},
+    {"extras", "vocabulary", "units", "files", "registry", "progress"},
     {"config", "blocks"},
     {"hints", "machine"},
     {"codecs"},
