@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
 from lib.blocks import parameter_digest, partition_model, storage_bytes, tied_modules
 from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
 from lib.commands.cli import emit_json, run_main

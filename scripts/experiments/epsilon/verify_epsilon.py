@@ -35,6 +35,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
 from lib.commands.calibrate import check_hints
 from lib.commands.cli import emit_json, run_main
