@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..export import (
+from ..exports import (
     Export,
     Outline,
     export_device_map,
@@ -98,7 +98,7 @@ def _read_outline(name: str, hints: Hints) -> tuple[Outline, str]:
     """Return the outline of a model whose weights are those of the hints, and their digest."""
     from ..blocks import parameter_digest
     from ..checkpoint.models import load_model, quiet_transformers
-    from ..export.model import outline_model
+    from ..exports.model import outline_model
 
     quiet_transformers(progress=False)
     model, digest = _read_checkpoint(name)

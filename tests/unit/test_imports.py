@@ -22,7 +22,7 @@ LAYERS = [
     {"tiering"},
     {"progressive"},
     {"evaluation"},
-    {"export", "report"},
+    {"exports", "report"},
     {"commands"},
     {"gpt2"},
     {"scripts"},

@@ -12,7 +12,7 @@ from tiny_models import tiny_gpt2, tiny_mixtral
 
 from lib.blocks import parameter_digest
 from lib.errors import InputError
-from lib.export import export_imatrix
+from lib.exports import export_imatrix
 from lib.signals import collect_fisher, save_fisher_diagonal
 
 gguf = pytest.importorskip("gguf")
