@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .adam import AdamSignal, adam_hints, collect_adam_signal
 from .analyzer import AdamStateTierAnalyzer
 from .attention import attention_fim_trace
+from .collect import collect_fisher, collect_hints
 from .fisher import FisherResult, FisherTrace, fisher_hints, measure_fisher, save_fisher_diagonal
 from .gradients import FisherLabels
 from .interface import (
@@ -40,6 +41,8 @@ __all__ = [
     "adam_hints",
     "attention_fim_trace",
     "collect_adam_signal",
+    "collect_fisher",
+    "collect_hints",
     "measure_fisher",
     "fisher_hints",
     "register_signal",

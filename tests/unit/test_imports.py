@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     {"alias", "errors"},
-    {"extras", "vocabulary", "units", "files", "registry", "progress"},
+    {"extras", "vocabulary", "units", "files", "registry"},
+    {"kconfig", "progress"},
     {"config", "blocks"},
     {"hints", "machine"},
     {"codecs"},
