@@ -154,11 +154,11 @@ def test_checkpoints_under_other_names_are_loaded_whole(
 @pytest.mark.parametrize(
     ("to", "flags", "message"),
     [
-        ("accelerate", ["--bits", "4"], "--bits goes with --to torchao or llama-cpp"),
-        ("torchao", ["--bits", "nan"], "--bits nan is out of range"),
+        ("accelerate", ["--bits", "4"], "bits go with torchao or llama-cpp, not accelerate"),
+        ("torchao", ["--bits", "nan"], "bits nan are out of range"),
         ("llama-cpp", ["--bits", "1"], "--bits 1.0 is too few"),
-        ("imatrix", [], "--fisher FILE goes with --to imatrix"),
-        ("vllm", ["--fisher", "x"], "--fisher FILE goes with --to imatrix"),
+        ("imatrix", [], "--fisher FILE) goes with imatrix"),
+        ("vllm", ["--fisher", "x"], "--fisher FILE) goes with imatrix"),
         ("vllm", ["--model", "nowhere/at/all"], "does not exist"),
     ],
 )
