@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision=planned_precision(args.precision),
         epsilon=args.epsilon,
         device=device,
-        also=lambda: run_tasks(model, args) if args.tasks else None,
+        also=(lambda: run_tasks(model, args)) if args.tasks else None,
     )
     full_tasks, placed_tasks = found.besides
     document: Fields = {

@@ -34,7 +34,7 @@ class Evaluation:
     bound_nats: float | None
     """What calibration promises that the KL does not exceed."""
     besides: tuple[Any, Any]
-    """What ``also`` returned of the full model and of the placed one."""
+    """What ``also`` returned of the full model and of the placed one; None without it."""
 
 
 def evaluate(
@@ -47,7 +47,7 @@ def evaluate(
     epsilon: float | str | None = None,
     device: str | torch.device | None = None,
     batch_size: int | None = None,
-    also: Callable[[], Any] = lambda: None,
+    also: Callable[[], Any] | None = None,
 ) -> Evaluation:
     """Measure a causal language model as it is, then with its weights placed and stored as asked.
 
@@ -66,12 +66,12 @@ def evaluate(
             f"{len(tokens)} sequences are too few for an interval: give {LEAST_SEQUENCES} or more"
         )
     full = FullModel(model, tokens, batch_size=batch_size)
-    besides_full = also()
+    besides_full = also() if also is not None else None
     with attach(
         model, hints, budget=budget, precision=precision, epsilon=epsilon, device=device
     ) as runtime:
         quality = full.compare(device)
-        besides_placed = also()
+        besides_placed = also() if also is not None else None
         stats = runtime.stats()
         veto = runtime.veto.to_json()
         held = [str(place.precision) for place in runtime.plan.placements.values()]
