@@ -145,7 +145,7 @@ help: ## Show this text
 	@awk -F ':.*## ' '/^##@ /{printf "\n%s\n", substr($$0, 5)} \
 		/^[a-z%_-]+:.*## /{sub("%", "<name>", $$1); printf "  %-18s %s\n", $$1, $$2}' Makefile
 
-$(STAMP): constraints.txt pyproject.toml
+$(STAMP): constraints.txt pyproject.toml setup.py
 	@command -v $(PYTHON) >/dev/null || \
 		{ echo 'error: no $(PYTHON): install Python >= 3.11, or say make PYTHON=/path' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

@@ -15,8 +15,8 @@ from lib.signals import (
     MomentScale,
     adam_hints,
     attention_fim_trace,
-    collect_fisher,
     fisher_hints,
+    measure_fisher,
     save_fisher_diagonal,
 )
 
@@ -100,7 +100,7 @@ def _fisher_hints(
     tiering = config.tiering
     log(f"measuring Fisher information on {tiering.fisher_sequences} sequences")
     with tqdm(total=tiering.fisher_sequences, unit="sequence", disable=not show_progress()) as bar:
-        result = collect_fisher(
+        result = measure_fisher(
             copy,
             _batches(corpus, config, tiering.fisher_sequences),
             labels=tiering.fisher_labels,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from .errors import InputError
+from .extras import need_extra
 from .units import parse_number
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +34,12 @@ class Assignment(NamedTuple):
 
 
 def open_kconfig(path: Path | str = ROOT / "Kconfig") -> Any:
-    """Parse the Kconfig files; returns a ``kconfiglib.Kconfig`` with all symbols at defaults."""
+    """Parse the Kconfig files; returns a ``kconfiglib.Kconfig`` with all symbols at defaults.
+
+    Raises InputError where they or kconfiglib are missing: both come with a checkout's
+    environment, not with the package.
+    """
+    need_extra("dev", "kconfiglib")
     import kconfiglib
 
     # The absolute path, and rsource in the files, make this independent of the current folder and

@@ -26,12 +26,14 @@ from typing import Any
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
 from lib.blocks import parameter_digest, partition_model, storage_bytes, tied_modules
 from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
 from lib.commands.cli import emit_json, run_main
 from lib.commands.flags import parse_device
 from lib.errors import InputError
-from lib.evaluation.canary import Canary
+from lib.evaluation.canary import CANARY_SEQUENCES, Canary, measure_kl
 from lib.evaluation.forwards import ForwardBench, latency_to_json
 from lib.files import check_writable
 from lib.hints import Hints, load_hints, match_hints
@@ -127,13 +129,8 @@ def measure(
             if compressed:
                 bench.save_reference(Path(folder))
             if args.epsilon is not None:
-                canary = Canary(
-                    bench.model,
-                    tokens,
-                    Path(folder) / "canary",
-                    batch_size=args.batch_size,
-                    every=args.canary,
-                    device=bench.device,
+                canary = measure_kl(
+                    bench.model, tokens[-CANARY_SEQUENCES:], batch_size=args.batch_size
                 )
             before, memory = bench.run("baseline", iterations=num_before)
             baseline = {**memory, "bytes_moved_per_forward": 0, "perplexity": perplexity}
@@ -145,7 +142,7 @@ def measure(
             budget=None if args.budget is None else read_budget(args.budget),
             precision=args.precision,
             epsilon=args.epsilon,
-            measure=None if canary is None else canary.measure,
+            measure=canary,
             emulation=emulation,
             device=bench.device,
         ) as runtime:
@@ -154,14 +151,14 @@ def measure(
                 iterations=args.num_iterations,
                 virtual_seconds=lambda: runtime.virtual_seconds,
                 on_warm=runtime.reset_stats,
-                after_pass=lambda passes: canary.after_pass(runtime, passes) if canary else None,
+                after_pass=lambda passes: _check(runtime, canary, passes, every=args.canary),
             )
             stats = runtime.stats()
             tiered: Fields = {**memory, "perplexity": bench.perplexity("tiered")}
             if baseline is not None:
                 impact = bench.compare_logits(logits)
                 measured = bench.compare_reference(Path(folder)) if compressed else None
-            quality = _quality(runtime, canary) if compressed else None
+            quality = _quality(runtime, canary, every=args.canary) if compressed else None
     if baseline is not None:
         after, _ = bench.run("baseline again", iterations=args.num_iterations - num_before)
         drift = _percent(statistics.median(after), statistics.median(before)) if after else None
@@ -184,13 +181,29 @@ def measure(
     }
 
 
-def _quality(runtime: Runtime, canary: Canary | None) -> Fields:
+def _check(runtime: Runtime, canary: Canary | None, passes: int, *, every: int | None) -> None:
+    """Measure after every so many passes, and let the runtime hold the model more precisely."""
+    if canary is not None and every is not None and passes % every == 0:
+        runtime.check_quality(canary)
+
+
+def _quality(runtime: Runtime, canary: Canary | None, *, every: int | None) -> Fields:
     """Return what blocks are held in, what the veto knows of that, and what the canary found."""
     places = [place.precision for place in runtime.plan.placements.values()]
     return {
         "precisions": {str(p): places.count(p) for p in Precision if p in places},
         "veto": runtime.veto.to_json(),
-        "canary": None if canary is None else canary.to_json(runtime),
+        "canary": None if canary is None else _canary_to_json(canary, runtime, every),
+    }
+
+
+def _canary_to_json(canary: Canary, runtime: Runtime, every: int | None) -> Fields:
+    """Return what was measured, in nats per token, and how often that raised floors."""
+    return {
+        "every": every,
+        "sequences": canary.num_sequences,
+        "measured": [[value.kl_nats, value.upper_nats] for value in canary.measured],
+        "floors_raised": runtime.veto.num_raised,
     }
 
 

@@ -15,21 +15,20 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..blocks import parameter_digest, partition_model
 from ..checkpoint.models import cast_weights, load_model, quiet_transformers
 from ..errors import InputError
 from ..evaluation.calibrate import DRAWS, CalibratedModel, calibrate_model, calibrated_hints
+from ..evaluation.calibration import check_hints
 from ..evaluation.kernel_error import measure_kernels
 from ..evaluation.oracle import check_additivity, rank_signals
 from ..evaluation.predictions import Pair, Predictions, measuring_batches
 from ..files import check_writable
-from ..hints import Hints, load_hints, match_hints, save_hints
+from ..hints import load_hints, save_hints
 from ..precision.perturb import curve_precisions
 from ..precision.quality import Quality
 from ..precision.sensitivity import find_violations
@@ -103,16 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_hints(calibrated, output)
     emit(_table(document), document, args.json)
     return 0
-
-
-def check_hints(hints: Hints, model: Any) -> None:
-    """Raise InputError for hints that aren't this model's, or have no place for a curve."""
-    names = [block.name for block in partition_model(model)]
-    if hints.model is None:
-        raise InputError("flat hints have no place for a KL curve: make full ones for this model")
-    match_hints(hints, names, identify=partial(parameter_digest, model))
-    if unknown := sorted(set(names) - set(hints.blocks)):
-        raise InputError(f"block {unknown[0]!r} has no hint of its own: make the hints anew")
 
 
 def _violations(predictions: Predictions) -> list[Fields]:

@@ -8,7 +8,6 @@ an optimizer that keeps no second moment, or with frozen blocks.
 """
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -47,15 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from ..checkpoint.models import cast_weights, load_model, quiet_transformers
-    from ..signals import FisherTrace, save_fisher_diagonal, signal_hints
+    from ..signals import FisherTrace
+    from ..signals.collect import collect_hints
     from ..signals.interface import SIGNALS
     from ..text.held_out import load_tokenizer, sequence_length
 
     device = parse_device(args.device)
     kind = SIGNALS[args.signal]
-    fisher = None
-    if kind is FisherTrace:
-        fisher = FisherTrace(
+    is_fisher = kind is FisherTrace
+    signal = kind()
+    if is_fisher:
+        signal = FisherTrace(
             labels=args.labels or "sampled",
             keep_diagonal=args.save_diagonal is not None,
             seed=args.seed,
@@ -65,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--labels and --save-diagonal have no effect with --signal {args.signal}: leave them "
             "out, or use --signal fisher_trace"
         )
-    signal = fisher or kind()
     quiet_transformers(progress=sys.stderr.isatty())
     # The model first: its errors say more about a wrong name than those of a tokenizer.
     model: Any = load_model(args.model)
@@ -87,34 +87,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.to(device)
     begin = time.perf_counter()
     with progress_bar(args.samples, signal.name, unit="seq") as bar:
-        found = signal.measure(
-            model.eval(), torch.split(tokens, args.batch_size), progress=bar.update
+        hints, found = collect_hints(
+            model.eval(),
+            tokens,
+            signal,
+            batch_size=args.batch_size,
+            hbm_threshold=hbm_threshold,
+            cpu_threshold=cpu_threshold,
+            diagonal=args.save_diagonal,
+            model_id=args.model,
+            source=args.data,
+            progress=bar.update,
         )
     seconds = time.perf_counter() - begin
-    hints = signal_hints(
-        found,
-        model,
-        model_id=args.model,
-        revision=getattr(model.config, "_commit_hash", None) or "",
-        hbm_threshold=hbm_threshold,
-        cpu_threshold=cpu_threshold,
-        extra_provenance={
-            "data": args.data,
-            "tokens_digest": f"sha256:{hashlib.sha256(tokens.numpy().tobytes()).hexdigest()}",
-            "sequence_length": length,
-            "batch_size": args.batch_size,
-            "diagonal": None if args.save_diagonal is None else args.save_diagonal.name,
-        },
-    )
-    if args.save_diagonal is not None:
-        assert hints.model is not None and fisher is not None and fisher.result is not None
-        save_fisher_diagonal(
-            fisher.result, args.save_diagonal, parameter_digest=hints.model.parameter_digest
-        )
     save_hints(hints, args.output)
     tiers = summarize_tiers(hints, found.mass)
     emit(
-        _table(hints, tiers, "Fisher information" if fisher else signal.name),
+        _table(hints, tiers, "Fisher information" if is_fisher else signal.name),
         {
             "output": str(args.output),
             "diagonal": None if args.save_diagonal is None else str(args.save_diagonal),

@@ -11,27 +11,17 @@ runs tasks of lm-evaluation-harness on both. stdout gets the figures and, last, 
 import argparse
 import importlib.util
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from ..blocks.faults import find_fault
 from ..checkpoint.models import load_model, quiet_transformers
 from ..errors import InputError
-from ..evaluation.predictions import measuring_batches
+from ..evaluation.evaluate import LEAST_SEQUENCES, evaluate
 from ..hints import load_hints
 from ..precision.floors import parse_epsilon
-from ..precision.quality import Quality, QualityMeter
-from ..progress import show_progress
-from ..signals.summary import causal_logits, dtype_names
+from ..signals.summary import dtype_names
 from ..text.held_out import load_tokenizer
-from ..text.parts import vocabulary_size
-from ..tiering import attach
 from ..tiering.planning.budget import read_budget
 from .cli import Parser, add_json_flag, emit
 from .flags import (
@@ -46,7 +36,6 @@ from .flags import (
 from .text_flags import add_text_flags, read_held_out
 
 HARNESS = "lm_eval"
-LEAST_SEQUENCES = 2
 Fields = dict[str, Any]
 
 
@@ -65,27 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"an interval needs {LEAST_SEQUENCES}: give more text with --data, or a shorter "
             "--sequence-length"
         )
-    batches = [batch.to(device) for batch in measuring_batches(text.tokens, vocabulary_size(model))]
     model.to(device)
-    tasks: dict[str, Fields] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        save_reference(model, batches, Path(folder))
-        if args.tasks:
-            tasks["full"] = run_tasks(model, args)
-        with attach(
-            model,
-            hints,
-            budget=None if args.budget is None else read_budget(args.budget),
-            precision=planned_precision(args.precision),
-            epsilon=args.epsilon,
-            device=device,
-        ) as runtime:
-            quality = compare_with_reference(model, batches, Path(folder))
-            if args.tasks:
-                tasks["ours"] = run_tasks(model, args)
-            stats = runtime.stats()
-            veto = runtime.veto.to_json()
-            held = [str(place.precision) for place in runtime.plan.placements.values()]
+    found = evaluate(
+        model,
+        text.tokens,
+        hints,
+        budget=None if args.budget is None else read_budget(args.budget),
+        precision=planned_precision(args.precision),
+        epsilon=args.epsilon,
+        device=device,
+        also=(lambda: run_tasks(model, args)) if args.tasks else None,
+    )
+    full_tasks, placed_tasks = found.besides
     document: Fields = {
         "model": args.model,
         "tier_hints": None if args.tier_hints is None else str(args.tier_hints),
@@ -95,39 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "device": str(device),
         "epsilon": args.epsilon,
         "text": {"source": text.source, "sequence_length": text.tokens.shape[1]},
-        "bytes_per_tier": stats.bytes_per_tier,
-        "peak_weight_bytes": stats.peak_resident_bytes,
-        "precisions": {name: held.count(name) for name in dict.fromkeys(held)},
-        "predicted_nats": veto["predicted_nats"],
-        "bound_nats": veto["bound_nats"],
-        **quality.to_json(),
-        "tasks": tasks or None,
+        "bytes_per_tier": found.bytes_per_tier,
+        "peak_weight_bytes": found.peak_weight_bytes,
+        "precisions": found.precisions,
+        "predicted_nats": found.predicted_nats,
+        "bound_nats": found.bound_nats,
+        **found.quality.to_json(),
+        "tasks": {"full": full_tasks, "ours": placed_tasks} if args.tasks else None,
     }
     emit(_table(document), document, args.json)
     return 0
-
-
-def save_reference(model: torch.nn.Module, batches: Sequence[Tensor], folder: Path) -> None:
-    """Write the model's logits, a file per batch: all of them need not fit in memory."""
-    with torch.inference_mode():
-        for index, ids_BT in enumerate(show_progress(batches, "full model", total=len(batches))):
-            logits_BTV = causal_logits(model, ids_BT).cpu().contiguous()
-            if not bool(logits_BTV.isfinite().all()):
-                fault = find_fault(model) or "they overflow in this dtype"
-                raise FloatingPointError(f"the full model's logits aren't finite: {fault}")
-            save_file({"logits": logits_BTV}, folder / f"{index}.safetensors")
-
-
-def compare_with_reference(
-    model: torch.nn.Module, batches: Sequence[Tensor], folder: Path
-) -> Quality:
-    """Compare the model with what ``save_reference`` wrote."""
-    meter = QualityMeter()
-    with torch.inference_mode():
-        for index, ids_BT in enumerate(show_progress(batches, "as placed", total=len(batches))):
-            reference_BTV = load_file(folder / f"{index}.safetensors")["logits"].to(ids_BT.device)
-            meter.add(ids_BT, reference_BTV, causal_logits(model, ids_BT))
-    return meter.result()
 
 
 def run_tasks(model: Any, args: argparse.Namespace) -> Fields:

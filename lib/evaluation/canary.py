@@ -4,71 +4,52 @@ A plan under a quality bound stands only once their upper bound is within it, an
 again while the model works: predictions are of the weights, a measurement is of everything.
 """
 
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..policy.veto import Measured
-from ..tiering import Runtime
-from .forwards import ForwardBench
+from .full_model import FullModel
 
 CANARY_SEQUENCES = 16
+"""Enough for a bound, and few enough to measure while a model works."""
 
 
 class Canary:
-    """Measures against the model as it is when this is made: before it is attached.
+    """Measures a model against what it was when this was made, each time that it is called."""
 
-    ``every``: measure again after every so many passes (``after_pass``); None: only when asked to.
-    """
+    def __init__(self, full: FullModel, device: torch.device | str | None) -> None:
+        self._full = full
+        self._device = device
+        self.measured: list[Measured] = []
+        """All that it has measured, in order."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokens: Tensor,
-        folder: Path,
-        *,
-        batch_size: int,
-        every: int | None,
-        device: torch.device,
-    ) -> None:
-        """Write the full model's logits of the last of the ``tokens`` (sequences, length) to a
-        folder.
-        """
-        tokens = tokens[-CANARY_SEQUENCES:]
-        self._bench = ForwardBench(
-            model,
-            tokens,
-            batch_size=batch_size,
-            warmup=0,
-            device=device,
-            progress=False,
-        )
-        self._num_sequences = len(tokens)
-        self._folder = folder
-        self._every = every
-        self._values: list[Measured] = []
-        folder.mkdir()
-        self._bench.save_reference(folder)
+    @property
+    def num_sequences(self) -> int:
+        """The sequences that each measurement runs."""
+        return self._full.num_sequences
 
-    def measure(self) -> Measured:
-        """Measure the model as it is now."""
-        quality = self._bench.compare_reference(self._folder)
+    def __call__(self) -> Measured:
+        """Measure the model as it is now: mean KL, and the upper end of its 95 % interval."""
+        quality = self._full.compare(self._device)
         upper = quality.kl_nats if quality.kl_interval is None else quality.kl_interval[1]
-        self._values.append(Measured(kl_nats=quality.kl_nats, upper_nats=upper))
-        return self._values[-1]
+        self.measured.append(Measured(kl_nats=quality.kl_nats, upper_nats=upper))
+        return self.measured[-1]
 
-    def after_pass(self, runtime: Runtime, num_passes: int) -> None:
-        """Measure if it is time to, and let the runtime hold the model more precisely."""
-        if self._every is not None and num_passes % self._every == 0:
-            runtime.check_quality(self.measure)
 
-    def to_json(self, runtime: Runtime) -> dict[str, Any]:
-        """Return what was measured, in nats per token, and how often that raised floors."""
-        return {
-            "every": self._every,
-            "sequences": self._num_sequences,
-            "measured": [[value.kl_nats, value.upper_nats] for value in self._values],
-            "floors_raised": runtime.veto.num_raised,
-        }
+def measure_kl(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+) -> Canary:
+    """Return a ``measure`` for ``attach`` and ``Runtime.check_quality``; call this before attach.
+
+    ``tokens``: held-out text that hints were not calibrated on, integer ids (N, T) without padding;
+    16 sequences are enough, and each measurement runs all of them. ``batch_size``: sequences per
+    forward pass (default: by memory). ``device``: attach's, where it has one.
+
+    The model, in evaluation mode, is run once here; its logits stay in the temporary folder as long
+    as what is returned. Raises InputError for tokens that aren't the model's.
+    """
+    return Canary(FullModel(model, tokens, batch_size=batch_size), device)

@@ -1,7 +1,7 @@
 """What the report's pictures share: colours, textures, and writing a picture in one step.
 
 Colours are of the Okabe-Ito palette, which colour-blind readers can tell apart; textures carry the
-same meaning in print. matplotlib is imported inside: importing lib stays cheap.
+same meaning in print. matplotlib is an extra, imported by functions that draw.
 """
 
 import os
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..extras import need_extra
 from ..vocabulary import Tier
 
 if TYPE_CHECKING:
@@ -47,9 +48,18 @@ _STYLE: Any = {
 }
 
 
+def need_matplotlib() -> None:
+    """Raise InputError, with the command that installs it, where there is no matplotlib."""
+    need_extra("report", "matplotlib")
+
+
 @contextmanager
 def picture(path: Path, size: tuple[float, float], dpi: int) -> "Iterator[Figure]":
-    """Give an empty figure of ``size`` inches; once drawn, save it beside ``path`` and rename."""
+    """Give an empty figure of ``size`` inches; once drawn, save it beside ``path`` and rename.
+
+    Raises InputError where matplotlib isn't installed.
+    """
+    need_matplotlib()
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -21,6 +21,7 @@ from .drawing import (
     TEXT_COLORS,
     TIER_COLORS,
     TIER_HATCHES,
+    need_matplotlib,
     picture,
     split_layer,
 )
@@ -68,6 +69,7 @@ def plot_loss(
 
 def plot_importance(hints: Hints, path: Path, *, dpi: int = DPI) -> None:
     """Draw each block's importance: a row per layer, a column per kind, the rest beside them."""
+    need_matplotlib()
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Patch
@@ -98,6 +100,7 @@ def plot_importance(hints: Hints, path: Path, *, dpi: int = DPI) -> None:
 
 def plot_tiers(hints: Hints, path: Path, *, dpi: int = DPI) -> None:
     """Draw each block as wide as its bytes, coloured by tier: in model order, then by rank."""
+    need_matplotlib()
     from matplotlib.patches import Patch
 
     sizes = {name: hint.num_bytes for name, hint in hints.blocks.items() if hint.num_bytes}

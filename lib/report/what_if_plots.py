@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..units import format_bytes
-from .drawing import DPI, INK, picture
+from .drawing import DPI, INK, need_matplotlib, picture
 
 _MARKERS = "os^Dv<>pP*"
 
@@ -22,6 +22,7 @@ def plot_what_if(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> 
             lines.setdefault(row["budget"], []).append(row)
     if not lines:
         raise InputError("every budget of the sweep is too small: there is nothing to draw")
+    need_matplotlib()
     from matplotlib import colormaps
 
     colors = colormaps["viridis"].resampled(max(len(lines), 2))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from .adam import AdamSignal, adam_hints, collect_adam_signal
 from .analyzer import AdamStateTierAnalyzer
 from .attention import attention_fim_trace
-from .fisher import FisherResult, FisherTrace, collect_fisher, fisher_hints, save_fisher_diagonal
+from .collect import collect_fisher, collect_hints
+from .fisher import FisherResult, FisherTrace, fisher_hints, measure_fisher, save_fisher_diagonal
 from .gradients import FisherLabels
 from .interface import (
     ElementwiseSignal,
@@ -41,6 +42,8 @@ __all__ = [
     "attention_fim_trace",
     "collect_adam_signal",
     "collect_fisher",
+    "collect_hints",
+    "measure_fisher",
     "fisher_hints",
     "register_signal",
     "reshard",

@@ -59,7 +59,7 @@ class FisherResult:
     """Seed of the sampled labels."""
 
 
-def collect_fisher(
+def measure_fisher(
     model: nn.Module,
     batches: Iterable[Tensor],
     *,
@@ -195,7 +195,7 @@ def fisher_measurement(result: FisherResult, model: nn.Module) -> Measurement:
 
 @register_signal
 class FisherTrace:
-    """``collect_fisher`` as a registered signal; ``result`` is what it measured last."""
+    """``measure_fisher`` as a registered signal; ``result`` is what it measured last."""
 
     name: ClassVar[str] = "fisher_trace"
 
@@ -213,7 +213,7 @@ class FisherTrace:
         self, model: nn.Module, batches: Iterable[Tensor], *, progress: Progress | None = None
     ) -> Measurement:
         """Estimate the trace of every block."""
-        self.result = collect_fisher(
+        self.result = measure_fisher(
             model,
             batches,
             labels=self._labels,

@@ -131,6 +131,37 @@ def read_text(
     return HeldOutText(tokens=tokens, source=data)
 
 
+def read_tokens(
+    model: str | Path,
+    data: str | Path | None = None,
+    *,
+    count: int = 64,
+    length: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Return text as a model's token ids: int64, at most (``count``, ``length``), on the CPU.
+
+    ``model``: folder or hub id, for its tokenizer. ``data``: UTF-8 text or JSON Lines, a file, a
+    folder or a glob, of which sequences are drawn from all over by ``seed`` (default: the folder's
+    held-out text, else the Python standard library's). ``length``: default the model's context, at
+    most 512. Raises InputError for files that can't be read, or hold less than one sequence.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {str(model)!r} can't be read: {first_line(error)}") from error
+    return read_text(
+        str(model),
+        None if data is None else str(data),
+        vocab_size=int(config.get_text_config().vocab_size),
+        length=sequence_length(config, length),
+        count=count,
+        seed=seed,
+    ).tokens
+
+
 def _read_heldout(path: Path) -> tuple[Tensor, str]:
     try:
         with safe_open(path, framework="pt") as file:

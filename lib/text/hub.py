@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
+from ..extras import need_extra
 from .formats import normalize_newlines
 
 _WIKITEXT_TITLE = re.compile(r"^ = [^=].* = \n?$")
@@ -65,6 +66,7 @@ class HubUnreachable(InputError):
 
 def _resolve_revision(hub: HubDataset) -> str:
     """Ask the Hub which commit the dataset's branch is at."""
+    need_extra("data", "datasets")
     from huggingface_hub import HfApi
 
     try:

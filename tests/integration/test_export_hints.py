@@ -17,7 +17,7 @@ from lib.blocks import parameter_digest, partition_model
 from lib.commands import export as export_hints
 from lib.commands.cli import run_main
 from lib.hints import BlockHint, Hints, ModelInfo, save_hints
-from lib.signals import collect_fisher, save_fisher_diagonal
+from lib.signals import measure_fisher, save_fisher_diagonal
 from lib.vocabulary import Tier
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def test_a_fisher_diagonal_becomes_an_importance_matrix(
     model = LlamaForCausalLM.from_pretrained(llama)
     tokens = torch.randint(0, 48, (2, 16), generator=torch.Generator().manual_seed(0))
     diagonal = tmp_path / "diagonal.safetensors"
-    result = collect_fisher(model, [tokens], keep_diagonal=True, seed=0)
+    result = measure_fisher(model, [tokens], keep_diagonal=True, seed=0)
     save_fisher_diagonal(result, diagonal, parameter_digest=parameter_digest(model))
     assert export(llama, "imatrix", tmp_path, "--fisher", str(diagonal)) == 0
     document, _ = last_line(capsys)
@@ -154,11 +154,11 @@ def test_checkpoints_under_other_names_are_loaded_whole(
 @pytest.mark.parametrize(
     ("to", "flags", "message"),
     [
-        ("accelerate", ["--bits", "4"], "--bits goes with --to torchao or llama-cpp"),
-        ("torchao", ["--bits", "nan"], "--bits nan is out of range"),
+        ("accelerate", ["--bits", "4"], "bits go with torchao or llama-cpp, not accelerate"),
+        ("torchao", ["--bits", "nan"], "bits nan are out of range"),
         ("llama-cpp", ["--bits", "1"], "--bits 1.0 is too few"),
-        ("imatrix", [], "--fisher FILE goes with --to imatrix"),
-        ("vllm", ["--fisher", "x"], "--fisher FILE goes with --to imatrix"),
+        ("imatrix", [], "--fisher FILE) goes with imatrix"),
+        ("vllm", ["--fisher", "x"], "--fisher FILE) goes with imatrix"),
         ("vllm", ["--model", "nowhere/at/all"], "does not exist"),
     ],
 )

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    {"errors"},
-    {"vocabulary", "units", "files", "registry"},
+    {"alias", "errors"},
+    {"extras", "vocabulary", "units", "files", "registry"},
     {"kconfig", "progress"},
     {"config", "blocks"},
     {"hints", "machine"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"tiering"},
     {"progressive"},
     {"evaluation"},
-    {"export", "report"},
+    {"exports", "report"},
     {"commands"},
     {"gpt2"},
     {"scripts"},

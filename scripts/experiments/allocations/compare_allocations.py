@@ -26,6 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from lib.blocks import parameter_digest, partition_model
 from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
 from lib.commands.cli import emit_json, run_main

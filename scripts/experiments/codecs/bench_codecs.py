@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from lib.codecs.kernels import SCRATCH_BYTES, EncodedWeight, Scratch, Use, prepare
 from lib.codecs.records import Codec, check_record, decode, default_codec, encode
 from lib.commands.cli import emit_json, run_main

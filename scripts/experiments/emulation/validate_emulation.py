@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from lib.checkpoint.load import load
 from lib.commands.cli import emit_json, run_main
 from lib.errors import InputError, PlacementError

@@ -35,14 +35,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
-from lib.commands.calibrate import check_hints
 from lib.commands.cli import emit_json, run_main
 from lib.commands.flags import parse_device
 from lib.commands.text_flags import read_held_out
 from lib.errors import InputError
 from lib.evaluation.calibrate import calibrate_model, calibrated_hints
-from lib.evaluation.canary import CANARY_SEQUENCES, Canary
+from lib.evaluation.calibration import check_hints
+from lib.evaluation.canary import CANARY_SEQUENCES, measure_kl
 from lib.evaluation.forwards import ForwardBench
 from lib.evaluation.kernel_error import measure_kernels
 from lib.files import check_writable
@@ -245,14 +247,7 @@ def verify(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         verdict.save_reference(folder)
-        canary = Canary(
-            model,
-            canary_tokens,
-            folder / "canary",
-            batch_size=BATCH_SIZE,
-            every=None,
-            device=device,
-        )
+        canary = measure_kl(model, canary_tokens, batch_size=BATCH_SIZE)
         held = partial(
             attach,
             model,
@@ -261,7 +256,7 @@ def verify(
             epsilon=epsilon,
             device=device,
         )
-        with held(measure=canary.measure) as runtime:
+        with held(measure=canary) as runtime:
             quality = verdict.compare_reference(folder)
             places = list(runtime.plan.placements.values())
             veto = runtime.veto.to_json()

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from lib.commands.cli import emit_json, run_main
 from lib.commands.rank_layers import BATCH, codec_round_trips, ranking_document
 from lib.errors import InputError

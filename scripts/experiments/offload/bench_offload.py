@@ -17,8 +17,11 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
 
 from lib.commands.cli import emit_json, run_main
 from lib.files import check_writable

@@ -20,6 +20,8 @@ import torch
 import transformers
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from lib.blocks import partition_model
 from lib.hints import BlockHint, Hints
 from lib.tiering import EmulationSpec, attach

@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from lib.commands.cli import emit_json, run_main
 from lib.config import Config, load_config
 from lib.errors import InputError

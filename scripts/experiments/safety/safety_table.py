@@ -24,6 +24,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from lib.commands.cli import emit_json, run_main
 from lib.files import check_writable
 from lib.tiering.stores import default_spill_folder

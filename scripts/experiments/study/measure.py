@@ -38,7 +38,7 @@ from lib.precision.sensitivity import (
 )
 from lib.precision.sizes import StoredSizes, stored_sizes
 from lib.precision.tolerance import spearman
-from lib.signals import MomentScale, collect_fisher
+from lib.signals import MomentScale, measure_fisher
 from lib.signals.gradients import FisherLabels, GradientSampler
 from lib.signals.moments import read_moments
 from lib.vocabulary import Precision
@@ -86,7 +86,7 @@ def measure_checkpoint(folder: Path, *, beta2: float, batch_size: int, seed: int
         true_fisher(model, part, seed=2 * seed + index)
         for index, part in enumerate(torch.chunk(fisher_text, 2))
     ]
-    data = collect_fisher(model, [fisher_text], labels="data", keep_diagonal=True).diagonal
+    data = measure_fisher(model, [fisher_text], labels="data", keep_diagonal=True).diagonal
     assert data is not None
     diagonals: dict[str, Diagonal] = {
         "adam": {
@@ -135,7 +135,7 @@ def measure_checkpoint(folder: Path, *, beta2: float, batch_size: int, seed: int
 def true_fisher(model: Any, tokens: Tensor, *, seed: int) -> Diagonal:
     """Return the true Fisher diagonal on sequences (N, T), each with labels sampled anew."""
     batches = torch.split(tokens.repeat(LABEL_DRAWS, 1), 1)
-    diagonal = collect_fisher(model, batches, keep_diagonal=True, seed=seed).diagonal
+    diagonal = measure_fisher(model, batches, keep_diagonal=True, seed=seed).diagonal
     assert diagonal is not None
     return diagonal
 

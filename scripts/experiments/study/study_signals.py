@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from gpt2.rundir import collect_versions
 from lib.checkpoint.models import quiet_transformers
 from lib.commands.cli import emit_json, run_main

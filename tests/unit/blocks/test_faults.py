@@ -14,7 +14,7 @@ from lib.blocks.faults import find_fault
 from lib.errors import InputError
 from lib.precision.perturb import perturb, weight_error
 from lib.precision.quality import measure_perturbations
-from lib.signals import attention_fim_trace, collect_fisher
+from lib.signals import attention_fim_trace, measure_fisher
 from lib.signals.kv import collect_kv_fisher
 from lib.tiering import attach
 from lib.vocabulary import Precision
@@ -103,7 +103,7 @@ def test_predictions_and_measurements_name_it(
     if other == block:
         return
     calls: list[Callable[[], object]] = [
-        lambda: collect_fisher(model, [IDS]),
+        lambda: measure_fisher(model, [IDS]),
         lambda: measure_perturbations(model, [IDS], [{other: Precision.INT8}]),
         lambda: collect_kv_fisher(model, [IDS]),
     ]

@@ -18,7 +18,7 @@ from lib.precision.sensitivity import (
     monotone,
     random_curves,
 )
-from lib.signals import collect_fisher
+from lib.signals import measure_fisher
 from lib.signals.optimizers import corrected_moments
 from lib.signals.summary import causal_logits
 from lib.vocabulary import Precision
@@ -76,7 +76,7 @@ def test_predictions_meet_the_measured_kl() -> None:
 def test_a_stored_diagonal_gives_the_same_as_the_backward_passes() -> None:
     model, ids = tiny_mixtral().eval(), tokens(8, 16, size=40)
     curves = gradient_curves(model, ids.split(2), precisions=INTS, seed=3)
-    result = collect_fisher(model, ids.split(2), keep_diagonal=True, seed=3)
+    result = measure_fisher(model, ids.split(2), keep_diagonal=True, seed=3)
     assert result.diagonal is not None
     stored = diagonal_curves(model, result.diagonal.items(), precisions=INTS)
     assert stored.keys() == {block.name for block in partition_model(model)}

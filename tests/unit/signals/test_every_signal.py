@@ -16,8 +16,8 @@ from lib.signals import (
     ElementwiseSignal,
     FisherTrace,
     Signal,
-    collect_fisher,
     fisher_hints,
+    measure_fisher,
     register_signal,
     signal_hints,
 )
@@ -103,7 +103,7 @@ def test_hints_are_made_and_come_back_from_the_file(kind: type[Signal], tmp_path
 
 def test_fisher_hints_are_those_of_the_registered_signal() -> None:
     model, batches = toy()
-    expected = fisher_hints(collect_fisher(model, batches, seed=3), model, **THRESHOLDS)
+    expected = fisher_hints(measure_fisher(model, batches, seed=3), model, **THRESHOLDS)
     found = signal_hints(FisherTrace(seed=3).measure(model, batches), model, **THRESHOLDS)
     assert found.blocks == expected.blocks
     assert [*found.provenance] == [*expected.provenance]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lib.blocks import parameter_digest, partition_model, unique_parameters
 from lib.errors import InputError
 from lib.hints import hints_to_json
-from lib.signals import FisherResult, collect_fisher, fisher_hints, save_fisher_diagonal
+from lib.signals import FisherResult, fisher_hints, measure_fisher, save_fisher_diagonal
 
 
 def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def test_sampled_labels_are_unbiased_whatever_the_batch(batch: int) -> None:
     (ids,) = token_batches(1)
     exact = exact_trace(model, ids)
     draws = [part for _ in range(100) for part in ids.split(batch)]
-    result = collect_fisher(model, draws, keep_diagonal=True, seed=3)
+    result = measure_fisher(model, draws, keep_diagonal=True, seed=3)
     assert_within_error(result, exact)
     assert result.diagonal is not None
     diagonal = exact_diagonal(model, ids)
@@ -80,7 +80,7 @@ def test_a_model_of_independent_positions_has_the_analytic_fisher() -> None:
     model = Bigram()
     ids = torch.arange(VOCABULARY).repeat(4)[None]
     probabilities = model.table.weight.detach().softmax(-1)
-    result = collect_fisher(model, [ids] * 200, keep_diagonal=True)
+    result = measure_fisher(model, [ids] * 200, keep_diagonal=True)
     exact = probabilities * (1 - probabilities) / VOCABULARY
     assert_within_error(result, {"table": exact.sum().item()})
     assert result.diagonal is not None
@@ -92,7 +92,7 @@ def test_a_model_of_independent_positions_has_the_analytic_fisher() -> None:
 def test_data_labels_square_the_gradient_of_each_sequence() -> None:
     model = toy_lm()
     batches = token_batches()
-    result = collect_fisher(model, batches, labels="data", keep_diagonal=True)
+    result = measure_fisher(model, batches, labels="data", keep_diagonal=True)
     model.eval()
     expected = torch.zeros_like(model.embed.weight)
     for ids in torch.cat(batches).split(1):
@@ -106,13 +106,13 @@ def test_data_labels_square_the_gradient_of_each_sequence() -> None:
 
 
 def test_sampled_labels_use_every_position() -> None:
-    result = collect_fisher(toy_lm(), token_batches())
+    result = measure_fisher(toy_lm(), token_batches())
     assert (result.tokens, result.sequences, result.draws, result.seed) == (30, 6, 2, 0)
 
 
 def test_the_trace_is_the_sum_of_the_diagonal_per_block() -> None:
     model = toy_lm()
-    result = collect_fisher(model, token_batches(), keep_diagonal=True)
+    result = measure_fisher(model, token_batches(), keep_diagonal=True)
     assert result.diagonal is not None
     assert result.diagonal.keys() == unique_parameters(model).keys()
     for block in partition_model(model):
@@ -128,14 +128,14 @@ def test_the_trace_is_the_sum_of_the_diagonal_per_block() -> None:
 
 def test_frozen_weights_are_measured_and_the_model_is_left_as_it_was() -> None:
     model = toy_lm()
-    reference = collect_fisher(model, token_batches())
+    reference = measure_fisher(model, token_batches())
     model.train()
     model.layers[0].mlp.eval()
     model.layers[1].requires_grad_(False)
     model.embed.weight.grad = torch.full_like(model.embed.weight, 7.0)
     modes = [module.training for module in model.modules()]
     random_state = torch.get_rng_state()
-    result = collect_fisher(model, token_batches())
+    result = measure_fisher(model, token_batches())
     assert result.trace == reference.trace, "dropout or frozen weights changed the measurement"
     assert [module.training for module in model.modules()] == modes
     assert [p.requires_grad for p in model.layers[1].parameters()] == [False] * 5
@@ -153,28 +153,28 @@ def test_the_model_is_restored_after_an_error() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect_fisher(model, batches())
+        measure_fisher(model, batches())
     assert model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_autocast_and_no_grad_around_change_nothing() -> None:
     model = toy_lm()
-    reference = collect_fisher(model, token_batches())
+    reference = measure_fisher(model, token_batches())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert collect_fisher(model, token_batches()).trace == reference.trace
+        assert measure_fisher(model, token_batches()).trace == reference.trace
 
 
 def test_the_seed_decides_the_labels() -> None:
     model = toy_lm()
     first, again, other = (
-        collect_fisher(model, token_batches(), seed=seed).trace for seed in (1, 1, 2)
+        measure_fisher(model, token_batches(), seed=seed).trace for seed in (1, 1, 2)
     )
     assert first == again != other
 
 
 def test_progress_counts_sequences() -> None:
     done: list[int] = []
-    collect_fisher(toy_lm(), token_batches(), progress=done.append)
+    measure_fisher(toy_lm(), token_batches(), progress=done.append)
     assert done == [3, 3]
 
 
@@ -205,7 +205,7 @@ def test_hugging_face_models_tied_conv1d_and_packed_experts() -> None:
         ),
     ]
     for model in models:
-        result = collect_fisher(model, token_batches())
+        result = measure_fisher(model, token_batches())
         assert result.trace.keys() == {block.name for block in partition_model(model)}
         assert all(value > 0 for name, value in result.trace.items() if "experts" not in name)
     experts = [value for name, value in result.trace.items() if "experts" in name]
@@ -225,7 +225,7 @@ def test_hugging_face_models_tied_conv1d_and_packed_experts() -> None:
 )
 def test_bad_text_is_refused(batches: list[Tensor], options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        collect_fisher(toy_lm(), batches, **options)
+        measure_fisher(toy_lm(), batches, **options)
 
 
 def test_tokens_outside_the_vocabulary_are_refused() -> None:
@@ -233,7 +233,7 @@ def test_tokens_outside_the_vocabulary_are_refused() -> None:
 
     config = GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=5, bos_token_id=0, eos_token_id=0)
     with pytest.raises(InputError, match=r"token ids .* outside the model's vocabulary of 5"):
-        collect_fisher(GPT2LMHeadModel(config), token_batches(1))
+        measure_fisher(GPT2LMHeadModel(config), token_batches(1))
 
 
 def test_weights_without_gradients_are_refused() -> None:
@@ -242,9 +242,9 @@ def test_weights_without_gradients_are_refused() -> None:
         torch.zeros(6, 6, dtype=torch.int8), requires_grad=False
     )
     with pytest.raises(InputError, match="'layers.0.mlp.weight' is quantized"):
-        collect_fisher(model, token_batches())
+        measure_fisher(model, token_batches())
     with pytest.raises(InputError, match="offloaded"):
-        collect_fisher(ToyLM().to("meta"), token_batches())
+        measure_fisher(ToyLM().to("meta"), token_batches())
 
 
 @pytest.mark.parametrize("labels", ["sampled", "data"])
@@ -253,7 +253,7 @@ def test_corrupt_weights_are_an_error(labels: str) -> None:
     with torch.no_grad():
         model.layers[0].mlp.bias[0] = float("inf")
     with pytest.raises(FloatingPointError, match="logits aren't finite"):
-        collect_fisher(model, token_batches(), labels=labels)
+        measure_fisher(model, token_batches(), labels=labels)
 
 
 def test_overflowing_gradients_are_an_error() -> None:
@@ -269,14 +269,14 @@ def test_overflowing_gradients_are_an_error() -> None:
     model = Bigram()
     model.table.register_forward_hook(lambda module, args, output: Steep.apply(output))
     with pytest.raises(FloatingPointError, match="gradient of 'table.weight' isn't finite"):
-        collect_fisher(model, token_batches())
+        measure_fisher(model, token_batches())
 
 
 def test_hints_carry_the_measurement(tmp_path: Path) -> None:
     model = toy_lm()
     common: dict[str, Any] = {"model_id": "toy", "hbm_threshold": 0.3, "cpu_threshold": 0.8}
-    trace = fisher_hints(collect_fisher(model, token_batches()), model, **common)
-    result = collect_fisher(model, token_batches(), labels="data", keep_diagonal=True)
+    trace = fisher_hints(measure_fisher(model, token_batches()), model, **common)
+    result = measure_fisher(model, token_batches(), labels="data", keep_diagonal=True)
     diagonal = fisher_hints(result, model, **common, extra_provenance={"data": "toy"})
     assert trace.provenance["signal"] == "fisher_trace"
     assert (trace.provenance["labels"], trace.provenance["tokens"]) == ("sampled", 30)
@@ -306,7 +306,7 @@ def test_hints_carry_the_measurement(tmp_path: Path) -> None:
 
 
 def test_a_diagonal_that_was_not_kept_can_not_be_saved(tmp_path: Path) -> None:
-    result = collect_fisher(toy_lm(), token_batches(1))
+    result = measure_fisher(toy_lm(), token_batches(1))
     assert result.trace_stderr is None, "one draw has no standard error"
     with pytest.raises(InputError, match="keep_diagonal"):
         save_fisher_diagonal(result, tmp_path / "f.safetensors", parameter_digest="")

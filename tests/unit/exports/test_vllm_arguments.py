@@ -6,7 +6,7 @@ import yaml
 from export_models import outline_of, tiny_llama
 
 from lib.errors import InputError
-from lib.export import export_vllm
+from lib.exports import export_vllm
 from lib.units import GIB
 from lib.vocabulary import Tier
 

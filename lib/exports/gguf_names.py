@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from ..errors import InputError
+from ..extras import need_extra
 from .outline import Weight
 
 _OTHER_NAMES = {"mistral": "llama", "mixtral": "llama", "phi": "phi2", "gptbigcode": "starcoder"}
@@ -57,10 +58,9 @@ def is_quantizable(tensor: str, weight: Weight) -> bool:
 
 def import_gguf() -> Any:
     """Return the gguf package; InputError says how to get it."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise InputError("this export needs the gguf package: pip install gguf") from error
+    need_extra("gguf", "gguf")
+    import gguf
+
     return gguf
 
 

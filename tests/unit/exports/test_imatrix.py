@@ -13,15 +13,15 @@ from tiny_models import tiny_gpt2, tiny_mixtral
 
 from lib.blocks import parameter_digest
 from lib.errors import InputError
-from lib.export import export_imatrix
-from lib.signals import collect_fisher, save_fisher_diagonal
+from lib.exports import export_imatrix
+from lib.signals import measure_fisher, save_fisher_diagonal
 
 gguf = pytest.importorskip("gguf")
 
 
 def save_diagonal(model: Any, path: Path) -> Path:
     batches = torch.randint(0, 40, (4, 16), generator=torch.Generator().manual_seed(0)).split(2)
-    result = collect_fisher(model, batches, keep_diagonal=True, seed=0)
+    result = measure_fisher(model, batches, keep_diagonal=True, seed=0)
     save_fisher_diagonal(result, path, parameter_digest=parameter_digest(model))
     return path
 

@@ -11,7 +11,7 @@ from tiny_models import tiny_gpt2, tiny_mixtral
 from transformers import AutoModelForCausalLM
 
 from lib.errors import InputError
-from lib.export import export_torchao
+from lib.exports import export_torchao
 from lib.vocabulary import Precision
 
 torchao = pytest.importorskip("torchao", minversion="0.18")

@@ -8,9 +8,9 @@ from export_models import outline_of, tiny_llama, tiny_llama_moe
 from tiny_models import tiny_gpt2, tiny_mixtral
 
 from lib.errors import InputError
-from lib.export import Export, export_llama_cpp
-from lib.export.gguf_names import GgufNames
-from lib.export.llama_cpp import PLACES_FILE, TYPES_FILE
+from lib.exports import Export, export_llama_cpp
+from lib.exports.gguf_names import GgufNames
+from lib.exports.llama_cpp import PLACES_FILE, TYPES_FILE
 from lib.vocabulary import Precision, Tier
 
 gguf = pytest.importorskip("gguf")

@@ -11,7 +11,7 @@ from export_models import outline_of, tiny_llama
 from tiny_models import tiny_gpt2, tiny_mixtral
 from transformers import AutoModelForCausalLM
 
-from lib.export import export_device_map
+from lib.exports import export_device_map
 from lib.vocabulary import Tier
 
 accelerate = pytest.importorskip("accelerate")

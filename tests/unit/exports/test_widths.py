@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.export.widths import Candidate, choose_widths
+from lib.exports.widths import Candidate, choose_widths
 from lib.hints import BlockHint
 from lib.vocabulary import Precision, Tier
 

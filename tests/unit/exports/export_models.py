@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lib.blocks import parameter_digest, partition_model
-from lib.export import Outline
-from lib.export.model import outline_model
+from lib.exports import Outline
+from lib.exports.model import outline_model
 from lib.hints import BlockHint, Hints, ModelInfo
 from lib.vocabulary import Precision, Tier
 
