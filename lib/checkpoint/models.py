@@ -35,7 +35,7 @@ def load_model(model: str, checkpoint: Path | None = None) -> "PreTrainedModel":
     the model does not know; a tied weight may be absent. Quantized weights and encoders are
     refused. The weights' memory is the process's own, no mapping of the file.
     """
-    _check_model_name(model)
+    check_model_name(model)
     try:
         with _held_log() as held:
             loaded, report = _load(model, checkpoint)
@@ -112,7 +112,7 @@ def _held_log() -> Iterator[list[LogRecord]]:
             handler.removeFilter(keep)
 
 
-def _check_model_name(model: str) -> None:
+def check_model_name(model: str) -> None:
     """Refuse what transformers would look for on the network, or answer with a page of text."""
     folder = Path(model)
     if folder.is_dir():

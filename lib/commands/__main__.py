@@ -9,6 +9,7 @@ from .cli import run_main
 VERBS = {
     "collect": "measure the Fisher information of a model on a text, and write its hints",
     "calibrate": "predict and measure what each precision costs each block, into the hints",
+    "generate": "answer a prompt with a model held within a memory budget",
     "plan": "say where weights would go within a budget, and how fast that would be",
     "what-if": "ask what a faster link or more memory would bring",
     "evaluate": "measure perplexity and KL of a model under a plan",

@@ -151,7 +151,8 @@ class Forwards:
     def _generation(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
-        return self._bar.generation(count_passes(self._model, args, kwargs))
+        num_passes = count_passes(self._model, args, kwargs)
+        return self._bar.generation(num_passes, streams_text=kwargs.get("streamer") is not None)
 
     def _save_state(
         self,

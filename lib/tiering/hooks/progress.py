@@ -1,7 +1,8 @@
 """Bars for slow work: placing weights and, on a terminal, passes that stream for long.
 
 A forward knows its own bytes. Inside transformers' ``generate`` the bar is that of the whole
-generation, whose arguments say how many passes it may take.
+generation, whose arguments say how many passes it may take; where the text is streamed, that shows
+progress from the first token on, and the bar is that of the prompt's pass.
 """
 
 import contextlib
@@ -32,25 +33,36 @@ class PassBar:
         self._bar: Any = None
         self._num_passes = 0
         """Of the generation that runs; 0: none does."""
+        self._streams_text = False
+        """Text comes with each of its forwards."""
+        self._num_begun = 0
+        """Forwards that it has begun."""
 
     @contextlib.contextmanager
-    def generation(self, num_passes: int) -> Iterator[None]:
-        """Show one bar for so many forwards; within another generation it is that one's."""
-        outer, self._num_passes = self._num_passes, self._num_passes or num_passes
+    def generation(self, num_passes: int, *, streams_text: bool) -> Iterator[None]:
+        """Show one bar for so many forwards, or for the first where the text is streamed; within
+        another generation it is that one's.
+        """
+        outer = self._num_passes
+        if not outer:
+            self._num_passes, self._streams_text, self._num_begun = num_passes, streams_text, 0
         try:
             yield
         finally:
             self._num_passes = outer
             if not outer:
+                self._streams_text = False
                 self.close()
 
     def begin(self, num_bytes: int) -> None:
         """Start a forward that will stream so many bytes."""
-        if not (num_bytes and sys.stderr.isatty()):
+        self._num_begun += 1
+        if not (num_bytes and sys.stderr.isatty()) or (self._streams_text and self._num_begun > 1):
             return
         if not (self._num_passes and self._bar is not None):
             self.close()
-            total = num_bytes * max(self._num_passes, 1)
+            num_passes = 1 if self._streams_text else max(self._num_passes, 1)
+            total = num_bytes * num_passes
             self._bar = progress_bar(total, "streaming weights", unit="B", delay=_DELAY_SECONDS)
 
     def update(self, num_bytes: int) -> None:
@@ -60,7 +72,7 @@ class PassBar:
 
     def end(self) -> None:
         """End a forward; the bar of a generation stays."""
-        if not self._num_passes:
+        if not self._num_passes or self._streams_text:
             self.close()
 
     def close(self) -> None:

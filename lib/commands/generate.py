@@ -1,0 +1,180 @@
+"""Answer a prompt with a model held within a memory budget.
+
+    tierhints generate --model ./my-model --budget HBM=300MiB,SSD= --prompt "Once upon a time"
+
+The checkpoint is never in memory as a whole: what the budget holds is, compressed if that is asked
+for, and the rest is streamed. The text comes as it is generated, and after it one line: speed, fast
+memory used of the budget, weight bytes moved per token, and what the text may differ by from that
+of the full model.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.hub import checkpoint_folder
+from ..checkpoint.models import quiet_transformers
+from ..errors import InputError
+from ..evaluation.forwards import peak_rss
+from ..evaluation.generate import (
+    DEFAULT_NEW_TOKENS,
+    Generation,
+    GenerationInterrupted,
+    encode_prompt,
+    generate,
+)
+from ..precision.floors import parse_epsilon
+from ..report.generation_line import closing_line
+from ..signals.summary import dtype_names
+from ..text.held_out import load_tokenizer
+from ..tiering import Runtime, attach, load
+from ..tiering.planning.budget import read_budget
+from ..vocabulary import Precision, Tier, is_below
+from .cli import STDOUT, Parser, add_json_flag, emit
+from .flags import (
+    add_budget_flag,
+    add_device_flag,
+    add_hints_flag,
+    add_model_flag,
+    add_precision_flags,
+    parse_device,
+    planned_precision,
+)
+
+_EVERYTHING_FITS = "HBM="
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load, generate, print and emit; returns the exit code."""
+    args = _parser().parse_args(argv)
+    device = parse_device(args.device)
+    if args.epsilon is not None:
+        parse_epsilon(args.epsilon)
+    prompt = _read_prompt(args.prompt)
+    print(f"loading {args.model}", file=sys.stderr)
+    quiet_transformers(progress=sys.stderr.isatty())
+    out = sys.stderr if args.json == STDOUT else sys.stdout
+    start = time.perf_counter()
+    folder = checkpoint_folder(args.model)
+    model = load(folder)
+    tokenizer = load_tokenizer(str(folder))
+    ids = encode_prompt(tokenizer, prompt, chat=args.chat, system=args.system)
+    with attach(
+        model,
+        args.tier_hints,
+        budget=read_budget(args.budget),
+        weights=folder,
+        spill_dir=args.spill_dir,
+        precision=planned_precision(args.precision),
+        epsilon=args.epsilon,
+        device=device,
+    ) as runtime:
+        load_seconds = time.perf_counter() - start
+        try:
+            generation = generate(
+                model,
+                tokenizer,
+                ids,
+                runtime=runtime,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                top_k=args.top_k,
+                seed=args.seed,
+                on_text=lambda text: print(text, end="", file=out, flush=True),
+            )
+        except GenerationInterrupted as interruption:
+            generation = interruption.generation
+        document: dict[str, Any] = {
+            "model": args.model,
+            "tier_hints": None if args.tier_hints is None else str(args.tier_hints),
+            "budget": args.budget,
+            "precision": args.precision,
+            "epsilon": args.epsilon,
+            "dtype": dtype_names(model),
+            "device": str(device),
+            "sampling": {
+                "temperature": args.temperature,
+                "top_p": args.top_p,
+                "top_k": args.top_k,
+                "seed": args.seed,
+            },
+            "load_seconds": load_seconds,
+            **generation_figures(runtime, generation),
+        }
+    emit(f"\n\n{closing_line(document)}", document, args.json)
+    return 130 if generation.interrupted else 0
+
+
+def generation_figures(runtime: Runtime, generation: Generation) -> dict[str, Any]:
+    """Return what was written, how fast, in how much memory, and what precision may have cost."""
+    stats, ledger = runtime.stats(), runtime.veto.ledger
+    held = {name: place.precision for name, place in runtime.plan.placements.items()}
+    lossy = [p for name, p in held.items() if is_below(p, ledger.curves[name].native)]
+    veto = runtime.veto.to_json()
+    return {
+        **generation.to_json(),
+        "peak_weight_bytes": stats.peak_resident_bytes,
+        "budget_bytes": runtime.plan.limit(Tier.HBM),
+        "peak_rss_bytes": peak_rss(),
+        "bytes_per_tier": stats.bytes_per_tier,
+        "lossless": not lossy,
+        "precisions": {str(p): lossy.count(p) for p in Precision if p in lossy},
+        **{name: veto[name] for name in ("epsilon_nats", "predicted_nats", "bound_nats")},
+    }
+
+
+def _read_prompt(given: str) -> str:
+    prompt = sys.stdin.read() if given == "-" else given
+    if not prompt.strip():
+        where = "stdin" if given == "-" else "--prompt"
+        raise InputError(f"the prompt of {where} is empty: give some text")
+    return prompt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "Answer a prompt with a model within a memory budget; the checkpoint is never in memory as "
+        "a whole.",
+        epilog="After Ctrl-C what was generated stands.",
+    )
+    default = "(default: %(default)s)"
+    model = parser.add_argument_group("model")
+    add_model_flag(model)
+    add_hints_flag(model)
+    add_device_flag(model)
+    tiers = parser.add_argument_group("memory and quality")
+    add_budget_flag(tiers, otherwise="%(default)s, all in fast memory")
+    parser.set_defaults(budget=_EVERYTHING_FITS)
+    add_precision_flags(tiers)
+    tiers.add_argument(
+        "--spill-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the SSD tier, kept for the next run (default: a temporary one)",
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue; -: stdin")
+    text.add_argument("--chat", action="store_true", help="ask it in the tokenizer's chat template")
+    text.add_argument("--system", metavar="TEXT", help="with --chat, the system message")
+    text.add_argument(
+        "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help=default
+    )
+    text.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: the most likely token each time, so that a command gives the same text again, "
+        f"whatever the model's own setting; above: sample {default}",
+    )
+    text.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest so much of probability"
+    )
+    text.add_argument("--top-k", type=int, metavar="K", help="sample from the likeliest K tokens")
+    text.add_argument("--seed", type=int, default=0, metavar="N", help=f"of sampling {default}")
+    add_json_flag(parser)
+    return parser

@@ -1,0 +1,288 @@
+"""Text from a causal language model, decoded as it comes, and timed.
+
+The first token takes a pass over the whole prompt, each later one a pass of its own: they are timed
+apart. Works on any model of transformers that generates, attached or not.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..tiering import Runtime
+
+DEFAULT_NEW_TOKENS = 128
+_CONTEXT_TOKENS = 8
+"""Tokens of the prompt by which the first new one is decoded."""
+Model = Any
+"""A model of transformers that has ``generate``."""
+Tokenizer = Any
+"""The tokenizer of such a model, as AutoTokenizer loads it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What a model has written, and how long that took.
+
+    ``first_token_seconds``: from the call to the first token, the prompt's pass included; None
+    where none came. ``decode_seconds``: from the first token to the last. ``bytes_per_token``: the
+    weight bytes that each token after the first brought into fast memory; None without a runtime,
+    or without such a token.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float | None
+    decode_seconds: float
+    bytes_per_token: int | None
+    interrupted: bool = False
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The rate after the first token; None where fewer than two came."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a document."""
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+class GenerationInterrupted(KeyboardInterrupt):
+    """Ctrl-C while text was generated: what had come stands in ``generation``."""
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__("generation was interrupted")
+        self.generation = generation
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, *, chat: bool = False, system: str | None = None
+) -> Tensor:
+    """Return the token ids of a prompt, int64, (1, tokens). ``chat``: as a user's message in the
+    tokenizer's chat template, after the ``system`` message where there is one.
+
+    Raises InputError for an empty prompt, and for a template that is missing or refuses.
+    """
+    if not prompt.strip():
+        raise InputError("the prompt is empty: give some text")
+    if not chat:
+        if system is not None:
+            raise InputError("a system message has no effect without chat: give both, or neither")
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        if not ids.numel():
+            raise InputError(f"the tokenizer makes no token of the prompt {prompt!r}: give another")
+        return torch.as_tensor(ids)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InputError(
+            "the tokenizer has no chat template, so the model wasn't made for chats: leave chat "
+            "out, or add its chat_template.jinja to the model's folder"
+        )
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    from jinja2 import TemplateError
+
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except TemplateError as error:
+        raise InputError(
+            f"the tokenizer's chat template refuses these messages ({error}): leave the system "
+            "message out, or correct the template"
+        ) from error
+    return torch.as_tensor(encoded["input_ids"])
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | Tensor,
+    *,
+    runtime: Runtime | None = None,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Generation:
+    """Continue a prompt: text, or token ids (1, tokens) such as ``encode_prompt`` returns.
+
+    The model's generation_config says what ends the text and what sampling is limited to; beams are
+    not searched. ``temperature`` 0 takes the most likely token at each step, so that the same
+    command gives the same text, whatever the model's own setting; above 0 it samples, from
+    ``seed``, without changing torch's generators. ``on_text`` is called with each piece of text as
+    soon as its characters are complete. ``runtime`` (of ``attach``) has the bytes moved per token.
+
+    Raises InputError for a setting out of range and a prompt longer than the model's context, and
+    GenerationInterrupted for Ctrl-C: the runtime may be used again, or detached.
+    """
+    if not getattr(model, "can_generate", bool)():
+        raise InputError(f"a {type(model).__name__} doesn't generate text: give a causal LM")
+    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
+    room = _check_ids(model, ids)
+    settings = _settings(
+        model, tokenizer, {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    )
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens {max_new_tokens} is too small: give 1 or more")
+    settings.max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
+    device = next(model.parameters()).device
+    stream = _Stream(tokenizer, on_text, runtime)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            model.generate(
+                input_ids=ids.to(device),
+                attention_mask=torch.ones_like(ids).to(device),
+                generation_config=settings,
+                streamer=stream,
+                tokenizer=tokenizer,  # for the configuration's stop_strings
+            )
+        except KeyboardInterrupt:
+            stream.end()
+            raise GenerationInterrupted(stream.result(ids, interrupted=True)) from None
+    return stream.result(ids)
+
+
+class _Stream:
+    """What transformers' generate hands tokens to: the time of each, and their text.
+
+    A token alone may be half a character, or a word whose space depends on the one before: each is
+    decoded behind those of the piece before it, and handed on once its characters are whole.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, on_text: Callable[[str], None], runtime: Runtime | None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._on_text = on_text
+        self._runtime = runtime
+        self._ids: list[int] = []
+        self._num_shown = 0
+        """Tokens whose text was handed on."""
+        self._context = 0
+        """The token from which those that follow are decoded."""
+        self._pieces: list[str] = []
+        self._start = time.perf_counter()
+        self._times: list[float] = []
+        self._seen_prompt = False
+        self._first_moved = 0
+        """Bytes that had been moved when the first token came."""
+
+    def put(self, ids: Tensor) -> None:
+        """Take the prompt's tokens, then one token at a time."""
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            self._ids = ids.flatten()[-_CONTEXT_TOKENS:].tolist()
+            self._num_shown = len(self._ids)
+            return
+        self._times.append(time.perf_counter())
+        if len(self._times) == 1:
+            self._first_moved = self._moved()
+        self._ids += ids.flatten().tolist()
+        self._show(self._new_text(), whole=False)
+
+    def end(self) -> None:
+        """Hand on what was not complete yet."""
+        self._show(self._new_text(), whole=True)
+
+    def result(self, prompt_ids: Tensor, *, interrupted: bool = False) -> Generation:
+        """Return what came of a prompt."""
+        later = len(self._times) - 1
+        moved = None
+        if self._runtime is not None and later > 0:
+            moved = round((self._moved() - self._first_moved) / later)
+        return Generation(
+            text="".join(self._pieces),
+            prompt_tokens=prompt_ids.shape[1],
+            new_tokens=len(self._times),
+            first_token_seconds=self._times[0] - self._start if self._times else None,
+            decode_seconds=self._times[-1] - self._times[0] if self._times else 0.0,
+            bytes_per_token=moved,
+            interrupted=interrupted,
+        )
+
+    def _moved(self) -> int:
+        return 0 if self._runtime is None else self._runtime.stats().bytes_moved
+
+    def _new_text(self) -> str:
+        """Return the text of the tokens that were not handed on."""
+        before = self._decode(self._ids[self._context : self._num_shown])
+        return self._decode(self._ids[self._context :])[len(before) :]
+
+    def _show(self, text: str, *, whole: bool) -> None:
+        if not text or (text.endswith("\ufffd") and not whole):  # a character's first bytes
+            return
+        self._context, self._num_shown = self._num_shown, len(self._ids)
+        self._pieces.append(text)
+        self._on_text(text)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _check_ids(model: Model, ids: Tensor) -> int | None:
+    """Return how many tokens have room after a prompt; None where the model sets no limit."""
+    config = model.config.get_text_config()
+    if ids.dim() != 2 or len(ids) != 1 or not ids.shape[1]:
+        raise InputError(
+            f"the prompt's token ids have the shape {tuple(ids.shape)}: give one, (1, tokens)"
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if not 0 <= low <= high < config.vocab_size:
+        raise InputError(
+            f"the prompt's tokens lie in {low}..{high}, the model's vocabulary in "
+            f"0..{config.vocab_size - 1}: the tokenizer is another model's, give the model's own"
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return None
+    if ids.shape[1] >= context:
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens and the model a context of {context}: give at "
+            f"most {context - 1}, so that there is room for an answer"
+        )
+    return int(context - ids.shape[1])
+
+
+def _settings(
+    model: Model, tokenizer: Tokenizer, sampling: Mapping[str, float | int | None]
+) -> Any:
+    """Return the model's own generation_config with the sampling asked for, or none."""
+    temperature, top_p, top_k = (sampling[name] for name in ("temperature", "top_p", "top_k"))
+    assert temperature is not None
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature {temperature} must be a number from 0 up: 0 is greedy")
+    for name, value in (("top_p", top_p), ("top_k", top_k)):
+        if value is not None and not temperature:
+            raise InputError(f"{name} has no effect at temperature 0: give a temperature, too")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p {top_p} must be above 0 and at most 1: give such as 0.9")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k {top_k} must be at least 1: give such as 40")
+    settings = copy.deepcopy(model.generation_config)
+    settings.num_beams = settings.num_return_sequences = 1
+    settings.max_length = None
+    settings.do_sample = temperature > 0
+    if not settings.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(settings, name, None)
+    else:
+        settings.temperature = temperature
+        settings.top_p = settings.top_p if top_p is None else top_p
+        settings.top_k = settings.top_k if top_k is None else top_k
+    if settings.eos_token_id is None:
+        settings.eos_token_id = tokenizer.eos_token_id
+    if settings.pad_token_id is None:  # nothing is padded; transformers would say that it chose one
+        ends = settings.eos_token_id
+        settings.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    return settings
