@@ -23,6 +23,7 @@ from ..evaluation.generate import (
     DEFAULT_NEW_TOKENS,
     Generation,
     GenerationInterrupted,
+    check_sampling,
     encode_prompt,
     generate,
 )
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = parse_device(args.device)
     if args.epsilon is not None:
         parse_epsilon(args.epsilon)
+    check_sampling(
+        args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
+    )
     prompt = _read_prompt(args.prompt)
     print(f"loading {args.model}", file=sys.stderr)
     quiet_transformers(progress=sys.stderr.isatty())
@@ -161,7 +165,11 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--chat", action="store_true", help="ask it in the tokenizer's chat template")
     text.add_argument("--system", metavar="TEXT", help="with --chat, the system message")
     text.add_argument(
-        "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help=default
+        "--max-new-tokens",
+        type=int,
+        default=DEFAULT_NEW_TOKENS,
+        metavar="N",
+        help=f"tokens to write, at most, and within the model's context {default}",
     )
     text.add_argument(
         "--temperature",

@@ -128,11 +128,8 @@ def generate(
         raise InputError(f"a {type(model).__name__} doesn't generate text: give a causal LM")
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
     room = _check_ids(model, ids)
-    settings = _settings(
-        model, tokenizer, {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    )
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens {max_new_tokens} is too small: give 1 or more")
+    check_sampling(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    settings = _settings(model, tokenizer, temperature=temperature, top_p=top_p, top_k=top_k)
     settings.max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
     device = next(model.parameters()).device
     stream = _Stream(tokenizer, on_text, runtime)
@@ -151,6 +148,23 @@ def generate(
             stream.end()
             raise GenerationInterrupted(stream.result(ids, interrupted=True)) from None
     return stream.result(ids)
+
+
+def check_sampling(
+    max_new_tokens: int, *, temperature: float, top_p: float | None, top_k: int | None
+) -> None:
+    """Raise InputError for a setting of ``generate`` that is out of range or has no effect."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens {max_new_tokens} is too small: give 1 or more")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature {temperature} must be a number from 0 up: 0 is greedy")
+    for name, value in (("top_p", top_p), ("top_k", top_k)):
+        if value is not None and not temperature:
+            raise InputError(f"{name} has no effect at temperature 0: give a temperature, too")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p {top_p} must be above 0 and at most 1: give such as 0.9")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k {top_k} must be at least 1: give such as 40")
 
 
 class _Stream:
@@ -255,20 +269,14 @@ def _check_ids(model: Model, ids: Tensor) -> int | None:
 
 
 def _settings(
-    model: Model, tokenizer: Tokenizer, sampling: Mapping[str, float | int | None]
+    model: Model,
+    tokenizer: Tokenizer,
+    *,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
 ) -> Any:
     """Return the model's own generation_config with the sampling asked for, or none."""
-    temperature, top_p, top_k = (sampling[name] for name in ("temperature", "top_p", "top_k"))
-    assert temperature is not None
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature {temperature} must be a number from 0 up: 0 is greedy")
-    for name, value in (("top_p", top_p), ("top_k", top_k)):
-        if value is not None and not temperature:
-            raise InputError(f"{name} has no effect at temperature 0: give a temperature, too")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p {top_p} must be above 0 and at most 1: give such as 0.9")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k {top_k} must be at least 1: give such as 40")
     settings = copy.deepcopy(model.generation_config)
     settings.num_beams = settings.num_return_sequences = 1
     settings.max_length = None

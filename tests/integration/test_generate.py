@@ -321,7 +321,6 @@ def test_a_text_ends_with_the_model_s_context(
         (["--prompt", ""], "empty"),
         (["--system", "be kind"], "no effect without chat"),
         (["--device", "cuda:99"], "cuda:99"),
-        (["--json", "/proc/none/out.json"], "can't be written"),
     ],
 )
 def test_wrong_input_is_one_line(
