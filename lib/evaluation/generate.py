@@ -6,7 +6,7 @@ apart. Works on any model of transformers that generates, attached or not.
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 

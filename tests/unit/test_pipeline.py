@@ -14,7 +14,6 @@ import pytest
 from lib.config import Config, load_config
 from lib.errors import InputError
 from lib.hints import BlockHint, Hints, ModelInfo, save_hints
-from lib.machine import UNMEASURED, save_machine
 from lib.tiering import load_specs
 from lib.vocabulary import Tier
 from scripts import doctor, kconfig, pipeline
@@ -273,21 +272,3 @@ def test_the_doctor_describes_this_machine(
     assert "unknown symbol" in document["configuration"]["error"]
     assert document["next"] == "make menuconfig"
     assert document["machine_file"] == {"path": None, "name": None, "state": "off", "error": None}
-
-
-def test_the_doctor_says_which_machine_file_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "machine.json"
-    monkeypatch.delenv("TIERHINTS_MACHINE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = doctor.probe_machine_file()
-    assert (found["state"], found["path"]) == ("missing", str(tmp_path / "tierhints/machine.json"))
-    assert "make probe" in doctor.describe_machine_file(found)
-    monkeypatch.setenv("TIERHINTS_MACHINE", str(path))
-    path.write_text("{")
-    assert doctor.probe_machine_file()["state"] == "invalid"
-    save_machine(UNMEASURED, path)
-    found = doctor.probe_machine_file()
-    assert (found["state"], found["name"]) == ("valid", UNMEASURED.name)
-    assert str(path) in doctor.describe_machine_file(found)
