@@ -79,5 +79,5 @@ if __name__ == "lib":  # by the folder's name, in a checkout: the package is tie
 
     from .alias import alias_package
 
-    del sys.modules["lib.alias"]  # from now on it is that of tierhints
+    del sys.modules[f"{__name__}.alias"]  # from now on it is that of tierhints
     alias_package(__name__, Path(__file__).parent)

@@ -187,8 +187,8 @@ def load_machine(path: str | Path) -> MachineProfile:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"machine file {path} can't be read ({error}): make one with make probe, or write one "
-            "as docs/machine.md says"
+            f"machine file {path} can't be read ({error}): measure one with tierhints probe, or "
+            "write one as docs/machine.md says"
         ) from error
     try:
         return machine_from_json(parse_json(text))

@@ -55,7 +55,7 @@ def check_fit(model: nn.Module, source: CheckpointSource) -> None:
             if not _hold_the_same(source, own[0], other, model.get_parameter(other).dtype):
                 raise InputError(
                     f"the model ties {own[0]!r} and {other!r}, and checkpoint {source.path} has "
-                    "different values for them: build the model with lib.tiering.load(folder), "
+                    "different values for them: build the model with tierhints.load(folder), "
                     "which doesn't tie these, or set tie_word_embeddings=False in its config"
                 )
     if hasattr(model, "_get_dtype_plan"):
@@ -182,13 +182,13 @@ def _check_dtypes(model: nn.Module, source: CheckpointSource) -> None:
             raise InputError(
                 f"parameter {name!r} is {tensor.dtype} in the model, and transformers keeps it in "
                 "float32, without which outputs overflow: build the model with "
-                "lib.tiering.load(folder)"
+                "tierhints.load(folder)"
             )
     if dtype is None and source.first_dtype() != first:
         warnings.warn(
             f"the config names no dtype, so the model was built in {first}, and checkpoint "
             f"{source.path} has {source.first_dtype()}: its weights are converted; build the model "
-            "with lib.tiering.load(folder) for transformers' choice",
+            "with tierhints.load(folder) for transformers' choice",
             stacklevel=3,
         )
 
@@ -212,7 +212,7 @@ def _compare_generation(model: nn.Module, path: Path) -> None:
         warnings.warn(
             f"generation_config.json in {folder} sets {', '.join(sorted(others))}, and the model "
             "doesn't: generate() will go by other settings than transformers'; build the model "
-            "with lib.tiering.load(folder)",
+            "with tierhints.load(folder)",
             stacklevel=3,
         )
 

@@ -55,8 +55,8 @@ def planned_machine(path: Path | None) -> MachineProfile:
     machine = choose_machine(path)
     if machine is UNMEASURED:
         print(
-            "note: this machine was not measured, so the times are those of a common one: run make "
-            "probe",
+            "note: this machine was not measured, so the times are those of a common one: run "
+            "tierhints probe",
             file=sys.stderr,
         )
     return machine

@@ -5,7 +5,7 @@ running it.
 
 The model is built from its config.json without memory for its weights, and of a checkpoint only the
 headers are read: models and sharded checkpoints larger than the memory can be planned for. Times
-are those of the machine (make probe) played through on the planner's timeline, for one token.
+are those of the machine (tierhints probe) played through on the planner's timeline, for one token.
 """
 
 import argparse

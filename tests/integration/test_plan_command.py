@@ -283,7 +283,7 @@ def test_without_a_machine_file_the_figures_are_said_to_be_defaults(
     code, table, document, errors = run(plan, capsys, "--model", gpt2, "--budget", "HBM=14MiB,SSD=")
     assert code == 0
     assert document["machine"]["measured"] is False
-    assert "make probe" in errors
+    assert "tierhints probe" in errors
     assert "not measured" in table
 
 

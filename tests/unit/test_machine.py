@@ -109,7 +109,7 @@ def test_what_means_nothing_is_refused(tmp_path: Path, wrong: Any, message: str)
 
 
 def test_files_that_are_no_machine_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"can't be read .*make probe"):
+    with pytest.raises(InputError, match=r"can't be read .*tierhints probe"):
         load_machine(tmp_path / "missing.json")
     (tmp_path / "machine.json").write_text('{"name": ')
     with pytest.raises(InputError, match=r"machine.json: not complete JSON"):
@@ -193,5 +193,5 @@ def test_a_variable_names_the_machine_file_or_says_that_there_is_none(
     assert machine_path() is None and find_machine() is None
     assert choose_machine(cache / "there.json") == there
     monkeypatch.setenv("TIERHINTS_MACHINE", str(cache / "nowhere.json"))
-    with pytest.raises(InputError, match=r"nowhere.json can't be read .* make probe"):
+    with pytest.raises(InputError, match=r"nowhere.json can't be read .* tierhints probe"):
         choose_machine(None)

@@ -92,7 +92,7 @@ class Originals:
             if buffer.device.type == "meta":
                 raise InputError(
                     f"buffer {name!r} is on the meta device and in no checkpoint: build the model "
-                    "with lib.tiering.empty_weights()"
+                    "with tierhints.tiering.empty_weights()"
                 )
             buffer.data = buffer.data.to(device)
 
@@ -193,7 +193,7 @@ class Originals:
                 if buffer.device.type == "meta":
                     raise InputError(
                         f"buffer {name!r} is on the meta device: build the model with "
-                        "lib.tiering.empty_weights()"
+                        "tierhints.tiering.empty_weights()"
                     )
                 self._loaded.append((buffer, buffer.data))
                 buffer.data = checkpoint.read(name).to(buffer.dtype)
@@ -217,7 +217,7 @@ def _check_parameter(name: str, parameter: nn.Parameter, *, in_checkpoint: bool)
     if in_checkpoint != (parameter.device.type == "meta"):
         raise InputError(
             f"parameter {name!r} is on {parameter.device}: weights= is for models on the meta "
-            "device (lib.tiering.empty_weights())"
+            "device (tierhints.tiering.empty_weights())"
             if in_checkpoint
             else f"parameter {name!r} is on the meta device: load its weights first, or give the "
             "checkpoint as weights="

@@ -1,0 +1,187 @@
+"""The wheel, built from the tracked files and installed away from the checkout: what users get."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lib.commands.__main__ import VERBS
+
+ROOT = Path(__file__).parents[2]
+HIDDEN = """
+from importlib.machinery import PathFinder
+
+found = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.partition(".")[0] in {names} else found(name, *rest)
+)
+"""
+TINY = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+torch.manual_seed(0)
+model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=40, n_positions=32))
+ids = torch.arange(16)[None]
+"""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A virtual environment with the wheel in it."""
+
+    wheel: Path
+    folder: Path
+
+    def run(self, *words: str, cwd: Path | None = None) -> str:
+        """Run a program of the environment outside the checkout; returns its output."""
+        environment = {key: os.environ[key] for key in os.environ if key != "PYTHONPATH"}
+        done = subprocess.run(
+            [str(self.folder / "bin" / words[0]), *words[1:]],
+            capture_output=True,
+            text=True,
+            cwd=cwd or self.folder,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def python(self, code: str, *, without: set[str] | None = None, cwd: Path | None = None) -> str:
+        """Run code, with some packages missing."""
+        hidden = HIDDEN.format(names=without) if without else ""
+        return self.run("python", "-c", hidden + code, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "lib", source / "lib", ignore=caches)
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
+    subprocess.run([*pip, *build, str(source)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    venv.create(folder / "venv", with_pip=False)
+    scheme = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
+    site = Path(sysconfig.get_path("purelib", "venv", scheme))
+    # The running environment's packages, without what its own .pth files add, such as this checkout
+    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = str(folder / "venv" / "bin" / "python")
+    install = ["install", "--no-deps", "--no-index", "--force-reinstall", str(wheel)]
+    subprocess.run([*pip, "--python", python, *install], check=True)
+    return Installed(wheel, folder / "venv")
+
+
+def test_it_holds_the_library_and_nothing_else(installed: Installed) -> None:
+    with zipfile.ZipFile(installed.wheel) as file:
+        names = set(file.namelist())
+    own = {str(Path(name).relative_to("tierhints")) for name in names if "dist-info" not in name}
+    expected = {
+        str(path.relative_to(ROOT / "lib"))
+        for path in (ROOT / "lib").rglob("*")
+        if path.suffix in (".py", ".json", ".typed")
+    }
+    assert own == expected
+    assert {"py.typed", "hints/tier_hints.schema.json"} <= own
+
+
+def test_it_is_used_and_not_the_checkout(installed: Installed) -> None:
+    where = installed.python("import tierhints; print(tierhints.__file__)").strip()
+    assert where == str(next(installed.folder.rglob("tierhints/__init__.py")))
+
+
+def test_hints_and_machine_need_no_torch_and_no_extra(installed: Installed) -> None:
+    hints = {"transformer.h.0.attn": "HBM", "transformer.h.0.mlp": "SSD"}
+    path = installed.folder / "hints.json"
+    path.write_text(json.dumps(hints))
+    code = f"""
+import tierhints, tierhints.hints, tierhints.machine
+print(sorted(tierhints.load_hints({str(path)!r}).blocks))
+from tierhints.hints.document import SCHEMA_PATH
+assert SCHEMA_PATH.is_file()
+"""
+    without = {"torch", "transformers", "kconfiglib", "matplotlib", "datasets", "gguf"}
+    assert installed.python(code, without=without).strip() == str(sorted(hints))
+
+
+def test_models_are_attached_and_hints_made_without_any_extra(installed: Installed) -> None:
+    code = f"""{TINY}
+import tierhints
+assert all(callable(getattr(tierhints, name)) for name in tierhints.__all__)
+model.eval()
+expected = model(ids).logits
+hints = tierhints.collect_fisher(model, ids, model_id="tiny")
+tierhints.save_hints(hints, "full_hints.json")
+assert tierhints.load_hints("full_hints.json") == hints
+with tierhints.attach(model, "full_hints.json", budget={{"HBM": "100KiB", "SSD": None}}) as runtime:
+    assert torch.equal(model(ids).logits, expected)
+    assert runtime.stats().bytes_moved > 0
+print("same bits")
+"""
+    without = {"kconfiglib", "matplotlib", "datasets", "gguf", "torchao", "accelerate", "scipy"}
+    assert "same bits" in installed.python(code, without=without)
+
+
+@pytest.mark.parametrize(
+    ("package", "call"),
+    [
+        ("gguf", "exports.gguf_names import import_gguf as call"),
+        ("kconfiglib", "kconfig import open_kconfig as call"),
+        ("matplotlib", "report.drawing import need_matplotlib as call"),
+        (
+            "datasets",
+            "text.hub import HUB_DATASETS, _resolve_revision; "
+            "call = lambda: _resolve_revision(HUB_DATASETS['openwebtext'])",
+        ),
+    ],
+)
+def test_what_an_extra_brings_is_named_where_it_is_missing(
+    installed: Installed, package: str, call: str
+) -> None:
+    code = f"""
+import tierhints
+from tierhints.{call}
+try:
+    call()
+except tierhints.InputError as error:
+    print(error)
+"""
+    said = installed.python(code, without={package})
+    assert f"this needs {package}: pip install 'tierhints[" in said
+
+
+def test_the_command_runs_both_ways(installed: Installed) -> None:
+    usage = installed.run("tierhints", "--help")
+    assert all(verb in usage for verb in VERBS)
+    assert installed.run("python", "-m", "tierhints.commands", "--help") == usage
+
+
+def test_pickles_of_a_checkout_load(installed: Installed) -> None:
+    make = "import pickle, sys; from lib.units import InputError; from lib.vocabulary import Tier\n"
+    make += "sys.stdout.write(pickle.dumps([Tier.SSD, InputError('x')], protocol=0).decode())"
+    made = subprocess.run(
+        [sys.executable, "-c", make], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout
+    code = f"import pickle; print(pickle.loads({made.encode()!r}))"
+    assert installed.python(code).strip() == "[<Tier.SSD: 'SSD'>, InputError('x')]"
+
+
+def test_a_checkout_beside_it_uses_its_own_modules(installed: Installed) -> None:
+    code = "import lib.units, tierhints.units; assert lib.units is tierhints.units; print(lib)"
+    assert str(ROOT) in installed.python(code, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_programs_of_a_checkout_run_by_path_from_anywhere(installed: Installed) -> None:
+    script = str(ROOT / "scripts" / "benchmark_tiered_inference.py")
+    assert installed.run("python", script, "--help").startswith("usage:")
