@@ -13,12 +13,18 @@ import lib
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "api.md").read_text()
-SHOWN = dict(re.findall(r"^### `(\w+)(?:\((.*)\))?`$", PAGE, re.M))
-"""Name -> signature, empty for the errors."""
+SHOWN = {
+    name: short or " ".join(long.split())
+    for name, short, long in re.findall(
+        r"^### `(\w+)(?:\((.*)\))?`$(?:\n\n```text\n\1\(([^`]*)\)\n```)?", PAGE, re.M
+    )
+}
+"""Name -> signature, in the heading or, a long one, in a block below; empty for the errors."""
 
 
 def test_every_public_name_is_on_the_page() -> None:
     assert sorted(SHOWN) == sorted(lib.__all__)
+    assert {name for name in SHOWN if not SHOWN[name]} == {"InputError", "PlacementError"}
 
 
 @pytest.mark.parametrize("name", [name for name in SHOWN if SHOWN[name]])

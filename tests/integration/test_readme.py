@@ -1,4 +1,6 @@
-"""The README's commands exist, its Python compiles, and its links lead somewhere."""
+"""The commands of README and docs exist, their Python compiles, links lead somewhere, and lines are
+short.
+"""
 
 import ast
 import json
@@ -14,6 +16,7 @@ from lib.commands.__main__ import VERBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONGEST_LINE = 140
 PROGRAMS = [
     *(
         [str(path.relative_to(ROOT))]
@@ -77,6 +80,18 @@ def test_documented_python_compiles(page: Path) -> None:
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_are_short(page: Path) -> None:
+    lines = enumerate(page.read_text().splitlines(), start=1)
+    assert not [number for number, line in lines if len(line) > LONGEST_LINE]
+
+
+def test_every_verb_is_on_the_page_of_commands() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    shown = re.findall(r"^\*\*([\w-]+)\*\*: .+\n\n(?:```sh\n| {4})tierhints \1\b", page, re.M)
+    assert set(VERBS) <= set(shown) and len(shown) == len(set(shown))
 
 
 HELP_OF_EACH = """
