@@ -8,7 +8,7 @@ import transformers.
 
 from typing import TYPE_CHECKING, Any
 
-from .adam import AdamSignal, adam_hints, collect_adam_signal
+from .adam import adam_hints, collect_adam_signal
 from .analyzer import AdamStateTierAnalyzer
 from .attention import attention_fim_trace
 from .fisher import FisherResult, FisherTrace, collect_fisher, fisher_hints, save_fisher_diagonal
@@ -20,6 +20,7 @@ from .interface import (
     register_signal,
     signal_hints,
 )
+from .moment_signal import AdamSignal
 from .scale import MomentScale
 from .summary import reshard
 
