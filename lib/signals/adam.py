@@ -10,21 +10,13 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from ..blocks import partition_model, unique_parameters
+from ..blocks import unique_parameters
 from ..errors import InputError
 from ..hints import Hints
-from .moment_signal import (
-    AdamSignal,
-    block_steps,
-    check_scale,
-    gap_reasons,
-    scale_obstacle,
-    warn_of_state,
-)
+from .moment_signal import AdamSignal, MomentSums, check_scale, moment_hints, warn_of_state
 from .optimizers import (
     couples_weight_decay,
     implementation,
@@ -34,19 +26,9 @@ from .optimizers import (
     second_moment,
     unwrap_optimizer,
 )
-from .summary import (
-    SignalValue,
-    block_masses,
-    dtype_names,
-    make_hints,
-    packed_parameters,
-    refuse_fsdp1,
-    reshard,
-    sum_elements,
-)
+from .summary import SignalValue, refuse_fsdp1, reshard
 
 _FROZEN = "frozen, so Adam keeps no moment"
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def collect_adam_signal(optimizer: Optimizer, model: nn.Module) -> AdamSignal:
@@ -60,62 +42,33 @@ def collect_adam_signal(optimizer: Optimizer, model: nn.Module) -> AdamSignal:
     refuse_fsdp1(model)
     reshard(model)
     optimizer = unwrap_optimizer(optimizer)
-    blocks = partition_model(model)
     parameters = unique_parameters(model)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    packed = packed_parameters(blocks)
-    sums: dict[str, Tensor] = {}
-    steps: dict[str, int] = {}
-    missing: dict[str, str] = {}
-    dtypes: set[torch.dtype] = set()
+    sums = MomentSums(model)
     read_groups: list[Mapping[str, Any]] = []
     for name, parameter in parameters.items():
         group = groups.get(id(parameter))
         state = optimizer.state.get(parameter, {})
         if group is None:
-            missing[name] = "not in the optimizer" if parameter.requires_grad else _FROZEN
+            sums.skip(name, "not in the optimizer" if parameter.requires_grad else _FROZEN)
         elif not state:
-            missing[name] = "without a gradient so far" if parameter.requires_grad else _FROZEN
+            sums.skip(name, "without a gradient so far" if parameter.requires_grad else _FROZEN)
         else:
             moment = second_moment(optimizer, name, parameter, state)
-            steps[name] = moment_step(optimizer, name, state, group)
-            correction = 1 - moment_beta2(optimizer, group) ** steps[name]
-            sums[name] = sum_elements(moment, per_expert=name in packed) / correction
-            if not bool(sums[name].isfinite().all()):
-                raise InputError(
-                    f"exp_avg_sq of {name!r} isn't finite: the training run diverged; go back to a "
-                    "checkpoint"
-                )
-            dtypes.add(moment.dtype)
+            step = moment_step(optimizer, name, state, group)
+            sums.add(name, moment, steps=(step,), beta2=moment_beta2(optimizer, group))
             read_groups.append(group)
-    if not sums or not any(parameter.requires_grad for parameter in parameters.values()):
+    if not read_groups or not any(parameter.requires_grad for parameter in parameters.values()):
         raise InputError(_nothing_read(optimizer, parameters, groups))
-    last = max(steps.values())
-    stopped = {
-        name: seen
-        for name, seen in steps.items()
-        if seen < last and not parameters[name].requires_grad
-    }
-    signal = AdamSignal(
-        blocks=blocks,
-        mass=block_masses(blocks, sums),
-        measured_params={
-            block.name: sum(p.num_params for p in block.pieces if p.parameter in sums)
-            for block in blocks
-        },
-        steps=block_steps(blocks, steps),
-        reasons=gap_reasons(blocks, missing, stopped),
+    signal = sums.signal(
         optimizer=type(optimizer).__name__,
         foreign=is_foreign(optimizer),
         implementation="+".join(sorted({implementation(group) for group in read_groups})),
-        beta2=tuple(sorted({moment_beta2(optimizer, group) for group in read_groups})),
-        step=last,
         amsgrad=any(bool(group.get("amsgrad")) for group in read_groups),
         coupled_weight_decay=not is_foreign(optimizer)
         and any(couples_weight_decay(group) for group in read_groups),
-        moment_dtype="+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
     )
-    warn_of_state(signal, low_precision=not dtypes.isdisjoint(_LOW_PRECISION))
+    warn_of_state(signal)
     return signal
 
 
@@ -158,55 +111,26 @@ def adam_hints(
             "or not restored",
             stacklevel=2,
         )
-    obstacle = scale_obstacle(signal, tokens_per_update, mean_clip_sq, reset=reset)
-    signals: dict[str, dict[str, float]] = {}
-    for block in signal.blocks:
-        density = signal.density[block.name]
-        if density is None:
-            continue
-        mass = signal.mass[block.name]
-        signals[block.name] = {"adam_exp_avg_sq": density, "adam_exp_avg_sq_sum": mass}
-        whole = signal.measured_params[block.name] == block.num_params
-        in_step = signal.steps[block.name] == (signal.step, signal.step)
-        if obstacle is None and whole and in_step:
-            assert tokens_per_update is not None and mean_clip_sq is not None
-            signals[block.name]["fisher_trace"] = mass * tokens_per_update / mean_clip_sq
-    return make_hints(
+    return moment_hints(
+        signal,
         model,
-        signal.blocks,
         model_id=model_id,
         revision=revision,
-        provenance={
-            "signal": "adam_exp_avg_sq",
-            "optimizer": signal.optimizer,
-            "foreign_optimizer": signal.foreign,
-            "implementation": signal.implementation,
-            "beta2": signal.beta2[0] if len(signal.beta2) == 1 else list(signal.beta2),
-            "window_steps": round(1 / (1 - max(signal.beta2)), 3),
-            "step": signal.step,
-            "global_step": global_step,
-            "moments_reset": None if global_step is None else reset,
-            "uniform_steps": signal.uniform_steps,
-            "bias_corrected": True,
-            "amsgrad": signal.amsgrad,
-            "weight_decay_in_moment": signal.coupled_weight_decay,
-            "moment_dtype": signal.moment_dtype,
-            "dtype": dtype_names(model),
-            "clip": clip,
-            "mean_clip_sq": mean_clip_sq,
-            "tokens_per_update": tokens_per_update,
-            "accumulation": accumulation,
-            "world_size": world_size,
-            "fisher_trace": f"left out: {obstacle}" if obstacle else "estimated from the moment",
-            **(extra_provenance or {}),
-        },
-        density=signal.density,
-        signals=signals,
-        reasons=signal.reasons,
         hbm_threshold=hbm_threshold,
         cpu_threshold=cpu_threshold,
+        tokens_per_update=tokens_per_update,
+        mean_clip_sq=mean_clip_sq,
+        reset=reset,
         extra_signals=extra_signals,
-    )  # fmt: skip
+        extra_provenance={
+            "global_step": global_step,
+            "moments_reset": None if global_step is None else reset,
+            "clip": clip,
+            "accumulation": accumulation,
+            "world_size": world_size,
+            **(extra_provenance or {}),
+        },
+    )
 
 
 def _nothing_read(
