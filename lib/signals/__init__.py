@@ -1,9 +1,9 @@
 """Signals: how much a model's output depends on each block, and the hints made from that.
 
-``adam`` reads the optimizer's second moment, ``fisher`` measures Fisher information on text,
-``attention`` describes attention probabilities, ``callback`` brings ``adam`` to the Hugging Face
-Trainer. ``interface`` says what a signal of one's own has to be. Importing this package doesn't
-import transformers.
+``adam`` reads the optimizer's second moment, ``from_checkpoint`` that of an optimizer state on disk,
+``fisher`` measures Fisher information on text, ``attention`` describes attention probabilities,
+``callback`` brings ``adam`` to the Hugging Face Trainer. ``interface`` says what a signal of one's
+own has to be. Importing this package doesn't import transformers.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from .adam import adam_hints, collect_adam_signal
 from .analyzer import AdamStateTierAnalyzer
 from .attention import attention_fim_trace
 from .fisher import FisherResult, FisherTrace, collect_fisher, fisher_hints, save_fisher_diagonal
+from .from_checkpoint import hints_from_checkpoint
 from .gradients import FisherLabels
 from .interface import (
     ElementwiseSignal,
@@ -43,6 +44,7 @@ __all__ = [
     "collect_adam_signal",
     "collect_fisher",
     "fisher_hints",
+    "hints_from_checkpoint",
     "register_signal",
     "reshard",
     "save_fisher_diagonal",
