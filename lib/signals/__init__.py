@@ -1,6 +1,6 @@
 """Signals: how much a model's output depends on each block, and the hints made from that.
 
-``adam`` reads the optimizer's second moment, ``from_checkpoint`` that of an optimizer state on disk,
+``adam`` reads the optimizer's second moment, ``from_checkpoint`` that of a state on disk,
 ``fisher`` measures Fisher information on text, ``attention`` describes attention probabilities,
 ``callback`` brings ``adam`` to the Hugging Face Trainer. ``interface`` says what a signal of one's
 own has to be. Importing this package doesn't import transformers.

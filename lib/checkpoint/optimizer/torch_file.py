@@ -95,21 +95,20 @@ def _parts(
     document: Any, path: Path
 ) -> tuple[dict[int | str, Mapping[str, Any]], list[Mapping[str, Any]]]:
     """Return state and groups of a state_dict, or of the entry of a document that holds one."""
+    inner = document
     if isinstance(document, Mapping) and "param_groups" not in document:
         inner = next((document[name] for name in _ENTRIES if name in document), document)
         if isinstance(inner, list) and len(inner) == 1:
             inner = inner[0]
-    else:
-        inner = document
     try:
-        state, groups = inner["state"], inner["param_groups"]
+        state, groups = dict(inner)["state"], dict(inner)["param_groups"]
         sound = (
             isinstance(state, Mapping)
             and all(isinstance(each, Mapping) for each in (*state.values(), *groups))
             and all(isinstance(key, int | str) for group in groups for key in group["params"])
             and len({type(key) for key in (*state, *(k for g in groups for k in g["params"]))}) == 1
         )
-    except (TypeError, KeyError, IndexError, AttributeError):
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         sound = False
     if not sound:
         held = ", ".join(map(str, list(document)[:4])) if isinstance(document, Mapping) else ""
