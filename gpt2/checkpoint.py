@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lib.blocks import unique_parameters, whole_tensor
+from lib.checkpoint.optimizer import OPTIMIZER_FILE
 from lib.errors import InputError
-from lib.signals.moments import OPTIMIZER_FILE, _damaged
 
 from .distributed import is_main, like_parameter
 from .pruning import MASKS_FILE
@@ -219,3 +219,10 @@ def _plain_write_errors(folder: Path) -> Iterator[None]:
         raise OSError(
             f"checkpoint {folder} can't be written ({error}); the last good checkpoint is untouched"
         ) from error
+
+
+def _damaged(path: Path, error: BaseException) -> str:
+    return (
+        f"checkpoint file {path} is damaged ({type(error).__name__}: {error}): delete the folder "
+        f"{path.parent} to train again from the start"
+    )

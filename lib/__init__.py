@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .signals.analyzer import AdamStateTierAnalyzer
     from .signals.callback import TierHintsCallback
     from .signals.collect import collect_fisher
+    from .signals.from_checkpoint import hints_from_checkpoint
     from .text.held_out import read_tokens
     from .tiering.attach import attach
     from .tiering.planning.planned import plan
@@ -34,6 +35,7 @@ __all__ = [
     "collect_fisher",
     "evaluate",
     "export",
+    "hints_from_checkpoint",
     "load",
     "load_hints",
     "measure_kl",
@@ -52,6 +54,7 @@ _MODULES = {
     "collect_fisher": "signals.collect",
     "evaluate": "evaluation.evaluate",
     "export": "exports.tools",
+    "hints_from_checkpoint": "signals.from_checkpoint",
     "load": "checkpoint.load",
     "load_hints": "hints",
     "measure_kl": "evaluation.canary",

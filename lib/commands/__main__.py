@@ -8,6 +8,7 @@ from .cli import run_main
 
 VERBS = {
     "collect": "measure the Fisher information of a model on a text, and write its hints",
+    "from-checkpoint": "make hints of a training checkpoint, from its optimizer's state",
     "calibrate": "predict and measure what each precision costs each block, into the hints",
     "generate": "answer a prompt with a model held within a memory budget",
     "plan": "say where weights would go within a budget, and how fast that would be",

@@ -10,19 +10,19 @@ an optimizer that keeps no second moment, or with frozen blocks.
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..files import check_writable
-from ..hints import Hints, save_hints
+from ..hints import save_hints
 from ..progress import progress_bar
 from ..text.files import find_text_files, make_sequences, read_chunks
-from ..units import format_bytes, parse_thresholds
-from ..vocabulary import Tier
+from ..units import parse_thresholds
 from .cli import Parser, add_json_flag, emit
 from .flags import add_device_flag, add_model_flag, parse_device
+from .tier_table import add_tier_flags, summarize_tiers, tier_table
 
 _COUNTS = ("labels", "tokens", "sequences", "draws")
 """What the result takes from the provenance, where the signal has it."""
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_hints(hints, args.output)
     tiers = summarize_tiers(hints, found.mass)
     emit(
-        _table(hints, tiers, "Fisher information" if is_fisher else signal.name),
+        tier_table(hints, tiers, "Fisher information" if is_fisher else signal.name),
         {
             "output": str(args.output),
             "diagonal": None if args.save_diagonal is None else str(args.save_diagonal),
@@ -121,35 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json,
     )
     return 0
-
-
-def summarize_tiers(hints: Hints, mass: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Return tier -> number of blocks, bytes, and its share of the signal's mass (by block)."""
-    used = {hint.tier for hint in hints.blocks.values()}
-    tiers: dict[str, dict[str, float]] = {
-        str(tier): {"blocks": 0, "bytes": 0, "share": 0.0} for tier in Tier if tier in used
-    }
-    for name, hint in hints.blocks.items():
-        entry = tiers[str(hint.tier)]
-        entry["blocks"] += 1
-        entry["bytes"] += hint.num_bytes or 0
-        entry["share"] += mass[name]
-    total = sum(entry["share"] for entry in tiers.values()) or 1.0
-    for entry in tiers.values():
-        entry["share"] = round(entry["share"] / total, 6)
-    return tiers
-
-
-def _table(hints: Hints, tiers: dict[str, dict[str, float]], signal: str) -> str:
-    width = max(21, len(signal) + 3)
-    lines = [f"{'tier':<6}{'blocks':>8}{'weights':>14}{signal:>{width}}"]
-    for tier, entry in tiers.items():
-        size = format_bytes(entry["bytes"])
-        lines.append(f"{tier:<6}{entry['blocks']:>8}{size:>14}{entry['share']:>{width - 1}.1%} ")
-    ranked = sorted(hints.blocks.items(), key=lambda item: item[1].rank or len(hints.blocks))
-    lines += ["", "most important per weight: " + ", ".join(name for name, _ in ranked[:3])]
-    lines += ["least important per weight: " + ", ".join(name for name, _ in ranked[-3:])]
-    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,25 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of weights and gradients; bfloat16 halves the memory {default}",
     )
     out = parser.add_argument_group("what is written")
-    out.add_argument(
-        "--output",
-        type=Path,
-        default=Path("tier_hints.json"),
-        metavar="FILE",
-        help=f"the hints {default}",
-    )
-    out.add_argument(
-        "--hbm-threshold",
-        default="0.3",
-        metavar="SHARE",
-        help=f"cumulative share of weight bytes at which HBM ends {default}",
-    )
-    out.add_argument(
-        "--cpu-threshold",
-        default="0.8",
-        metavar="SHARE",
-        help=f"cumulative share of weight bytes at which CPU ends, SSD is the rest {default}",
-    )
+    add_tier_flags(out)
     out.add_argument(
         "--save-diagonal",
         type=Path,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.optimizer import OPTIMIZER_FILE
 from ..hints import Hints
 from ..precision.perturb import curve_precisions, lossy_blocks
 from ..precision.sensitivity import (
@@ -21,7 +22,7 @@ from ..precision.sensitivity import (
 )
 from ..precision.tolerance import MIN_PROBES, Calibration, calibrate
 from ..signals import FisherLabels
-from ..signals.moments import OPTIMIZER_FILE, read_moments
+from ..signals.moments import read_moments
 from ..vocabulary import Precision
 
 Pair = tuple[str, Precision]

@@ -1,18 +1,19 @@
 """Signals: how much a model's output depends on each block, and the hints made from that.
 
-``adam`` reads the optimizer's second moment, ``fisher`` measures Fisher information on text,
-``attention`` describes attention probabilities, ``callback`` brings ``adam`` to the Hugging Face
-Trainer. ``interface`` says what a signal of one's own has to be. Importing this package doesn't
-import transformers.
+``adam`` reads the optimizer's second moment, ``from_checkpoint`` that of a state on disk,
+``fisher`` measures Fisher information on text, ``attention`` describes attention probabilities,
+``callback`` brings ``adam`` to the Hugging Face Trainer. ``interface`` says what a signal of one's
+own has to be. Importing this package doesn't import transformers.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from .adam import AdamSignal, adam_hints, collect_adam_signal
+from .adam import adam_hints, collect_adam_signal
 from .analyzer import AdamStateTierAnalyzer
 from .attention import attention_fim_trace
 from .collect import collect_fisher, collect_hints
 from .fisher import FisherResult, FisherTrace, fisher_hints, measure_fisher, save_fisher_diagonal
+from .from_checkpoint import hints_from_checkpoint
 from .gradients import FisherLabels
 from .interface import (
     ElementwiseSignal,
@@ -21,6 +22,7 @@ from .interface import (
     register_signal,
     signal_hints,
 )
+from .moment_signal import AdamSignal
 from .scale import MomentScale
 from .summary import reshard
 
@@ -45,6 +47,7 @@ __all__ = [
     "collect_hints",
     "measure_fisher",
     "fisher_hints",
+    "hints_from_checkpoint",
     "register_signal",
     "reshard",
     "save_fisher_diagonal",

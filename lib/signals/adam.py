@@ -8,16 +8,15 @@ trace (formula and source in ``scale``). What else bends it is recorded or refus
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from ..blocks import Block, partition_model, unique_parameters
+from ..blocks import unique_parameters
 from ..errors import InputError
 from ..hints import Hints
+from .moment_signal import AdamSignal, MomentSums, check_scale, moment_hints, warn_of_state
 from .optimizers import (
     couples_weight_decay,
     implementation,
@@ -27,55 +26,9 @@ from .optimizers import (
     second_moment,
     unwrap_optimizer,
 )
-from .summary import (
-    SignalValue,
-    block_masses,
-    dtype_names,
-    make_hints,
-    packed_parameters,
-    refuse_fsdp1,
-    reshard,
-    sum_elements,
-)
+from .summary import SignalValue, refuse_fsdp1, reshard
 
 _FROZEN = "frozen, so Adam keeps no moment"
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdamSignal:
-    """An optimizer's second moment, summed per block, and what its state says of its making."""
-
-    blocks: tuple[Block, ...]
-    mass: Mapping[str, float]
-    """Block -> sum of v_hat over its weights that have a moment."""
-    measured_params: Mapping[str, int]
-    """Block -> number of its weights that have a moment."""
-    steps: Mapping[str, tuple[int, int]]
-    """Block with a moment -> smallest and largest update count of its parameters."""
-    reasons: Mapping[str, str]
-    """Block -> why it has no moment, only a part of one, or one that was left behind."""
-    optimizer: str
-    foreign: bool
-    implementation: str
-    beta2: tuple[float, ...]
-    step: int
-    amsgrad: bool
-    coupled_weight_decay: bool
-    moment_dtype: str
-
-    @property
-    def density(self) -> dict[str, float | None]:
-        """Block -> mean v_hat per weight that has a moment, or None if none has."""
-        return {
-            name: self.mass[name] / count if count else None
-            for name, count in self.measured_params.items()
-        }
-
-    @property
-    def uniform_steps(self) -> bool:
-        """Whether every moment has seen all updates of the optimizer."""
-        return all(low == high == self.step for low, high in self.steps.values())
 
 
 def collect_adam_signal(optimizer: Optimizer, model: nn.Module) -> AdamSignal:
@@ -89,62 +42,33 @@ def collect_adam_signal(optimizer: Optimizer, model: nn.Module) -> AdamSignal:
     refuse_fsdp1(model)
     reshard(model)
     optimizer = unwrap_optimizer(optimizer)
-    blocks = partition_model(model)
     parameters = unique_parameters(model)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    packed = packed_parameters(blocks)
-    sums: dict[str, Tensor] = {}
-    steps: dict[str, int] = {}
-    missing: dict[str, str] = {}
-    dtypes: set[torch.dtype] = set()
+    sums = MomentSums(model)
     read_groups: list[Mapping[str, Any]] = []
     for name, parameter in parameters.items():
         group = groups.get(id(parameter))
         state = optimizer.state.get(parameter, {})
         if group is None:
-            missing[name] = "not in the optimizer" if parameter.requires_grad else _FROZEN
+            sums.skip(name, "not in the optimizer" if parameter.requires_grad else _FROZEN)
         elif not state:
-            missing[name] = "without a gradient so far" if parameter.requires_grad else _FROZEN
+            sums.skip(name, "without a gradient so far" if parameter.requires_grad else _FROZEN)
         else:
             moment = second_moment(optimizer, name, parameter, state)
-            steps[name] = moment_step(optimizer, name, state, group)
-            correction = 1 - moment_beta2(optimizer, group) ** steps[name]
-            sums[name] = sum_elements(moment, per_expert=name in packed) / correction
-            if not bool(sums[name].isfinite().all()):
-                raise InputError(
-                    f"exp_avg_sq of {name!r} isn't finite: the training run diverged; go back to a "
-                    "checkpoint"
-                )
-            dtypes.add(moment.dtype)
+            step = moment_step(optimizer, name, state, group)
+            sums.add(name, moment, steps=(step,), beta2=moment_beta2(optimizer, group))
             read_groups.append(group)
-    if not sums or not any(parameter.requires_grad for parameter in parameters.values()):
+    if not read_groups or not any(parameter.requires_grad for parameter in parameters.values()):
         raise InputError(_nothing_read(optimizer, parameters, groups))
-    last = max(steps.values())
-    stopped = {
-        name: seen
-        for name, seen in steps.items()
-        if seen < last and not parameters[name].requires_grad
-    }
-    signal = AdamSignal(
-        blocks=blocks,
-        mass=block_masses(blocks, sums),
-        measured_params={
-            block.name: sum(p.num_params for p in block.pieces if p.parameter in sums)
-            for block in blocks
-        },
-        steps=_block_steps(blocks, steps),
-        reasons=_reasons(blocks, missing, stopped),
+    signal = sums.signal(
         optimizer=type(optimizer).__name__,
         foreign=is_foreign(optimizer),
         implementation="+".join(sorted({implementation(group) for group in read_groups})),
-        beta2=tuple(sorted({moment_beta2(optimizer, group) for group in read_groups})),
-        step=last,
         amsgrad=any(bool(group.get("amsgrad")) for group in read_groups),
         coupled_weight_decay=not is_foreign(optimizer)
         and any(couples_weight_decay(group) for group in read_groups),
-        moment_dtype="+".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
     )
-    _warn(signal, low_precision=not dtypes.isdisjoint(_LOW_PRECISION))
+    warn_of_state(signal)
     return signal
 
 
@@ -178,7 +102,7 @@ def adam_hints(
     """
     if clip == 0 and mean_clip_sq is None:
         mean_clip_sq = 1.0
-    _check_scale(tokens_per_update, mean_clip_sq, clip)
+    check_scale(tokens_per_update, mean_clip_sq, clip)
     signal = collect_adam_signal(optimizer, model)
     reset = global_step is not None and signal.step < global_step
     if reset:
@@ -187,89 +111,26 @@ def adam_hints(
             "or not restored",
             stacklevel=2,
         )
-    obstacle = _scale_obstacle(signal, tokens_per_update, mean_clip_sq, reset=reset)
-    signals: dict[str, dict[str, float]] = {}
-    for block in signal.blocks:
-        density = signal.density[block.name]
-        if density is None:
-            continue
-        mass = signal.mass[block.name]
-        signals[block.name] = {"adam_exp_avg_sq": density, "adam_exp_avg_sq_sum": mass}
-        whole = signal.measured_params[block.name] == block.num_params
-        in_step = signal.steps[block.name] == (signal.step, signal.step)
-        if obstacle is None and whole and in_step:
-            assert tokens_per_update is not None and mean_clip_sq is not None
-            signals[block.name]["fisher_trace"] = mass * tokens_per_update / mean_clip_sq
-    return make_hints(
+    return moment_hints(
+        signal,
         model,
-        signal.blocks,
         model_id=model_id,
         revision=revision,
-        provenance={
-            "signal": "adam_exp_avg_sq",
-            "optimizer": signal.optimizer,
-            "foreign_optimizer": signal.foreign,
-            "implementation": signal.implementation,
-            "beta2": signal.beta2[0] if len(signal.beta2) == 1 else list(signal.beta2),
-            "window_steps": round(1 / (1 - max(signal.beta2)), 3),
-            "step": signal.step,
-            "global_step": global_step,
-            "moments_reset": None if global_step is None else reset,
-            "uniform_steps": signal.uniform_steps,
-            "bias_corrected": True,
-            "amsgrad": signal.amsgrad,
-            "weight_decay_in_moment": signal.coupled_weight_decay,
-            "moment_dtype": signal.moment_dtype,
-            "dtype": dtype_names(model),
-            "clip": clip,
-            "mean_clip_sq": mean_clip_sq,
-            "tokens_per_update": tokens_per_update,
-            "accumulation": accumulation,
-            "world_size": world_size,
-            "fisher_trace": f"left out: {obstacle}" if obstacle else "estimated from the moment",
-            **(extra_provenance or {}),
-        },
-        density=signal.density,
-        signals=signals,
-        reasons=signal.reasons,
         hbm_threshold=hbm_threshold,
         cpu_threshold=cpu_threshold,
+        tokens_per_update=tokens_per_update,
+        mean_clip_sq=mean_clip_sq,
+        reset=reset,
         extra_signals=extra_signals,
-    )  # fmt: skip
-
-
-def _check_scale(
-    tokens_per_update: float | None, mean_clip_sq: float | None, clip: float | None
-) -> None:
-    if tokens_per_update is not None and not 0 < tokens_per_update < float("inf"):
-        raise InputError(f"tokens_per_update {tokens_per_update} must be positive and finite")
-    if mean_clip_sq is not None and not 0 < mean_clip_sq <= 1:
-        raise InputError(f"mean_clip_sq {mean_clip_sq} must be in (0, 1]: clipping never enlarges")
-    if clip is not None and not 0 <= clip < float("inf"):
-        raise InputError(f"clip {clip} must be a gradient norm, or 0 for no clipping")
-
-
-def _scale_obstacle(
-    signal: AdamSignal,
-    tokens_per_update: float | None,
-    mean_clip_sq: float | None,
-    *,
-    reset: bool,
-) -> str | None:
-    """Say why v_hat can't be turned into a per-token Fisher trace, or None if it can."""
-    if signal.foreign:
-        return f"{signal.optimizer} isn't torch's Adam, its moment may be scaled otherwise"
-    if signal.coupled_weight_decay:
-        return "weight decay enters the moment (coupled L2 decay): use AdamW"
-    if "float16" in signal.moment_dtype:
-        return f"moments in {signal.moment_dtype} lose small updates"
-    if reset:
-        return "the moments were reset during training"
-    if tokens_per_update is None:
-        return "tokens per update unknown"
-    if mean_clip_sq is None:
-        return "mean squared clip coefficient unknown"
-    return None
+        extra_provenance={
+            "global_step": global_step,
+            "moments_reset": None if global_step is None else reset,
+            "clip": clip,
+            "accumulation": accumulation,
+            "world_size": world_size,
+            **(extra_provenance or {}),
+        },
+    )
 
 
 def _nothing_read(
@@ -282,67 +143,3 @@ def _nothing_read(
     if not any(id(parameter) in groups for parameter in parameters.values()):
         return f"{cls} holds no parameter of this model: give the model that it trains"
     return f"{cls} has no state for this model yet: call it after the first optimizer.step()"
-
-
-def _block_steps(blocks: tuple[Block, ...], steps: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    found: dict[str, tuple[int, int]] = {}
-    for block in blocks:
-        counts = [steps[piece.parameter] for piece in block.pieces if piece.parameter in steps]
-        if counts:
-            found[block.name] = (min(counts), max(counts))
-    return found
-
-
-def _reasons(
-    blocks: tuple[Block, ...], missing: Mapping[str, str], stopped: Mapping[str, int]
-) -> dict[str, str]:
-    """Explain blocks of which not every parameter has a moment, or not one that goes on.
-
-    ``stopped``: parameter that was frozen in mid-training -> updates that its moment has seen.
-    """
-    reasons: dict[str, str] = {}
-    for block in blocks:
-        without = [piece for piece in block.pieces if piece.parameter in missing]
-        if not without:
-            seen = sorted({stopped[p.parameter] for p in block.pieces if p.parameter in stopped})
-            if seen:
-                counts = " and ".join(map(str, seen))
-                reasons[block.name] = f"frozen after {counts} updates: the moment is of that time"
-            continue
-        why = ", ".join(dict.fromkeys(missing[piece.parameter] for piece in without))
-        trained = block.num_params - sum(piece.num_params for piece in without)
-        reasons[block.name] = (
-            f"mean over the {trained} trained of {block.num_params} weights, the rest is {why}"
-            if trained
-            else why
-        ) + " (tierhints collect measures it)"
-    return reasons
-
-
-def _warn(signal: AdamSignal, *, low_precision: bool) -> None:
-    if signal.foreign:
-        warnings.warn(
-            f"optimizer {signal.optimizer} isn't torch's Adam: its exp_avg_sq is taken for an "
-            "elementwise mean square",
-            stacklevel=3,
-        )
-    if signal.coupled_weight_decay:
-        warnings.warn(
-            f"{signal.optimizer} adds weight decay to the gradient, so the moment holds it too: "
-            "use AdamW",
-            stacklevel=3,
-        )
-    if low_precision:
-        warnings.warn(
-            f"moments are kept in {signal.moment_dtype}, which loses updates much smaller than the "
-            "moment",
-            stacklevel=3,
-        )
-    if not signal.uniform_steps:
-        behind = [name for name, (low, _) in signal.steps.items() if low < signal.step]
-        warnings.warn(
-            f"{len(behind)} blocks ({behind[0]}, ...) have moments of fewer than {signal.step} "
-            "updates: they were "
-            "reset, frozen, or had no gradient in some steps",
-            stacklevel=3,
-        )

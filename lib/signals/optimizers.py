@@ -11,21 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..blocks import unique_parameters, whole_tensor
+from ..checkpoint.optimizer.states import FACTORED, FIX, QUANTIZED, refuse_keys
 from ..errors import InputError
-
-_FIX = "train with AdamW, or measure the checkpoint with tierhints collect"
-
-_QUANTIZED = (
-    "keeps its moments quantized in 8 bits or fewer, with an error larger than most of them"
-)
-_FACTORED = (
-    "keeps only row and column averages of the second moment (factored), not one value per weight"
-)
 
 _REFUSED: tuple[tuple[str, str], ...] = (
     ("deepspeed|zero", "splits its moments over the ranks, by no parameter's bounds"),
-    ("8bit|4bit|fp8", _QUANTIZED),
-    ("adafactor|^came$", _FACTORED),
+    ("8bit|4bit|fp8", QUANTIZED),
+    ("adafactor|^came$", FACTORED),
     ("adamax", "keeps a decayed maximum of gradients, not their mean square"),
     ("rmsprop", "keeps a mean square that is not bias-corrected, under another name"),
     ("lion", "keeps no second moment"),
@@ -39,9 +31,6 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("lomo|rprop|lbfgs", "keeps no second moment"),
 )  # fmt: skip
 """Class-name pattern -> why its state can't stand for a Fisher diagonal; the first match counts."""
-
-_FACTORED_KEYS = {"exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var"}
-_ROTATED_KEYS = {"Q", "GG", "preconditioner", "preconditioners"}
 
 _ADAM_FAMILY = {"Adam", "AdamW", "NAdam", "RAdam"}
 """Classes of torch.optim whose ``exp_avg_sq`` is beta2 v + (1 - beta2) g^2, elementwise."""
@@ -65,12 +54,12 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
     module = type(optimizer).__module__
     if module.startswith("bitsandbytes"):
         raise InputError(
-            f"optimizer {name} of bitsandbytes {_QUANTIZED}, and keeps 32-bit ones under names of "
-            f"its own: {_FIX}"
+            f"optimizer {name} of bitsandbytes {QUANTIZED}, and keeps 32-bit ones under names of "
+            f"its own: {FIX}"
         )
     for pattern, reason in _REFUSED:
         if re.search(pattern, name.lower()):
-            raise InputError(f"optimizer {name} {reason}: {_FIX}")
+            raise InputError(f"optimizer {name} {reason}: {FIX}")
 
 
 def is_foreign(optimizer: Optimizer) -> bool:
@@ -89,29 +78,23 @@ def second_moment(
     shape.
     """
     cls = type(optimizer).__name__
-    if _FACTORED_KEYS & state.keys():
-        raise InputError(f"optimizer {cls} {_FACTORED}: {_FIX}")
-    if _ROTATED_KEYS & state.keys():
-        raise InputError(
-            f"optimizer {cls} keeps a preconditioner: its second moment lies in a rotated basis: "
-            f"{_FIX}"
-        )
+    refuse_keys(map(str, state), cls)
     moment = state.get("exp_avg_sq")
     if not isinstance(moment, Tensor):
         kept = ", ".join(sorted(map(str, state))) or "nothing"
-        raise InputError(f"optimizer {cls} keeps {kept} but no exp_avg_sq for {name!r}: {_FIX}")
+        raise InputError(f"optimizer {cls} keeps {kept} but no exp_avg_sq for {name!r}: {FIX}")
     if moment.shape != parameter.shape:
         raise InputError(
             f"optimizer {cls}: exp_avg_sq of {name!r} has shape {tuple(moment.shape)} and the "
             "parameter "
-            f"{tuple(parameter.shape)}, so it isn't one value per weight: {_FIX}"
+            f"{tuple(parameter.shape)}, so it isn't one value per weight: {FIX}"
         )
     moment = whole_tensor(moment)
     if type(moment) not in (Tensor, nn.Parameter) or not moment.is_floating_point():
         raise InputError(
             f"optimizer {cls}: exp_avg_sq of {name!r} is {type(moment).__name__} of "
             f"{moment.dtype}, not plain "
-            f"floating point: {_FIX}"
+            f"floating point: {FIX}"
         )
     return moment
 
@@ -141,7 +124,7 @@ def moment_step(
         raise InputError(
             f"optimizer {type(optimizer).__name__} keeps no step for {name!r}, so its moment can't "
             "be "
-            f"bias-corrected: {_FIX}"
+            f"bias-corrected: {FIX}"
         )
     count = int(whole_tensor(step) if isinstance(step, Tensor) else step)
     if count < 1:
@@ -159,7 +142,7 @@ def moment_beta2(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
         raise InputError(
             f"optimizer {type(optimizer).__name__} has betas {betas!r}: beta2 in [0, 1) is needed "
             "for bias "
-            f"correction: {_FIX}"
+            f"correction: {FIX}"
         )
     return float(betas[1])
 

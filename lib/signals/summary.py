@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Block, parameter_digest, select_piece, unique_parameters, unwrap_model
+from ..blocks import Block, select_piece, unique_parameters, unwrap_model
+from ..blocks import parameter_digest as digest_model
 from ..errors import InputError
 from ..hints import Hints, ModelInfo, build_hints
 from ..units import parse_thresholds
@@ -96,10 +97,12 @@ def make_hints(
     reasons: Mapping[str, str],
     hbm_threshold: float,
     cpu_threshold: float,
-    extra_signals: Mapping[str, Mapping[str, SignalValue]] | None,
+    parameter_digest: str | None = None,
+    extra_signals: Mapping[str, Mapping[str, SignalValue]] | None = None,
 ) -> Hints:
     """Put a signal's density per block, its provenance and the model's identity together as hints.
 
+    ``parameter_digest``: of the weights, by default of those that the model has in memory.
     ``extra_signals`` (block -> name -> value) is written beside the signal that ranks. Collective
     under FSDP2 (the digest).
     """
@@ -116,7 +119,7 @@ def make_hints(
             id=model_id,
             revision=revision,
             class_name=class_name(model),
-            parameter_digest=parameter_digest(model),
+            parameter_digest=parameter_digest or digest_model(model),
         ),
         provenance={**provenance, "created": datetime.now(UTC).isoformat(timespec="seconds")},
         num_bytes={block.name: block.num_bytes for block in blocks},
