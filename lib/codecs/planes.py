@@ -19,9 +19,13 @@ def pack_planes(codes: Tensor, plane_bits: Sequence[int], planes: Sequence[Tenso
     remaining = sum(plane_bits)
     for bits, plane in zip(plane_bits, planes, strict=True):
         remaining -= bits
-        part = (codes >> remaining).bitwise_and_((1 << bits) - 1)
-        pieces = part.view(len(codes), 8 // bits, plane.shape[1])
-        torch.sum(pieces << _shifts(bits, torch.uint8, codes.device), 1, out=plane)
+        part = codes
+        if remaining or plane is not planes[0]:
+            part = (codes >> remaining).bitwise_and_((1 << bits) - 1)
+        first, *others = part.view(len(codes), 8 // bits, plane.shape[1]).unbind(1)
+        torch.bitwise_left_shift(first, 8 - bits, out=plane)
+        for place, piece in enumerate(others, start=2):
+            torch.add(plane, piece, alpha=1 << (8 - place * bits), out=plane)
 
 
 def unpack_planes(

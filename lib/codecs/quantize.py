@@ -1,4 +1,9 @@
-"""Weights to codes, scales and zeros: the arithmetic behind ``records.encode``."""
+"""Weights to codes, scales and zeros: the arithmetic behind ``records.encode``.
+
+It is done in few passes over memory that stays in a processor's caches: some rows at a time, in one
+``Workspace``. A code is rounded by adding 1.5 * 2**23 to it in float32, whose neighbours are whole
+numbers there (ties go to even numbers, as torch.round's do): its lowest byte is then the code.
+"""
 
 from collections.abc import Sequence
 
@@ -19,55 +24,65 @@ EDGE_MARGIN = {2: 0.375, 3: 0.375, 4: 0.125}
 that the error bound holds. With few codes the finer scale is worth more than exact extremes
 (measured: docs/codecs.md).
 """
+_WHOLE_NUMBERS = 1.5 * 2**23
+
+
+class Workspace:
+    """Memory for encoding up to ``rows`` rows of a matrix at a time, of codes and not raw."""
+
+    def __init__(self, layout: RecordLayout, rows: int) -> None:
+        self.values = torch.empty(rows, layout.cols)
+        self.codes = torch.zeros(rows, layout.padded_cols, dtype=torch.uint8)
+        """Of columns that aren't there: 0."""
 
 
 def quantize_rows(
-    rows: Tensor, sections: Sequence[Tensor], layout: RecordLayout, start: int
+    rows: Tensor, sections: Sequence[Tensor], layout: RecordLayout, work: Workspace, *, first: int
 ) -> None:
-    """Write some rows' planes, scales and zeros into the views of a record's sections; ``start`` is
+    """Write some rows' planes, scales and zeros into the views of a record's sections; ``first`` is
     the number of the first row, for the error.
     """
-    values = rows.to(torch.float32, copy=True)
     size, bits = layout.group_size, layout.codec.bits
-    scales, zeros = _fit_groups(values, size, bits, start)
+    values, codes = work.values[: len(rows)], work.codes[: len(rows)]
+    if rows.dtype != torch.float32:
+        rows = values.copy_(rows)
+    scales, zeros = _fit_groups(rows, size, bits, first)
     *planes, all_scales, all_zeros = sections
     all_scales.copy_(scales)
     all_zeros.copy_(zeros)
-    for groups, zero in group_views(values, zeros.float(), size):
-        groups.sub_(zero)
-    for groups, scale in group_views(values, scales.float(), size):
-        groups.div_(scale)
+    shift, scale = zeros.float(), scales.float()
+    pairs = zip(group_views(rows, shift, size), group_views(values, scale, size), strict=True)
+    for (weights, zero), (groups, step) in pairs:
+        torch.sub(weights, zero, out=groups).div_(step)
     middle = 1 << (bits - 1)
-    codes = torch.zeros(len(values), layout.padded_cols, dtype=torch.uint8)
-    codes[:, : layout.cols] = values.round_().add_(middle).clamp_(0, 2 * middle - 1)
+    values.clamp_(-middle, middle - 1).add_(_WHOLE_NUMBERS + middle)
+    codes[:, : layout.cols].copy_(values.view(torch.int32))  # the lowest byte
     pack_planes(codes, PLANE_BITS[layout.precision], planes)
 
 
-def _fit_groups(values: Tensor, size: int, bits: int, start: int) -> tuple[Tensor, Tensor]:
+def _fit_groups(values: Tensor, size: int, bits: int, first: int) -> tuple[Tensor, Tensor]:
     """Choose scales and zeros, bfloat16 (n, groups), that cover each group's range."""
-    parts = [torch.unflatten(values, 1, (-1, size))] if values.shape[1] % size == 0 else None
-    if parts is None:
-        whole = values.shape[1] // size * size
-        parts = [values[:, whole:].unsqueeze(1)]
-        if whole:
-            parts.insert(0, torch.unflatten(values[:, :whole], 1, (-1, size)))
+    whole = values.shape[1] // size * size
+    parts = [torch.unflatten(values[:, :whole], 1, (-1, size))] if whole else []
+    if whole < values.shape[1]:
+        parts.append(values[:, whole:].unsqueeze(1))
     low = torch.cat([part.amin(-1) for part in parts], dim=1).double()
     high = torch.cat([part.amax(-1) for part in parts], dim=1).double()
-    sound = (low >= -LARGEST_WEIGHT) & (high <= LARGEST_WEIGHT)  # False for NaN too
-    if not sound.all():
-        row = start + int((~sound).any(1).nonzero()[0])
+    if not (low.amin() >= -LARGEST_WEIGHT and high.amax() <= LARGEST_WEIGHT):  # so for NaN
+        sound = (low >= -LARGEST_WEIGHT) & (high <= LARGEST_WEIGHT)
+        row = first + int((~sound).any(1).nonzero()[0])
         raise InputError(
             f"row {row} holds a weight that is NaN, infinite or beyond {LARGEST_WEIGHT:.1e}: mend "
             "it, or store this weight as it is"
         )
     margin, middle = EDGE_MARGIN.get(bits, 0.0), 1 << (bits - 1)
     below, above = middle + margin, middle - 1 + margin
-    scale = (high - low) / (below + above)
-    zero = ((low + high + scale) / 2).bfloat16()  # the value itself where all are equal
+    scale = (high - low).div_(below + above)
+    zero = (low + high).add_(scale).div_(2).bfloat16()  # the value itself where all are equal
     # The rounded zero must not push an end of the range out of reach.
     centre = zero.double()
-    scale = torch.maximum(scale, torch.maximum((centre - low) / below, (high - centre) / above))
-    scale.clamp_(min=SMALLEST_SCALE)
+    reach = torch.maximum((centre - low).div_(below), high.sub_(centre).div_(above))
+    scale = torch.maximum(scale, reach).clamp_(min=SMALLEST_SCALE)
     rounded = scale.bfloat16()
     short = rounded.double() < scale
     rounded = (rounded.view(torch.int16) + short.to(torch.int16)).view(torch.bfloat16)

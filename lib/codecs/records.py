@@ -27,7 +27,7 @@ from ..errors import InputError, PlacementError
 from ..vocabulary import Precision
 from .layout import PLANE_BITS, Codec, Plane, RecordLayout, default_codec
 from .planes import unpack_planes
-from .quantize import LARGEST_WEIGHT, SMALLEST_SCALE, group_views, quantize_rows
+from .quantize import LARGEST_WEIGHT, SMALLEST_SCALE, Workspace, group_views, quantize_rows
 
 __all__ = [
     "LARGEST_WEIGHT",
@@ -42,8 +42,8 @@ __all__ = [
     "encode_from",
 ]
 
-SHARD_WEIGHTS = 1 << 20
-"""Weights encoded at once: some MiB of working memory."""
+SHARD_WEIGHTS = 1 << 19
+"""Weights encoded at once: their working memory stays in a processor's caches."""
 RAW_DTYPES = {
     Precision.FP32: torch.float32,
     Precision.BF16: torch.bfloat16,
@@ -93,16 +93,18 @@ def encode_from(
     assert layout.precision == layout.codec.precision, "a prefix can't be encoded, only read"
     if out is not None:
         record.zero_()  # the gaps between the sections
-    shard_rows = max(1, SHARD_WEIGHTS // layout.cols)
+    shard_rows = min(max(1, SHARD_WEIGHTS // layout.cols), layout.rows)
+    work = None if layout.codec.is_raw else Workspace(layout, shard_rows)
+    all_sections = section_views(record, layout)
     for start in range(0, layout.rows, shard_rows):
         end = min(start + shard_rows, layout.rows)
         rows = read_rows(start, end).detach().to("cpu")
         assert rows.shape == (end - start, layout.cols), "read_rows gave another shape"
-        if layout.codec.is_raw:
-            _cast_rows(rows, record, layout, start, end)
+        sections = [view[start:end] for view in all_sections]
+        if work is None:
+            _cast_rows(rows, sections[0], layout.codec.precision, first=start)
         else:
-            sections = [view[start:end] for view in section_views(record, layout)]
-            quantize_rows(rows, sections, layout, start)
+            quantize_rows(rows, sections, layout, work, first=start)
     record[: _HEADER.size + 8] = _header(record, layout, dtype)
     return record
 
@@ -238,12 +240,12 @@ def section_views(record: Tensor, layout: RecordLayout) -> list[Tensor]:
     return [*planes, *parameter_views(record, layout)]
 
 
-def _cast_rows(rows: Tensor, record: Tensor, layout: RecordLayout, start: int, end: int) -> None:
-    target = raw_view(record, layout)[start:end].copy_(rows)
-    if not target.isfinite().all():
+def _cast_rows(rows: Tensor, target: Tensor, precision: Precision, *, first: int) -> None:
+    low, high = torch.aminmax(target.copy_(rows))  # NaN where there is one
+    if not (low.isfinite() and high.isfinite()):
         raise InputError(
-            f"weights of rows {start} to {end} are NaN, infinite or too large for "
-            f"{layout.codec.precision}: mend them, or store a wider precision"
+            f"weights of rows {first} to {first + len(rows)} are NaN, infinite or too large for "
+            f"{precision}: mend them, or store a wider precision"
         )
 
 
