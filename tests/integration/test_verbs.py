@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_verify_epsilon import save_model
+from transformers import GPT2LMHeadModel
 
 from lib.commands.__main__ import VERBS
 from lib.files import write_json
@@ -20,6 +22,9 @@ ARGUMENTS: dict[str, str] = {
     "--output {out}/h.json",
     "calibrate": "--model {model} --tier-hints {hints} --data {text} --samples 12 --draws 8 "
     "--sequence-length 16 --output {out}/h.json",
+    "from-checkpoint": "{checkpoint} --model {model} --output {out}/h.json",
+    "generate": "--model {model} --budget HBM=1MiB,SSD= --prompt abc --max-new-tokens 4",
+    "doctor": "",
     "plan": "--model {model} --budget HBM=1MiB,SSD=",
     "what-if": "--model {model} --bandwidth 1,2 --budgets 50%",
     "evaluate": "--model {model} --budget HBM=,SSD= --precision int8 --data {text} --samples 4",
@@ -32,6 +37,9 @@ ARGUMENTS: dict[str, str] = {
 BAD: dict[str, str] = {
     "collect": "--samples 0",
     "calibrate": "--draws 1",
+    "from-checkpoint": "--hbm-threshold 2",
+    "generate": "--temperature -1",
+    "doctor": "--speed",
     "plan": "--budget HBM=many",
     "what-if": "--bandwidth fast",
     "evaluate": "--epsilon -1",
@@ -48,10 +56,22 @@ BAD: dict[str, str] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verbs")
     save_model(folder / "model")
+    save_optimizer(folder / "model", folder / "checkpoint-1")
     lines = [f"line {index}: {index**3 % 1009} jumps over {index**2}\n" for index in range(400)]
     (folder / "text.txt").write_text("".join(lines))
     write_json({"tiering": {"generate_json": False}, "run": {}}, folder / "run" / "config.json")
     return folder
+
+
+def save_optimizer(model_folder: Path, folder: Path) -> None:
+    """Save the optimizer of one step, as the Hugging Face Trainer does."""
+    model = GPT2LMHeadModel.from_pretrained(model_folder)
+    optimizer = torch.optim.AdamW(model.named_parameters(), betas=(0.9, 0.99))
+    ids = torch.arange(64).view(2, 32)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    folder.mkdir()
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
 KINDS = ("help", "bad value", "bad output", "pipe", "terminal", "json -", "writing", "early")
@@ -68,6 +88,7 @@ def results(folder: Path) -> Path:
                 "model": folder / "model",
                 "hints": folder / "model" / "tier_hints.json",
                 "text": folder / "text.txt",
+                "checkpoint": folder / "checkpoint-1",
                 "run": folder / "run",
                 "out": own / "out",
             }
