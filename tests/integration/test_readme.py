@@ -3,6 +3,7 @@ short.
 """
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -17,6 +18,8 @@ from lib.commands.__main__ import VERBS
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LONGEST_LINE = 140
+OF_THE_CHECKOUT = ("README.md", "extending.md")
+"""Pages whose examples may import from lib."""
 PROGRAMS = [
     *(
         [str(path.relative_to(ROOT))]
@@ -80,6 +83,19 @@ def test_documented_python_compiles(page: Path) -> None:
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_imports_are_there(page: Path) -> None:
+    for block in code_blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            package = node.module.partition(".")[0]
+            if package in ("lib", "tierhints"):
+                assert package == "tierhints" or page.name in OF_THE_CHECKOUT
+                found = importlib.import_module(node.module)
+                assert all(hasattr(found, name.name) for name in node.names), node.module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
