@@ -36,9 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    command = importlib.import_module(f"{__package__}.{verb.replace('-', '_')}")
     sys.argv[0] = f"tierhints {verb}"  # what argparse calls the program
-    return run_main(lambda: command.main(arguments[1:]))
+    return run_main(lambda: _run(verb, arguments[1:]))
+
+
+def _run(verb: str, arguments: Sequence[str]) -> int:
+    """Import a verb, which takes a second, and run it: Ctrl-C may come at any time."""
+    command = importlib.import_module(f"{__package__}.{verb.replace('-', '_')}")
+    code: int = command.main(arguments)
+    return code
 
 
 def _usage() -> str:
