@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
-        print(_usage())
-        return 0
+        return run_main(lambda: print(_usage(), flush=True))
     if verb not in VERBS:
         print(
             f"error: no verb {verb!r}; there are: {', '.join(VERBS)} (tierhints --help)",

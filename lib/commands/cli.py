@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 the run failed; 2 the input was wrong; 130 interrupted (Ct
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,9 @@ def run_main(main: Callable[[], int | None]) -> int:
     except InputError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (PlacementError, OSError, FloatingPointError) as error:
         print(f"failed: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
         return 1

@@ -144,7 +144,7 @@ def test_a_short_text_is_used_as_far_as_it_goes(
     text.write_text((folder / "text.txt").read_text()[: 33 * 32])
     hints = folder / "tier_hints.json"
     assert run_one(folder, hints, "--smallest", "0.02", "--data", str(text)) == 0
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert f"{text} holds 33 sequences of 32 tokens, not 288: all are used" in err
     document = json.loads(out.splitlines()[-1])
     names = ("judging_sequences", "canary_sequences", "verdict_sequences")
