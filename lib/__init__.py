@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .evaluation.calibration import calibrate
     from .evaluation.canary import measure_kl
     from .evaluation.evaluate import evaluate
+    from .evaluation.generate import generate
     from .exports.tools import export
     from .hints import load_hints, save_hints
     from .signals.analyzer import AdamStateTierAnalyzer
@@ -35,6 +36,7 @@ __all__ = [
     "collect_fisher",
     "evaluate",
     "export",
+    "generate",
     "hints_from_checkpoint",
     "load",
     "load_hints",
@@ -54,6 +56,7 @@ _MODULES = {
     "collect_fisher": "signals.collect",
     "evaluate": "evaluation.evaluate",
     "export": "exports.tools",
+    "generate": "evaluation.generate",
     "hints_from_checkpoint": "signals.from_checkpoint",
     "load": "checkpoint.load",
     "load_hints": "hints",

@@ -1,8 +1,6 @@
 """Models of a few thousand weights, the same each time, that several test files use."""
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -10,7 +8,6 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 
@@ -59,12 +56,3 @@ def tiny_mixtral() -> MixtralForCausalLM:
             vocab_size=40,
         )
     )
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 256 bytes and nothing else; ids 256 and above are free."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({char: index for index, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

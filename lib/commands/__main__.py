@@ -14,6 +14,7 @@ VERBS = {
     "plan": "say where weights would go within a budget, and how fast that would be",
     "what-if": "ask what a faster link or more memory would bring",
     "evaluate": "measure perplexity and KL of a model under a plan",
+    "benchmark": "time forward passes under a plan, against the untouched model",
     "frontier": "measure fast memory against tokens per second against KL",
     "export": "write hints in the format of another tool",
     "probe": "measure the memory tiers of this machine",

@@ -15,25 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.hub import checkpoint_folder
-from ..checkpoint.models import quiet_transformers
 from ..errors import InputError
-from ..evaluation.forwards import peak_rss
-from ..evaluation.generate import (
-    DEFAULT_NEW_TOKENS,
-    Generation,
-    GenerationInterrupted,
-    check_sampling,
-    encode_prompt,
-    generate,
-)
 from ..precision.floors import parse_epsilon
-from ..report.generation_line import closing_line
-from ..signals.summary import dtype_names
-from ..text.held_out import load_tokenizer
-from ..tiering import Runtime, attach, load
 from ..tiering.planning.budget import read_budget
-from ..vocabulary import Precision, Tier, is_below
 from .cli import STDOUT, Parser, add_json_flag, emit
 from .flags import (
     add_budget_flag,
@@ -46,30 +30,49 @@ from .flags import (
 )
 
 _EVERYTHING_FITS = "HBM="
+_NEW_TOKENS = 128
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Load, generate, print and emit; returns the exit code."""
     args = _parser().parse_args(argv)
-    device = parse_device(args.device)
+    prompt = _read_prompt(args.prompt)
+    budget = read_budget(args.budget)
     if args.epsilon is not None:
         parse_epsilon(args.epsilon)
+    device = parse_device(args.device)
+
+    from ..checkpoint.hub import checkpoint_folder
+    from ..checkpoint.load import load
+    from ..checkpoint.models import quiet_transformers
+    from ..evaluation.generate import (
+        GenerationInterrupted,
+        check_sampling,
+        encode_prompt,
+        generate,
+        generation_figures,
+    )
+    from ..report.generation_line import closing_line
+    from ..signals.summary import dtype_names
+    from ..text.held_out import load_tokenizer
+    from ..tiering import attach
+
     check_sampling(
         args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
     )
-    prompt = _read_prompt(args.prompt)
-    print(f"loading {args.model}", file=sys.stderr)
-    quiet_transformers(progress=sys.stderr.isatty())
-    out = sys.stderr if args.json == STDOUT else sys.stdout
-    start = time.perf_counter()
     folder = checkpoint_folder(args.model)
+    if sys.stderr.isatty():
+        print(f"loading {args.model}", file=sys.stderr)
+    out = sys.stderr if args.json == STDOUT else sys.stdout
+    quiet_transformers(progress=sys.stderr.isatty())
+    start = time.perf_counter()
     model = load(folder)
     tokenizer = load_tokenizer(str(folder))
     ids = encode_prompt(tokenizer, prompt, chat=args.chat, system=args.system)
     with attach(
         model,
         args.tier_hints,
-        budget=read_budget(args.budget),
+        budget=budget,
         weights=folder,
         spill_dir=args.spill_dir,
         precision=planned_precision(args.precision),
@@ -110,25 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             **generation_figures(runtime, generation),
         }
     emit(f"\n\n{closing_line(document)}", document, args.json)
-    return 130 if generation.interrupted else 0
-
-
-def generation_figures(runtime: Runtime, generation: Generation) -> dict[str, Any]:
-    """Return what was written, how fast, in how much memory, and what precision may have cost."""
-    stats, ledger = runtime.stats(), runtime.veto.ledger
-    held = {name: place.precision for name, place in runtime.plan.placements.items()}
-    lossy = [p for name, p in held.items() if is_below(p, ledger.curves[name].native)]
-    veto = runtime.veto.to_json()
-    return {
-        **generation.to_json(),
-        "peak_weight_bytes": stats.peak_resident_bytes,
-        "budget_bytes": runtime.plan.limit(Tier.HBM),
-        "peak_rss_bytes": peak_rss(),
-        "bytes_per_tier": stats.bytes_per_tier,
-        "lossless": not lossy,
-        "precisions": {str(p): lossy.count(p) for p in Precision if p in lossy},
-        **{name: veto[name] for name in ("epsilon_nats", "predicted_nats", "bound_nats")},
-    }
+    if generation.interrupted:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _read_prompt(given: str) -> str:
@@ -167,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument(
         "--max-new-tokens",
         type=int,
-        default=DEFAULT_NEW_TOKENS,
+        default=_NEW_TOKENS,
         metavar="N",
         help=f"tokens to write, at most, and within the model's context {default}",
     )

@@ -10,8 +10,12 @@ if TYPE_CHECKING:
     from ..text.parts import TextParts
 
 
-def add_text_flags(parser: argparse.ArgumentParser, *, samples: int, use: str) -> None:
-    """Add the flags of ``read_held_out`` to a parser, ``use`` says what the sequences are for."""
+def add_text_flags(
+    parser: argparse.ArgumentParser, *, samples: int, use: str, length: int = 512
+) -> None:
+    """Add the flags of ``read_held_out`` to a parser, ``use`` says what the sequences are for;
+    ``length``: how many tokens each has by default.
+    """
     default = "(default: %(default)s)"
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -31,7 +35,7 @@ def add_text_flags(parser: argparse.ArgumentParser, *, samples: int, use: str) -
         "--sequence-length",
         type=int,
         metavar="TOKENS",
-        help="tokens per sequence (default: the model's context, at most 512)",
+        help=f"tokens per sequence (default: the model's context, at most {length})",
     )
     text.add_argument(
         "--seed", type=int, default=0, help=f"of the choice of text and all else random {default}"

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..tiering import Runtime
+from ..vocabulary import Precision, Tier, is_below
+from .forwards import peak_rss
 
-DEFAULT_NEW_TOKENS = 128
 _CONTEXT_TOKENS = 8
 """Tokens of the prompt by which the first new one is decoded."""
 Model = Any
@@ -106,12 +107,12 @@ def generate(
     prompt: str | Tensor,
     *,
     runtime: Runtime | None = None,
-    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int = 0,
-    on_text: Callable[[str], None] = lambda text: None,
+    on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue a prompt: text, or token ids (1, tokens) such as ``encode_prompt`` returns.
 
@@ -132,7 +133,7 @@ def generate(
     settings = _settings(model, tokenizer, temperature=temperature, top_p=top_p, top_k=top_k)
     settings.max_new_tokens = max_new_tokens if room is None else min(max_new_tokens, room)
     device = next(model.parameters()).device
-    stream = _Stream(tokenizer, on_text, runtime)
+    stream = _Stream(tokenizer, on_text or (lambda text: None), runtime)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -148,6 +149,26 @@ def generate(
             stream.end()
             raise GenerationInterrupted(stream.result(ids, interrupted=True)) from None
     return stream.result(ids)
+
+
+def generation_figures(runtime: Runtime, generation: Generation) -> dict[str, Any]:
+    """Return what an attached model has written, how fast, in how much memory, and what precision
+    may have cost.
+    """
+    stats, ledger = runtime.stats(), runtime.veto.ledger
+    held = {name: place.precision for name, place in runtime.plan.placements.items()}
+    lossy = [p for name, p in held.items() if is_below(p, ledger.curves[name].native)]
+    veto = runtime.veto.to_json()
+    return {
+        **generation.to_json(),
+        "peak_weight_bytes": stats.peak_resident_bytes,
+        "budget_bytes": runtime.plan.limit(Tier.HBM),
+        "peak_rss_bytes": peak_rss(),
+        "bytes_per_tier": stats.bytes_per_tier,
+        "lossless": not lossy,
+        "precisions": {str(p): lossy.count(p) for p in Precision if p in lossy},
+        **{name: veto[name] for name in ("epsilon_nats", "predicted_nats", "bound_nats")},
+    }
 
 
 def check_sampling(

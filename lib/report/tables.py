@@ -1,12 +1,13 @@
 """Benchmark documents as text: one run in sections, and several runs side by side.
 
-A benchmark document is what ``scripts/benchmark_tiered_inference.py --json`` writes; its fields are
-in docs/benchmark.md. Pure: documents in, text out.
+A benchmark document is what ``tierhints benchmark --json`` writes; its fields are in
+docs/benchmark.md. Pure: documents in, text out.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..tiering.telemetry import blocks_transfer_ms, transfer_ms
 from ..units import format_bytes
 from ..vocabulary import Tier
 
@@ -130,16 +131,10 @@ def tier_rows(document: Document) -> list[TierRow]:
                 num_blocks=len(blocks),
                 num_bytes=sum(block["num_bytes"] for block in blocks),
                 moved_bytes=round(sum(block["bytes_moved"] for block in blocks) / forwards),
-                transfer_ms=_transfer_ms(blocks, mode=stats["mode"], forwards=forwards),
+                transfer_ms=blocks_transfer_ms(blocks, mode=stats["mode"], forwards=forwards),
             )
             rows.append(row)
     return rows
-
-
-def transfer_ms(stats: Document) -> float:
-    """Return what a forward pass waited for weights that moved, or was charged for them."""
-    blocks = stats["blocks"].values()
-    return _transfer_ms(blocks, mode=stats["mode"], forwards=stats["forwards"])
 
 
 def charged_overhead_pct(document: Document) -> float | None:
@@ -159,18 +154,13 @@ def format_ms(milliseconds: float | None) -> str:
     return f"{milliseconds:.{decimals}f} ms"
 
 
-def _transfer_ms(blocks: Iterable[Document], *, mode: str, forwards: int) -> float:
-    """Sum over the blocks that moved; what was timed of the others is the hooks themselves."""
-    charged = mode == "emulated"
-    seconds: float = sum(
-        block["transfer_seconds"] for block in blocks if charged or block["bytes_moved"]
-    )
-    return seconds / forwards * 1e3
-
-
 def _show_charged(document: Document) -> str:
     percent = charged_overhead_pct(document)
     return MISSING if percent is None else f"{percent:+.1f} %"
+
+
+def _show_saved(percent: float | None) -> str:
+    return MISSING if percent is None else f"{percent:.1f} %"
 
 
 def _show_transfer(part: Document) -> str:
@@ -204,7 +194,7 @@ _QUANTITIES: dict[str, Callable[[Document], str]] = {
 }
 _IMPACTS: dict[str, Callable[[Document], str]] = {
     "overhead with hooks": lambda impact: f"{impact['latency_overhead_pct']:+.1f} %",
-    "fast memory saved": lambda impact: f"{impact['memory_saved_pct']:.1f} %",
+    "fast memory saved": lambda impact: _show_saved(impact["memory_saved_pct"]),
     "logits": _show_logits,
 }
 _Row = tuple[str, str, str]

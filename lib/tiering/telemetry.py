@@ -8,6 +8,7 @@ CUDA event, read when the figures are asked for: nothing waits for the device wh
 
 import time
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -182,3 +183,20 @@ class Recorder:
             block.transfer_seconds += seconds
         else:
             block.compute_seconds += seconds
+
+
+def transfer_ms(stats: Mapping[str, Any]) -> float:
+    """Return what a forward waited for weights that moved, or was charged for them; ``stats`` is
+    ``Stats.to_json``.
+    """
+    blocks = stats["blocks"].values()
+    return blocks_transfer_ms(blocks, mode=stats["mode"], forwards=stats["forwards"])
+
+
+def blocks_transfer_ms(blocks: Iterable[Mapping[str, Any]], *, mode: str, forwards: int) -> float:
+    """Sum over the blocks that moved; what was timed of the others is the hooks themselves."""
+    charged = mode == "emulated"
+    seconds: float = sum(
+        block["transfer_seconds"] for block in blocks if charged or block["bytes_moved"]
+    )
+    return seconds / forwards * 1e3

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lib.blocks import parameter_digest, partition_model
 from lib.checkpoint.models import cast_weights, load_model
+from lib.commands import benchmark as verb
 from lib.commands.cli import run_main
 from lib.errors import InputError
 from lib.evaluation.forwards import ForwardBench, peak_rss, reset_peak_rss
@@ -157,6 +158,36 @@ def test_real_mode_saves_memory_and_changes_no_bit(
         assert part["peak_rss_bytes"] is None or part["peak_rss_bytes"] > checkpoint.weight_bytes
     for title in ("baseline: all weights", "tiered: real (measured)", "impact: "):
         assert title in text
+
+
+def test_the_verb_measures_the_same_by_default_really_and_against_the_baseline(
+    checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, script, _, _ = run(checkpoint.arguments("--mode", "real", "--baseline"), capsys)
+    code = run_main(lambda: verb.main(checkpoint.arguments()))
+    *table, last = capsys.readouterr().out.splitlines()
+    document = json.loads(last)
+    assert code == 0 and document.keys() == script.keys()
+    same = [name for name in document if name not in ("baseline", "tiered", "impact")]
+    assert {name: document[name] for name in same} == {name: script[name] for name in same}
+    assert any("fast memory saved" in line for line in table)
+
+    budget = f"HBM={document['baseline']['peak_weight_bytes'] * 9 // 10},SSD="
+    flags = ["--model", str(checkpoint.folder), *FEW, "--no-baseline", "--budget", budget]
+    code = run_main(lambda: verb.main([*flags, "--precision", "lossless"]))
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 0 and document["tier_hints"] is None and document["baseline"] is None
+    code = run_main(lambda: verb.main(flags[:-2]))
+    assert code == 2 and "--tier-hints, or --budget" in capsys.readouterr().err
+
+
+def test_emulation_does_not_say_that_it_saves_memory(
+    checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, document, text, _ = run(checkpoint.arguments("--baseline"), capsys)
+    assert code == 0 and document["impact"]["memory_saved_pct"] is None
+    (line,) = [line for line in text.splitlines() if "fast memory saved" in line]
+    assert line.split("saved")[1].split(None, 1) == ["-", "emulation moves nothing"]
 
 
 def test_virtual_clock_charges_what_the_specs_say(

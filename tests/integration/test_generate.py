@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer
+from test_collect_fisher import byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,

@@ -24,7 +24,7 @@ PROGRAMS = [
     *(
         [str(path.relative_to(ROOT))]
         for path in sorted((ROOT / "scripts").rglob("*.py"))
-        if "ArgumentParser(" in path.read_text() and "__main__" in path.read_text()
+        if "Parser(" in path.read_text() and "__main__" in path.read_text()
     ),
     *(["-m", "lib.commands", verb] for verb in VERBS),
     ["-m", "lib.commands"],

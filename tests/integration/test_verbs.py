@@ -28,6 +28,8 @@ ARGUMENTS: dict[str, str] = {
     "plan": "--model {model} --budget HBM=1MiB,SSD=",
     "what-if": "--model {model} --bandwidth 1,2 --budgets 50%",
     "evaluate": "--model {model} --budget HBM=,SSD= --precision int8 --data {text} --samples 4",
+    "benchmark": "--model {model} --tier-hints {hints} --data {text} --samples 4 "
+    "--sequence-length 16 --num-iterations 2 --warmup 0 --batch-size 2",
     "frontier": "--model {model} --data {text} --samples 4 --budgets 250KiB",
     "export": "--to accelerate --tier-hints {hints} --model {model} --output {out}",
     "probe": "--quick --repeats 1 --size 32MiB --output {out}/machine.json",
@@ -43,6 +45,7 @@ BAD: dict[str, str] = {
     "plan": "--budget HBM=many",
     "what-if": "--bandwidth fast",
     "evaluate": "--epsilon -1",
+    "benchmark": "--canary 1",
     "frontier": "--budgets some",
     "export": "--to nowhere",
     "probe": "--repeats none",
