@@ -90,6 +90,10 @@ class Extent:
     start: int
     num_bytes: int
 
+    def part(self, start: int, num_bytes: int) -> "Extent":
+        """Return some bytes of it, from ``start`` on."""
+        return Extent(self.file, self.start + start, num_bytes)
+
     def announce(self) -> None:
         """Let the system begin to read it, and nothing beyond."""
         self.file.announce(self.start, self.num_bytes)

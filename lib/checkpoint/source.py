@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..blocks import Run, digest_samples
 from ..errors import InputError
+from .ahead import ReadAhead
 from .files import PLAIN_DTYPES, Entry, Extent, open_files
 from .packed import packed_layouts
 
@@ -77,6 +78,7 @@ class CheckpointSource:
         self._tied = {name: tuple(group) for group in tied for name in group}
         self._files = open_files(self.path)
         self._entries: dict[str, Entry | _Stack] = dict(self._files)
+        self._ahead = ReadAhead(())
         self._origins: dict[str, tuple[str, ...]] = {name: (name,) for name in self._files}
         """The files' tensors that each is made of."""
 
@@ -157,8 +159,16 @@ class CheckpointSource:
             shape = torch.Size((last - first, *shape[1:]))
         tensor = torch.empty(shape, dtype=entry.dtype)
         if tensor.numel():
+            self._ahead.reached(name, first * shape[1:].numel() * entry.dtype.itemsize)
             entry.read(first, tensor, name)
         return tensor
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Say which tensors will be read next, and in which order: the disk then works ahead."""
+        entries = {name: self._entry(name) for name in names}
+        self._ahead = ReadAhead(
+            (name, entry.extents(0, entry.shape.numel())) for name, entry in entries.items()
+        )
 
     def sample(self, name: str, runs: Sequence[Run]) -> Tensor:
         """Read some runs of a flattened tensor's elements, one after another: 1-D. As many small

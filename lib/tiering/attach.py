@@ -106,7 +106,11 @@ def attach(
     with plain_tensors():
         originals = Originals(planned.model, planned.checkpoint)
     keeper = PlanKeeper(
-        planned, originals, Archive(stores, originals), transport=transport, charges=charges
+        planned,
+        originals,
+        Archive(stores, originals, lasting=folder is not None),
+        transport=transport,
+        charges=charges,
     )
     runtime = Runtime(keeper)
     if measure is not None:

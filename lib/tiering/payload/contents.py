@@ -10,7 +10,7 @@ from torch import Tensor
 from ...codecs.records import RecordLayout, encode_from
 from ...codecs.storage import name_weights
 from ...errors import InputError
-from .layout import _PART_BYTES, Payload, _encode_shard
+from .layout import _PART_BYTES, Payload, Shard
 from .parts import Part
 
 _FORMAT = 2
@@ -29,12 +29,10 @@ def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
     if payload.by_rows:
         for shard in payload.shards:
             yield from _padding(shard.offset - end)
-            part = payload.parts[0]
-            weights = read(part.parameter, shard.start, shard.end)
             if shard.record is None:
-                yield _flat_bytes(weights)
+                yield _flat_bytes(read(payload.parts[0].parameter, shard.start, shard.end))
             else:
-                yield _encode_shard(payload, shard, shard.record, weights)
+                yield _encode_shard(payload, shard, shard.record, read)
             end = shard.offset + shard.data_bytes
     else:
         for part in payload.parts:
@@ -59,9 +57,10 @@ def payload_pieces(
     if payload.by_rows:
         part = payload.parts[0]
         for shard in payload.shards:
-            data = read(part.parameter, shard.start, shard.end)
-            if shard.record is not None:
-                data = _encode_shard(payload, shard, shard.record, data)
+            if shard.record is None:
+                data = read(part.parameter, shard.start, shard.end)
+            else:
+                data = _encode_shard(payload, shard, shard.record, read)
             yield part, shard.start, data, shard.record
         return
     for part in payload.parts:
@@ -118,6 +117,18 @@ def _encode_part(payload: Payload, part: Part, layout: RecordLayout, read: Reade
     except InputError as error:
         whole = read(name, None, None)
         raise name_weights(error, name, blocks, whole, layout.codec) from error
+
+
+def _encode_shard(payload: Payload, shard: Shard, layout: RecordLayout, read: Reader) -> Tensor:
+    """Return the record of a shard's rows, made a few rows at a time."""
+    (part,) = payload.parts
+    name, first = part.parameter, shard.start
+    try:
+        return encode_from(lambda a, b: read(name, first + a, first + b), layout, part.dtype)
+    except InputError as error:
+        blocks, weights = payload.group.blocks, read(name, first, shard.end)
+        codec = layout.codec
+        raise name_weights(error, name, blocks, weights, codec, first_row=first) from error
 
 
 def _row_steps(part: Part) -> Iterator[tuple[int | None, int | None]]:

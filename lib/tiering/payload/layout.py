@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ...blocks import BlockKind
 from ...codecs import kernels
 from ...codecs.kernels import Use
-from ...codecs.records import RecordLayout, encode_from
-from ...codecs.storage import name_weights, native_precision
-from ...errors import InputError
+from ...codecs.records import RecordLayout
+from ...codecs.storage import native_precision
 from ...units import SECTOR_BYTES
 from ...vocabulary import Precision, precision_rank
 from ..stores import CHUNK_BYTES
@@ -115,16 +114,6 @@ def make_payload(
         by_rows=by_rows,
         written=written,
     )
-
-
-def _encode_shard(payload: Payload, shard: Shard, layout: RecordLayout, weights: Tensor) -> Tensor:
-    """Return the record of a shard's rows."""
-    (part,) = payload.parts
-    try:
-        return encode_from(lambda a, b: weights[a:b], layout, part.dtype)
-    except InputError as error:
-        name, blocks, codec = part.parameter, payload.group.blocks, layout.codec
-        raise name_weights(error, name, blocks, weights, codec, first_row=shard.start) from error
 
 
 def start_rows(num_rows: int, step: int) -> list[int]:

@@ -22,7 +22,11 @@ Stored = tuple[Tier, str]
 class Archive:
     """Payloads of one model in the stores of the tiers."""
 
-    def __init__(self, stores: Mapping[Tier, Store], originals: Originals) -> None:
+    def __init__(
+        self, stores: Mapping[Tier, Store], originals: Originals, *, lasting: bool
+    ) -> None:
+        self.lasting = lasting
+        """The SSD tier is kept for the next run."""
         self._stores = stores
         self._originals = originals
         self._kept: set[Stored] = set()
@@ -42,6 +46,10 @@ class Archive:
         store.put(key, payload.num_bytes, parts)
         self._kept.add((tier, key))
         return tier, key
+
+    def has(self, payload: Payload, tier: Tier) -> bool:
+        """Say whether a payload is there already, as the originals are now."""
+        return self._stores[tier].has(self.key(payload))
 
     def key(self, payload: Payload) -> str:
         """Return the key of a payload that is made from the originals as they are now."""

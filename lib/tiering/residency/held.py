@@ -180,14 +180,23 @@ class HeldGroup:
         self._digest = None
         self._note_originals()
 
+    def reads_originals(self, plan: Plan) -> bool:
+        """Say whether a checkpoint's weights are read when it goes where the plan says."""
+        tier = plan.placements[self.name].tier
+        if tier is self.tier or self.stored is not None or not self._originals.from_checkpoint:
+            return False
+        if tier is not Tier.HBM:
+            return not self.archive.has(self.payload, tier)
+        return not (self._is_stored_by(plan) and self.archive.has(self.payload, Tier.SSD))
+
     def bring_in(self, plan: Plan) -> None:
-        """Come into fast memory for good. What is made for it on the way is kept on the disk, for
-        the next run, where the plan doesn't limit that.
+        """Come into fast memory for good. What is made for it on the way is kept on the disk where
+        it serves the next run, and the plan doesn't limit that.
         """
         payload = self.payload
         if self.stored is None and not payload.lossy:
             self.weights.take_over()
-        elif self.stored is None and plan.budget and plan.limit(Tier.SSD) is not None:
+        elif self.stored is None and not self._is_stored_by(plan):
             self._keep_native()
             self.weights.encode()
         else:
@@ -243,6 +252,11 @@ class HeldGroup:
         """Return what it refers to in stores."""
         native = set() if self.native is None else {self.native[0]}
         return native if self.stored is None else native | {self.stored}
+
+    def _is_stored_by(self, plan: Plan) -> bool:
+        """Say whether what is made for fast memory is kept on the disk as well."""
+        unlimited = not plan.budget or plan.limit(Tier.SSD) is None
+        return self.payload.lossy and unlimited and self.archive.lasting
 
     def _forget_changed(self) -> None:
         """Store weights anew that were written to while they were in fast memory.

@@ -140,6 +140,11 @@ class Originals:
         weights = self.parameters[name].data
         return (weights if start is None else weights[start:end]).cpu()
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Say which weights will be read next, and in which order."""
+        if self._checkpoint is not None:
+            self._checkpoint.expect(names)
+
     def identity(self, name: str) -> str:
         """Name a parameter's weights by their content, or by the file they are in and its times."""
         if self._checkpoint is not None:

@@ -82,6 +82,12 @@ class Residency:
                 if plan.placements[name].tier is not Tier.HBM
             ],
         )
+        self._originals.expect(
+            part.parameter
+            for name in moves
+            if self.groups[name].reads_originals(plan)
+            for part in payloads[name].parts
+        )
         for name in moves:
             group, tier = self.groups[name], plan.placements[name].tier
             if tier is group.tier:
