@@ -139,5 +139,11 @@ def _build(folder: Path) -> tuple[nn.Module, CheckpointSource]:
     """
     if not (folder / _CONFIG).is_file():
         raise InputError(f"model folder {str(folder)!r} has no {_CONFIG}: give a model's folder")
+    if not any(folder.glob("*.safetensors*")):
+        raise InputError(
+            f"model folder {str(folder)!r} has no safetensors weights, by which hints are told "
+            "from those of other models: save the model there (save_pretrained), or give another "
+            "folder (--model)"
+        )
     network = load(folder)
     return network, open_checkpoint(network, folder)

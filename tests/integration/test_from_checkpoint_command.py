@@ -52,7 +52,7 @@ def test_a_trainers_checkpoint_gives_the_hints_of_its_callback(
     assert written.err.startswith("note: ") and len(written.err.splitlines()) == 1
     assert "torch state_dict, AdamW at step 20" in written.out
     result = json.loads(written.out.splitlines()[-1])
-    assert result["source"] == str(run / "optimizer.pt") and result["blocks"] == 13
+    assert result["source"] == str(run / "optimizer.pt") and result["blocks"] == 11
 
     live, found = load_hints(run / "live.json"), load_hints(output)
     assert live.model is not None and found.model is not None

@@ -129,7 +129,7 @@ def test_the_model_must_be_found(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no config.json: give a model's folder"):
         hints_from_checkpoint(path, tmp_path / "none")
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="not a .safetensors file"):
+    with pytest.raises(InputError, match="has no safetensors weights, by which"):
         hints_from_checkpoint(path)
 
 
