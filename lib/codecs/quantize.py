@@ -31,8 +31,8 @@ class Workspace:
     """Memory for encoding up to ``rows`` rows of a matrix at a time, of codes and not raw."""
 
     def __init__(self, layout: RecordLayout, rows: int) -> None:
-        self.values = torch.empty(rows, layout.cols)
-        self.codes = torch.zeros(rows, layout.padded_cols, dtype=torch.uint8)
+        self.values = torch.empty(rows, layout.cols, dtype=torch.float32, device="cpu")
+        self.codes = torch.zeros(rows, layout.padded_cols, dtype=torch.uint8, device="cpu")
         """Of columns that aren't there: 0."""
 
 
