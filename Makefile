@@ -65,6 +65,10 @@ report: $(STAMP) ## Write the report of what was trained and benchmarked
 bench-offload: $(STAMP) ## Compare our offload runtime with its peers under memory limits, in minutes
 	$(Q)$(BIN)/python scripts/experiments/offload/bench_offload.py $(or $(BENCH_OFFLOAD_ARGS),--json runs/offload.json --plot runs/offload.png)
 
+.PHONY: bench-load
+bench-load: $(STAMP) ## Time load, attach and first token beside reading the file; BENCH_LOAD_ARGS="--model DIR"
+	$(Q)$(BIN)/python scripts/experiments/offload/bench_load.py $(BENCH_LOAD_ARGS)
+
 .PHONY: study-signals
 study-signals: $(STAMP) ## Train dozens of small models: is Adam's moment as good as Fisher? (1 hour)
 	$(Q)$(BIN)/python scripts/experiments/study/study_signals.py $(or $(STUDY_SIGNALS_ARGS),--json runs/study/study.json --plot runs/study/study.png)
