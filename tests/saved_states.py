@@ -12,6 +12,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -297,16 +298,22 @@ def _zero3_rank(
     }
 
 
-def save_universal(folder: Path, model: nn.Module, optimizer: Any) -> Path:
+def save_universal(folder: Path, model: nn.Module, optimizer: Any, *, stage3: bool = False) -> Path:
+    """``stage3``: flat, and the steps in the common file alone, as DeepSpeed 0.19.8 leaves them."""
     for name, state in state_by_name(model, optimizer).items():
         place = folder / "zero" / name
         place.mkdir(parents=True)
-        torch.save({"param": state["exp_avg_sq"]}, place / "exp_avg_sq.pt")
-        torch.save(state["step"], place / "step.pt")
+        moment = state["exp_avg_sq"].flatten() if stage3 else state["exp_avg_sq"]
+        torch.save({"param": moment}, place / "exp_avg_sq.pt")
+        if not stage3:
+            torch.save(state["step"], place / "step.pt")
     with deepspeed_classes() as classes:
         settings = {
             "zero_stage": classes.stage(1), "param_groups": optimizer.state_dict()["param_groups"]
         }  # fmt: skip
+        if stage3:
+            states = [{"step": torch.tensor(3.0)}, {"step": torch.tensor(3.0)}]
+            settings["optimizer_state_dict"] = {"state": dict(enumerate(states))}
         torch.save(settings, folder / "zero" / "optimizer_state.pt")
     return folder
 
@@ -330,5 +337,6 @@ WRITERS: dict[str, Writer] = {
     "ZeRO 3, one rank": _zero(stage=3, world=1),
     "ZeRO 3, three ranks": _zero(stage=3, world=3),
     "DeepSpeed universal": save_universal,
+    "DeepSpeed universal of stage 3": partial(save_universal, stage3=True),
     "own": save_own,
 }

@@ -1,12 +1,15 @@
 """DeepSpeed's universal checkpoints: ``zero/<parameter>/exp_avg_sq.pt``, one file per parameter.
 
-Written by deepspeed.checkpoint.ds_to_universal, which has put ranks and slices together.
+Written by deepspeed.checkpoint.ds_to_universal, which has put ranks and slices together. Updates
+are counted in ``step.pt`` beside. Of stage 3 the tensors are flat, and the one
+``optimizer_state.pt`` counts.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
@@ -48,23 +51,40 @@ class UniversalCheckpoint(OptimizerFile):
                 f"{path}: the parameter groups differ in beta2 ({sorted(self._beta2)}), and the "
                 "folder doesn't say which parameter is in which"
             )
+        self._step = _common_step(document)
         self.kind = describe_kind(self._groups, ())
 
     def moments(self, model: nn.Module) -> dict[str, SavedMoment]:
         """Match the names of the folders with the model's."""
         files = sorted(self.path.glob("*/exp_avg_sq.pt"))
-        found = {file.parent.name: self._moment(file) for file in files}
+        shapes = {name: each.shape for name, each in model.named_parameters(remove_duplicate=False)}
+        found = {
+            file.parent.name: self._moment(file, shapes.get(file.parent.name)) for file in files
+        }
         return match_names(model, found, path=self.path)
 
-    def _moment(self, file: Path) -> SavedMoment:
+    def _moment(self, file: Path, wanted: torch.Size | None) -> SavedMoment:
+        shape = _read(file).shape
+        if wanted is not None and shape == (wanted.numel(),):
+            shape = wanted
         step = file.with_name("step.pt")
-        state = {"step": load_torch(step, where=step)} if step.is_file() else {}
+        state = {"step": load_torch(step, where=step) if step.is_file() else self._step}
         return SavedMoment(
-            shape=_read(file).shape,
+            shape=shape,
             steps=(read_step(state, self._groups[0], file.parent.name, self.path),),
             beta2=next(iter(self._beta2)),
-            read=lambda: _read(file),
+            read=lambda: _read(file).view(shape),
         )
+
+
+def _common_step(document: Any) -> int | None:
+    """Return the number of updates that all of stage 3's flat vectors have seen, None otherwise."""
+    base = document.get("optimizer_state_dict") if isinstance(document, Mapping) else None
+    states = base.get("state") if isinstance(base, Mapping) else None
+    if not isinstance(states, Mapping) or not all(isinstance(s, Mapping) for s in states.values()):
+        return None
+    steps = {int(state["step"]) for state in states.values() if "step" in state}
+    return steps.pop() if len(steps) == 1 else None
 
 
 def _read(file: Path) -> Tensor:
