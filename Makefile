@@ -49,6 +49,14 @@ quickstart: $(STAMP) ## Install, train a small GPT-2 on local text, benchmark, r
 	$(Q)$(BIN)/python -m scripts.kconfig --config $(QUICKSTART_CONFIG) defconfig gpt2-quickstart
 	$(Q)$(BIN)/python -m scripts.pipeline --config $(QUICKSTART_CONFIG)
 
+.PHONY: demo
+demo: $(STAMP) ## Download a 135M chat model (89 MiB); it answers whole, at 4 bits, and by hints
+	$(Q)$(BIN)/python -m scripts.demo
+
+.PHONY: demo-hints
+demo-hints: $(STAMP) ## Make the demo's hints anew: measure, and calibrate
+	$(Q)$(BIN)/python -m scripts.demo hints
+
 .PHONY: train
 train: $(STAMP) ## Train as .config says, and write the hints
 	$(Q)$(PIPELINE) train
