@@ -9,7 +9,8 @@ seed draws; others of them serve the joint check that the runtime makes before i
 
 The first of four groups of runs takes the hints as they are: does this file keep the bound? One
 calibration may be lucky, so the other groups make their own from the same model, each with its own
-text, labels and probes: does the procedure keep it? Up to 5 runs there is one group, the hints'.
+text, labels and probes: does the procedure keep it? Up to 5 runs, or with ``--calibrations 1``,
+there is one group, the hints'.
 All are judged on text that no calibration saw. stdout gets a row per run and, as its last line, one
 JSON document:
 
@@ -96,6 +97,8 @@ class Pools:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     epsilons = spread(parse_epsilon(args.smallest), parse_epsilon(args.largest), args.runs)
+    if args.calibrations < 1:
+        raise InputError(f"--calibrations {args.calibrations} must be at least 1")
     check_writable(args.json)
     device = parse_device(args.device)
     hints = load_hints(args.tier_hints)
@@ -106,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.to(device)
     pools = open_pools(args, model, hints)
     count = min(
-        CALIBRATIONS,
+        args.calibrations,
         math.ceil(args.runs / RUNS_PER_CALIBRATION),
         1 + len(pools.calibration) // LEAST_CALIBRATION,
     )
@@ -321,6 +324,13 @@ def _parser() -> argparse.ArgumentParser:
         "on, the part that was left out (default: held-out documents of the standard library)",
     )
     parser.add_argument("--runs", type=int, default=20, metavar="N", help=default)
+    parser.add_argument(
+        "--calibrations",
+        type=int,
+        default=CALIBRATIONS,
+        metavar="N",
+        help=f"groups of runs, each but the first with a calibration of its own {default}",
+    )
     parser.add_argument("--smallest", default="0.00001", metavar="BOUND", help=f"epsilon {default}")
     parser.add_argument("--largest", default="0.1", metavar="BOUND", help=f"epsilon {default}")
     parser.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
