@@ -1,10 +1,15 @@
 """``tierhints <verb>``: one command for every verb, each in a file of its own."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from .cli import run_main
+
+# Idle threads of libgomp spin by default, and halt a computation when another process wants their
+# core. It is read when torch is imported, which verbs do.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 VERBS = {
     "collect": "measure the Fisher information of a model on a text, and write its hints",
