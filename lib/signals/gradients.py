@@ -134,9 +134,9 @@ class GradientSampler:
             labels_BT1 = ids_BT[:, 1:, None].to(logits_BTV.device)
             scored_BTV = slopes_BTV[:, :-1]
         else:
-            labels_BT1 = sample_labels(
-                slopes_BTV.flatten(0, 1), self._generator(logits_BTV.device)
-            ).view(*logits_BTV.shape[:2], 1)
+            generator = self._generator(slopes_BTV.device)
+            labels_N1 = sample_labels(slopes_BTV.flatten(0, 1), generator)
+            labels_BT1 = labels_N1.view(*slopes_BTV.shape[:2], 1)
             scored_BTV = slopes_BTV
         scored_BTV.scatter_add_(-1, labels_BT1, -torch.ones_like(labels_BT1, dtype=torch.float32))
         return slopes_BTV.to(logits_BTV.dtype), labels_BT1.numel()
