@@ -45,15 +45,13 @@ class GradientSampler:
 
     Inside, the model is in evaluation mode (no dropout) and needs gradients of all its parameters;
     leaving puts flags, ``requires_grad``, ``.grad`` and torch's global random state back. Sampled
-    labels depend on the seed and on the draw's number (``first`` is that of the first one), so that
-    a measurement can go on where it was left. Peak memory above the weights: one gradient of the
+    labels depend on the seed and on ``number``, that of the next draw, so that a measurement can go
+    on where it was left. Peak memory above the weights: one gradient of the
     model and the activations of a batch. Raises InputError for weights that have no gradient
     (quantized, sharded, offloaded).
     """
 
-    def __init__(
-        self, model: nn.Module, *, labels: FisherLabels | str, seed: int = 0, first: int = 0
-    ) -> None:
+    def __init__(self, model: nn.Module, *, labels: FisherLabels | str, seed: int = 0) -> None:
         try:
             self.labels = FisherLabels(labels)
         except ValueError as error:
@@ -62,7 +60,7 @@ class GradientSampler:
         self.parameters = unique_parameters(self.model)
         _check_measurable(self.model, self.parameters)
         self._seed = seed
-        self._number = first
+        self.number = 0
         self._training: list[nn.Module] = []
         self._frozen: list[nn.Parameter] = []
 
@@ -106,7 +104,7 @@ class GradientSampler:
                     allow_unused=True,
                 )
             del logits_BTV, slopes_BTV
-            self._number += 1
+            self.number += 1
             draw = {
                 name: gradient
                 for name, gradient in zip(self.parameters, gradients, strict=True)
@@ -143,7 +141,7 @@ class GradientSampler:
 
     def _generator(self, device: torch.device) -> torch.Generator:
         seed = int(
-            np.random.SeedSequence([self._seed, self._number]).generate_state(1, np.uint64)[0]
+            np.random.SeedSequence([self._seed, self.number]).generate_state(1, np.uint64)[0]
         )
         return torch.Generator(device).manual_seed(seed >> 1)
 
