@@ -9,6 +9,9 @@ on the second the true KL of random probes is measured: pairs of block and preci
 plans. The third is left for judging. Each block gets its calibrated ``kl``, the file the scale, the
 error band, the safety factor, and what kernels cost beyond the weights' error (docs/precision.md).
 ``--oracle`` measures every pair, says how well each signal ranks them, and judges whole plans.
+
+Interrupted, the same command goes on: steps are kept in OUTPUT.calibration until the hints are
+written.
 """
 
 import argparse
@@ -18,22 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..checkpoint.models import cast_weights, load_model, quiet_transformers
+from ..checkpoint.models import load_model, quiet_transformers
 from ..errors import InputError
-from ..evaluation.calibrate import DRAWS, CalibratedModel, calibrate_model, calibrated_hints
-from ..evaluation.calibration import check_hints
-from ..evaluation.kernel_error import measure_kernels
+from ..evaluation.calibrate import DRAWS, LENGTH, CalibratedModel, Probe
+from ..evaluation.calibration import calibrate_on_parts, check_hints
 from ..evaluation.oracle import check_additivity, rank_signals
 from ..evaluation.predictions import Pair, Predictions, measuring_batches
 from ..files import check_writable
 from ..hints import load_hints, save_hints
-from ..precision.perturb import curve_precisions
-from ..precision.quality import Quality
 from ..precision.sensitivity import find_violations
 from ..precision.tolerance import LARGEST_TRUSTED_FACTOR
-from ..progress import progress_bar
 from ..text.parts import vocabulary_size
 from .cli import Parser, add_json_flag, emit
 from .flags import add_device_flag, add_hints_flag, add_model_flag, parse_device
@@ -54,24 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     model: Any = load_model(args.model)
     check_hints(hints, model)
     text = read_parts(args, model)
-    vocab_size = vocabulary_size(model)
     model.to(device)
     begin = time.perf_counter()
-    with progress_bar(len(curve_precisions(model)), "kernels") as bar:
-        kernels = measure_kernels(model, text.calibration, device=device, progress=bar.update)
-    cast_weights(model, torch.float32)
-    found = calibrate_model(
+    calibrated, found = calibrate_on_parts(
         model,
-        text.fisher,
-        text.calibration,
+        hints,
+        text,
         folder=args.model,
-        hints=hints,
-        vocab_size=vocab_size,
         draws=args.draws,
         seed=args.seed,
         oracle=args.oracle,
+        every_sequence=args.every_sequence,
+        journal=output.with_name(f"{output.name}.calibration"),
     )
-    calibrated = calibrated_hints(hints, found, kernels=kernels, text=text.to_json())
     document: Fields = {
         "model": args.model,
         "tier_hints": str(output),
@@ -82,14 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "calibration": {signal: value.to_json() for signal, value in found.calibrations.items()},
         "quality": dict(calibrated.quality),
         "plan_ratios": list(found.plan_ratios),
+        "plan_sequences": list(found.plan_sequences),
         "violations": _violations(found.predictions),
         "probes": [
-            _row(pair, quality, found)
-            for pair, quality in zip(found.pairs, found.measured, strict=True)
+            _row(pair, probe, found)
+            for pair, probe in zip(found.pairs, found.measured, strict=True)
         ],
     }
     if args.oracle:
-        kl = [quality.kl_nats for quality in found.measured]
+        kl = [probe.kl_nats for probe in found.measured]
+        vocab_size = vocabulary_size(model)
         document |= rank_signals(found.predictions, found.pairs, kl)
         document["additivity"] = check_additivity(
             model,
@@ -125,13 +119,15 @@ def _violations(predictions: Predictions) -> list[Fields]:
     return found
 
 
-def _row(pair: Pair, quality: Quality, found: CalibratedModel) -> Fields:
+def _row(pair: Pair, probe: Probe, found: CalibratedModel) -> Fields:
     block, precision = pair
     return {
         "block": block,
         "precision": str(precision),
-        "kl": quality.kl_nats,
-        "kl_interval": None if quality.kl_interval is None else [*quality.kl_interval],
+        "kl": probe.kl_nats,
+        "kl_limit": probe.kl_limit,
+        "kl_interval": None if probe.kl_interval is None else [*probe.kl_interval],
+        "sequences": probe.sequences,
         "predicted": found.curves[block][precision],
         **{
             signal: curves[block][precision]
@@ -200,10 +196,18 @@ def _guarantee(quality: Fields) -> str:
         if quality["exhaustive"]
         else f"95 % of pairs of block and precision ({quality['conformal_probes']} random ones)"
     )
+    race = quality["race"]
+    raced = (
+        f" Of {race['sequences']} sequences pairs were measured on "
+        f"{race['mean_sequences_per_pair']:.1f} and plans on "
+        f"{race['mean_sequences_per_plan']:.1f} on average."
+        if race
+        else ""
+    )
     return (
         f"Measured KL is at most {quality['conformal_factor']:.2f} times what the file says: for "
         f"{pairs} {quality['pair_factor']:.2f} times, for 95 % of whole plans ({quality['plans']} "
-        f"random ones) {quality['plan_factor']:.2f} times, with 95 % confidence."
+        f"random ones) {quality['plan_factor']:.2f} times, with 95 % confidence.{raced}"
     )
 
 
@@ -227,12 +231,17 @@ def _parser() -> argparse.ArgumentParser:
         help=f"gradients with sampled labels; the directional error is sqrt(2/N) {default}",
     )
     what.add_argument(
+        "--every-sequence",
+        action="store_true",
+        help="measure every probe and plan on every sequence: the slow way to the same factor",
+    )
+    what.add_argument(
         "--oracle",
         action="store_true",
         help="measure every block at every precision, and all together",
     )
     add_device_flag(what)
-    add_text_flags(parser, samples=192, use=", the three parts together")
+    add_text_flags(parser, samples=192, use=", the three parts together", length=LENGTH)
     out = parser.add_argument_group("what is written")
     out.add_argument(
         "--output", type=Path, metavar="FILE", help="the hints (default: the file they came from)"

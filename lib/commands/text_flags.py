@@ -16,6 +16,7 @@ def add_text_flags(
     """Add the flags of ``read_held_out`` to a parser, ``use`` says what the sequences are for;
     ``length``: how many tokens each has by default.
     """
+    parser.set_defaults(default_length=length)
     default = "(default: %(default)s)"
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -51,7 +52,7 @@ def read_held_out(args: argparse.Namespace, model: Any) -> "HeldOutText":
         args.model,
         args.data,
         vocab_size=vocabulary_size(model),
-        length=sequence_length(model.config, args.sequence_length),
+        length=sequence_length(model.config, args.sequence_length, longest=args.default_length),
         count=args.samples,
         seed=args.seed,
     )

@@ -9,7 +9,8 @@ at a time are measured.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from ..codecs.encoded import FUSED_INT8_ROWS
 from ..codecs.kernels import kernel_name
 from ..precision.perturb import curve_precisions, lossy_blocks, perturb
 from ..precision.quality import QualityMeter, Reference
+from ..precision.remember import Remember, call
 from ..signals.summary import causal_logits
 from ..tiering import attach
 from ..vocabulary import Precision
 
 _SEQUENCES = 8
-_LENGTH = 128
+_LENGTH = 64
 
 
 def measure_kernels(
@@ -32,19 +34,19 @@ def measure_kernels(
     tokens: Tensor,
     *,
     device: torch.device,
+    remember: Remember = call,
     progress: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Return the ``kernels`` of hints' quality, on sequences (N, T) and the model in its own dtype.
 
-    ``nats``: the upper end of the largest figure's 95 % interval.
+    ``nats``: the upper end of the largest figure's 95 % interval. ``remember`` keeps that of each
+    precision.
     """
     sequences = torch.split(tokens[:_SEQUENCES, :_LENGTH].to(device), 1)
     upper: dict[str, float] = {}
     for precision in curve_precisions(model):
-        blocks = {block.name: precision for block in lossy_blocks(model, precision)}
-        meters = _measure_precision(model, sequences, precision, blocks, device=device)
-        qualities = [meter.result() for meter in meters]
-        upper[str(precision)] = max((q.kl_interval or (0, q.kl_nats))[1] for q in qualities)
+        measure = partial(_measure_precision, model, sequences, precision, device=device)
+        upper[str(precision)] = remember(f"kernels at {precision}", measure)
         progress(1)
     return {"name": kernel_name(device), "nats": max(upper.values()), "by_precision": upper}
 
@@ -54,10 +56,11 @@ def _measure_precision(
     model: Any,
     sequences: Sequence[Tensor],
     precision: Precision,
-    blocks: Mapping[str, Precision],
     *,
     device: torch.device,
-) -> tuple[QualityMeter, QualityMeter]:
+) -> float:
+    """Return the upper end of the larger interval, of whole sequences and of a few tokens."""
+    blocks = {block.name: precision for block in lossy_blocks(model, precision)}
     with perturb(model, blocks):
         references = [Reference(ids_1T, causal_logits(model, ids_1T)) for ids_1T in sequences]
     whole, stepwise = QualityMeter(), QualityMeter()
@@ -70,7 +73,8 @@ def _measure_precision(
         for reference in references:
             whole.compare(reference, causal_logits(model, reference.ids_BT))
             stepwise.compare(reference, _stepwise_logits(model, reference.ids_BT))
-    return whole, stepwise
+    qualities = [meter.result() for meter in (whole, stepwise)]
+    return max((q.kl_interval or (0, q.kl_nats))[1] for q in qualities)
 
 
 def _stepwise_logits(model: Any, ids_1T: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from ..checkpoint.optimizer import OPTIMIZER_FILE
 from ..hints import Hints
+from ..precision.errors import WeightErrors
 from ..precision.perturb import curve_precisions, lossy_blocks
+from ..precision.remember import Remember, call
 from ..precision.sensitivity import (
     Curves,
     GradientCurves,
@@ -32,8 +35,8 @@ NATS = ("adam", "fisher_empirical", "fisher_true", "directional")
 """Signals that predict nats; the controls, magnitude and random, only rank."""
 UPPER = ("fisher_true", "directional")
 """Those whose larger one is a block's curve."""
-_LOGITS_AT_ONCE = 1 << 25
-"""Values of one batch's logits: 128 MiB in float32, held twice."""
+_LOGITS_AT_ONCE = 1 << 26
+"""Values of one batch's logits: 256 MiB in float32, held three times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,40 +62,46 @@ def predict(
     draws: int,
     seed: int,
     empirical: bool,
+    errors: WeightErrors | None = None,
+    remember: Remember = call,
     progress: Callable[[int], object] | None = None,
 ) -> Predictions:
     """Predict from the moments that ``folder`` keeps and from gradients on ``tokens`` (N, T).
 
     The text is gone through until ``draws`` single sequences gave a gradient with labels sampled
-    anew. ``empirical``: one more pass, with the text's own labels.
+    anew. ``empirical``: one more pass, with the text's own labels. ``errors`` of the model, and
+    ``remember``, as ``gradient_curves`` takes them.
     """
+    errors = errors or WeightErrors(model)
     rows = torch.arange(draws) % len(tokens)
-    true = gradient_curves(
-        model, torch.split(tokens[rows], 1), labels="sampled", seed=seed, progress=progress
+    take = partial(
+        gradient_curves, model, seed=seed, errors=errors, remember=remember, progress=progress
     )
+    true = take(torch.split(tokens[rows], 1), labels=FisherLabels.SAMPLED)
     curves: dict[str, Curves] = {}
     missing: dict[str, str] = {}
-    adam = _adam_curves(model, Path(folder), hints)
+    adam = _adam_curves(model, Path(folder), hints, errors)
     if isinstance(adam, str):
         missing["adam"] = adam
     else:
         curves["adam"] = adam
     if empirical:
-        data = gradient_curves(model, [tokens], labels=FisherLabels.DATA, progress=progress)
+        data = take(torch.split(tokens, 1), labels=FisherLabels.DATA)
         curves["fisher_empirical"] = data.diagonal
     curves["fisher_true"] = true.diagonal
     curves["directional"] = true.directional
-    curves["magnitude"] = magnitude_curves(model)
+    curves["magnitude"] = magnitude_curves(model, errors=errors)
     curves["random"] = random_curves(model, seed=seed)
     return Predictions(curves=curves, missing=missing, true=true)
 
 
-def list_pairs(model: torch.nn.Module, *, seed: int) -> list[Pair]:
+def list_pairs(model: torch.nn.Module, *, seed: int, magnitude: Curves | None = None) -> list[Pair]:
     """Return every block and precision that changes its weights, in random order.
 
     A precision that holds them exactly changes nothing: bf16 of weights that were trained in it.
+    ``magnitude``: the curves of that name, where they are known.
     """
-    errors = magnitude_curves(model)
+    errors = magnitude_curves(model) if magnitude is None else magnitude
     pairs = [
         (block.name, precision)
         for precision in curve_precisions(model)
@@ -143,10 +152,17 @@ def upper_curves(predictions: Predictions, calibrations: Mapping[str, Calibratio
 
 def measuring_batches(tokens: Tensor, vocab_size: int) -> tuple[Tensor, ...]:
     """Cut sequences into batches whose logits are of a bearable size."""
-    return torch.split(tokens, max(1, _LOGITS_AT_ONCE // (tokens.shape[1] * vocab_size)))
+    return torch.split(tokens, sequences_at_once(tokens, vocab_size))
 
 
-def _adam_curves(model: torch.nn.Module, folder: Path, hints: Hints) -> Curves | str:
+def sequences_at_once(tokens: Tensor, vocab_size: int) -> int:
+    """Return how many sequences of such a length have logits of a bearable size."""
+    return max(1, _LOGITS_AT_ONCE // (tokens.shape[1] * vocab_size))
+
+
+def _adam_curves(
+    model: torch.nn.Module, folder: Path, hints: Hints, errors: WeightErrors
+) -> Curves | str:
     """Return the curves by Adam's moment, in nats where its scale is known; or why there are none.
 
     An unknown scale is taken for 1: calibration fits it.
@@ -159,4 +175,4 @@ def _adam_curves(model: torch.nn.Module, folder: Path, hints: Hints) -> Curves |
         return "the hints don't say the moment's beta2"
     tokens, clip_sq = provenance.get("tokens_per_update"), provenance.get("mean_clip_sq")
     scale = tokens / clip_sq if tokens and clip_sq else 1.0
-    return diagonal_curves(model, read_moments(folder, beta2=beta2), scale=scale)
+    return diagonal_curves(model, read_moments(folder, beta2=beta2), scale=scale, errors=errors)

@@ -4,15 +4,21 @@ Per position, p of the full model and q of the other one over the whole vocabula
 
     KL(p || q) = sum_y p(y) (log p(y) - log q(y))      in nats per token
 
-in float64, because that of an 8-bit model is the small difference of large terms. It needs no
-labels, so every position counts; the likelihood of the text needs the next token, so all but the
-last do. Positions of one sequence depend on each other: intervals come from whole sequences, by the
-percentile bootstrap (Efron 1979, doi:10.1214/aos/1176344552). A ratio of two KLs on the same text
-is resampled as a pair, since what makes a sequence hard for one makes it hard for the other.
+That of an 8-bit model is the small difference of large terms, so it isn't computed as one: with d
+the difference of the two models' logits and u = d - E_p[d],
+
+    KL(p || q) = log E_p[exp u] - E_p[u] = log1p(E_p[expm1(u) - u] + E_p[u]) - E_p[u]
+
+where every term is of the size of the result. In float32 it has the logits' own rounding for an
+error: less than 1e-10 nats, and 1e-5 of a KL above 1e-6. It needs no labels, so every position
+counts; the likelihood of the text needs the next token, so all but the last do. Positions of one
+sequence depend on each other: intervals come from whole sequences, by the percentile bootstrap
+(Efron 1979, doi:10.1214/aos/1176344552). A ratio of two KLs on the same text is resampled as a
+pair, since what makes a sequence hard for one makes it hard for the other.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +30,17 @@ from torch.nn import functional
 
 from ..blocks.faults import blaming_weights
 from ..errors import InputError
-from ..signals.summary import causal_logits
 from ..vocabulary import Precision
 from .perturb import perturb
+from .prefix import ResumableForward
 
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
-_VALUES_AT_ONCE = 1 << 22
-"""Logits turned to float64 at a time: 32 MiB, times a few."""
+_VALUES_AT_ONCE = 1 << 21
+"""Logits compared at a time: 8 MiB, times a few, which caches hold."""
+_FAR = 1.0
+"""Above E_p[expm1(u)] of this, probabilities too small for float32 may matter: KL is then of a size
+at which the difference of large terms is exact enough."""
 
 Forward = Callable[[Tensor], Tensor]
 """Token ids (B, T) -> logits (B, T, V)."""
@@ -81,37 +90,51 @@ class Quality:
 class Reference:
     """The full model's side of a batch, worked out once for all that it is compared with.
 
-    Holds its probabilities in float64: twice the memory of float32 logits.
+    Holds its logits and its probabilities in float32.
     """
 
     def __init__(self, ids_BT: Tensor, logits_BTV: Tensor) -> None:
         self.ids_BT = ids_BT
         self.nll: list[float] = []
+        self._logits_BTV = logits_BTV.float()
         self._top_BT = logits_BTV.argmax(-1)
-        self._p_BTV = torch.empty(logits_BTV.shape, dtype=torch.float64, device=logits_BTV.device)
-        self._negative_entropy: list[float] = []
-        for row, (ids_T, logits_TV) in enumerate(zip(ids_BT, logits_BTV, strict=True)):
-            entropy = nll = 0.0
-            for part, log_p in _log_probabilities(logits_TV):
-                torch.exp(log_p, out=self._p_BTV[row, part])
-                entropy += _dot(self._p_BTV[row, part], log_p)
-                nll += _next_token_nll(log_p, ids_T, part.start)
-            self._negative_entropy.append(entropy)
-            self.nll.append(nll)
+        self._norm_BT = self._logits_BTV.logsumexp(-1)
+        self._p_BTV = torch.empty_like(self._logits_BTV)
+        for row, ids_T in enumerate(ids_BT):
+            for part in _parts(self._logits_BTV[row]):
+                norm_T1 = self._norm_BT[row, part, None]
+                torch.sub(self._logits_BTV[row, part], norm_T1, out=self._p_BTV[row, part]).exp_()
+            self.nll.append(_nll(self._logits_BTV[row], self._norm_BT[row], ids_T))
 
     def compare(self, row: int, other_TV: Tensor) -> tuple[float, float, float]:
         """Return mean KL from a sequence of this batch to another model's logits of it, share of
         equal top tokens, and the other's summed negative log-likelihood.
         """
-        cross, nll = 0.0, 0.0
-        for part, log_q in _log_probabilities(other_TV):
-            cross += _dot(self._p_BTV[row, part], log_q)
-            nll += _next_token_nll(log_q, self.ids_BT[row], part.start)
-        kl_nats = self._negative_entropy[row] - cross
+        other_TV = other_TV.float()
+        both = [self._diverge(row, part, other_TV[part]) for part in _parts(other_TV)]
+        kl_T, norm_T = (torch.cat(values) for values in zip(*both, strict=True))
+        kl_nats = kl_T.mean().item()
         if not math.isfinite(kl_nats):
             raise FloatingPointError("the logits aren't finite: the weights overflow in this dtype")
         equal = (self._top_BT[row] == other_TV.argmax(-1)).double().mean().item()
-        return kl_nats / len(other_TV), equal, nll
+        return kl_nats, equal, _nll(other_TV, norm_T, self.ids_BT[row])
+
+    def _diverge(self, row: int, part: slice, other_TV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return KL at some positions, and log sum exp of the other's logits there, in float64."""
+        p_TV, norm_T = self._p_BTV[row, part], self._norm_BT[row, part].double()
+        shift_TV = other_TV - self._logits_BTV[row, part]
+        total_T = p_TV.sum(-1).double()
+        mean_T = _dots(p_TV, shift_TV)
+        shift_TV.sub_(mean_T[:, None])
+        rest_T = _dots(p_TV, shift_TV).double() / total_T
+        excess_TV = torch.expm1(shift_TV).sub_(shift_TV)
+        growth_T = _dots(p_TV, excess_TV).double() / total_T + rest_T
+        gain_T = torch.log1p(growth_T)
+        far_T = ~(growth_T < _FAR)  # NaN too
+        if bool(far_T.any()):
+            norms = other_TV[far_T].logsumexp(-1).double()
+            gain_T[far_T] = norms - norm_T[far_T] - mean_T[far_T].double()
+        return gain_T - rest_T, norm_T + mean_T.double() + gain_T
 
 
 class QualityMeter:
@@ -173,7 +196,6 @@ def compare_models(reference: Forward, other: Forward, batches: Iterable[Tensor]
     return meter.result()
 
 
-@torch.inference_mode()
 def measure_perturbations(
     model: nn.Module,
     batches: Iterable[Tensor],
@@ -183,24 +205,48 @@ def measure_perturbations(
 ) -> list[Quality]:
     """Measure what each choice of precisions (block -> precision, others stay) does to a model.
 
-    ``batches``: token ids (B, T) on the CPU. The full model's side is computed once per batch, and
-    weights are encoded anew for each batch and choice: large batches are the faster. The model
-    must be in evaluation mode, and is the same bit for bit afterwards. ``progress`` is called with
-    the number of forward passes done.
+    ``batches``: token ids (B, T) on the CPU. The full model's side is computed once per batch, a
+    pass begins at the first layer that a choice changes (``prefix``), and weights are encoded anew
+    for each batch and choice: large batches are the faster. The model must be in evaluation mode,
+    and is the same bit for bit afterwards. ``progress`` is called with the number of passes done.
     """
     meters = [QualityMeter() for _ in choices]
-    device = next(model.parameters()).device
+    perturbations = Perturbations(model)
     for batch_BT in batches:
-        ids_BT = batch_BT.to(device)
-        reference = Reference(ids_BT, causal_logits(model, ids_BT))
+        perturbations.begin(batch_BT)
         for meter, choice in zip(meters, choices, strict=True):
-            with perturb(model, choice):
-                other_BTV = causal_logits(model, ids_BT)
-            with blaming_weights(model):
-                meter.compare(reference, other_BTV)
+            perturbations.compare(choice, meter)
             if progress is not None:
                 progress(1)
     return [meter.result() for meter in meters]
+
+
+class Perturbations:
+    """One model against itself with some weights changed, on one batch of tokens after another.
+
+    The model must be in evaluation mode, and is the same bit for bit after each call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._forward = ResumableForward(model)
+        self._reference: Reference | None = None
+
+    @torch.inference_mode()
+    def begin(self, batch_BT: Tensor) -> None:
+        """Take the next batch, token ids (B, T) on the CPU, and run the full model on it."""
+        self._reference = None  # its memory is needed
+        ids_BT = batch_BT.to(next(self._model.parameters()).device)
+        self._reference = Reference(ids_BT, self._forward.record(ids_BT))
+
+    @torch.inference_mode()
+    def compare(self, choice: Mapping[str, Precision], meter: QualityMeter) -> None:
+        """Measure what precisions (block -> precision, others stay) do to the batch."""
+        assert self._reference is not None, "begin with a batch"
+        with perturb(self._model, choice):
+            other_BTV = self._forward.logits(choice)
+        with blaming_weights(self._model):
+            meter.compare(self._reference, other_BTV)
 
 
 def next_token_nll(logits_TV: Tensor, ids_T: Tensor) -> float:
@@ -246,21 +292,18 @@ def bootstrap_statistic(
     return float(low), float(high)
 
 
-def _log_probabilities(logits_TV: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield log-probabilities in float64, some positions at a time."""
+def _parts(logits_TV: Tensor) -> list[slice]:
+    """Cut positions into parts of a size that caches hold."""
     step = max(1, _VALUES_AT_ONCE // logits_TV.shape[-1])
-    for start in range(0, len(logits_TV), step):
-        part = slice(start, min(start + step, len(logits_TV)))
-        yield part, functional.log_softmax(logits_TV[part].double(), -1)
+    return [slice(start, start + step) for start in range(0, len(logits_TV), step)]
 
 
-def _dot(first: Tensor, second: Tensor) -> float:
-    return torch.dot(first.flatten(), second.flatten()).item()
+def _dots(first_TV: Tensor, second_TV: Tensor) -> Tensor:
+    return torch.einsum("tv,tv->t", first_TV, second_TV)
 
 
-def _next_token_nll(log_p_TV: Tensor, ids_T: Tensor, start: int) -> float:
-    """Return the summed loss of the tokens that follow these positions, the first of which is
-    ``start``.
-    """
-    targets = ids_T[start + 1 : start + 1 + len(log_p_TV), None].to(log_p_TV.device)
-    return -log_p_TV[: len(targets)].gather(1, targets).sum().item()
+def _nll(logits_TV: Tensor, norm_T: Tensor, ids_T: Tensor) -> float:
+    """Return the summed loss of the tokens after the first, given log sum exp of each position."""
+    targets_T1 = ids_T[1:, None].to(logits_TV.device)
+    likelihoods_T1 = logits_TV[:-1].gather(1, targets_T1)
+    return (norm_T[:-1].double() - likelihoods_T1[:, 0]).sum().item()

@@ -14,7 +14,9 @@ The *controls* are what a signal must beat: the squared error alone, and chance.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -25,13 +27,15 @@ from ..errors import InputError
 from ..signals.gradients import FisherLabels, GradientSampler
 from ..signals.summary import block_masses, packed_parameters, ratio_stderr, sum_elements
 from ..vocabulary import Precision
-from .perturb import curve_precisions, weight_error
-
-_ERROR_CACHE_BYTES = 2**30
-"""Errors kept between draws; what doesn't fit is encoded anew for each."""
+from .errors import WeightErrors
+from .perturb import curve_precisions
+from .remember import Remember, call
 
 Curves = Mapping[str, Mapping[Precision, float]]
 """Block -> precision, most precise first -> a number, mostly KL in nats per token."""
+
+_Draw = tuple[int, list[list[float]], list[list[float]]]
+"""Tokens, then both estimates per block and precision, times the tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,8 @@ def gradient_curves(
     labels: FisherLabels | str = FisherLabels.SAMPLED,
     precisions: Sequence[Precision] | None = None,
     seed: int = 0,
+    errors: WeightErrors | None = None,
+    remember: Remember = call,
     progress: Callable[[int], object] | None = None,
 ) -> GradientCurves:
     """Estimate both from backward passes on text: the true Fisher with sampled labels, the
@@ -71,51 +77,36 @@ def gradient_curves(
 
     ``batches``: token ids (B, T); with sampled labels each batch is one draw, so give single
     sequences where the directional estimate matters. ``precisions``: those below the model's own if
-    None. Only one gradient of the model is held, and errors up to 1 GiB. ``progress`` is called
-    with the number of sequences done. Raises as ``GradientSampler`` and its draws do.
+    None. One gradient of the model is held, and ``errors`` as far as they are kept. ``remember``
+    keeps what each batch gave, so that an interrupted estimate goes on. ``progress`` is called with
+    the number of sequences done. Raises as ``GradientSampler`` and its draws do.
     """
     sampler = GradientSampler(model, labels=labels, seed=seed)
     blocks = partition_model(model)
-    packed = packed_parameters(blocks)
-    errors = _Errors(sampler.model)
-    sums: dict[Precision, list[tuple[dict[str, float], dict[str, float]]]] = {
-        precision: [] for precision in precisions or curve_precisions(model)
-    }
-    tokens: list[int] = []
+    errors = errors or WeightErrors(sampler.model)
+    asked = tuple(precisions or curve_precisions(model))
+    draws: list[_Draw] = []
     with sampler:
-        for batch in batches:
-            for draw in sampler.draws(batch):
-                for precision, draws in sums.items():
-                    products: dict[str, Tensor] = {}
-                    squares: dict[str, Tensor] = {}
-                    for name, gradient in draw.gradients.items():
-                        error = errors.get(name, precision)
-                        if error is not None:
-                            product = error * gradient
-                            products[name] = sum_elements(product, per_expert=name in packed)
-                            squares[name] = sum_elements(
-                                product.square_(), per_expert=name in packed
-                            )
-                    directional = block_masses(blocks, products)
-                    draws.append(
-                        (
-                            {name: 0.5 * value**2 for name, value in directional.items()},
-                            {k: 0.5 * value for k, value in block_masses(blocks, squares).items()},
-                        )
-                    )
-                tokens.append(draw.tokens)
-                if progress is not None:
-                    progress(draw.sequences)
-    if not tokens:
+        for index, batch in enumerate(batches):
+            products = partial(_batch_products, sampler, batch, blocks, errors, asked)
+            # Labels depend on a draw's number, whether or not those before it are computed anew.
+            sampler.number = len(draws)
+            draws += remember(f"{sampler.labels} gradients {index}", products)
+            if progress is not None:
+                progress(len(batch))
+    if not draws:
         raise InputError("no text to measure Fisher information on: give at least one batch")
+    tokens = [number for number, _, _ in draws]
 
-    def make_curves(kind: int, reduce: Callable[[list[float]], float]) -> Curves:
+    def make_curves(
+        rows_of: Callable[[_Draw], list[list[float]]], reduce: Callable[[list[float]], float]
+    ) -> Curves:
         return {
             block.name: {
-                precision: reduce([draw[kind][block.name] for draw in draws])
-                for precision, draws in sums.items()
+                precision: reduce([rows_of(draw)[row][column] for draw in draws])
+                for column, precision in enumerate(asked)
             }
-            for block in blocks
+            for row, block in enumerate(blocks)
         }
 
     def mean(values: list[float]) -> float:
@@ -125,14 +116,44 @@ def gradient_curves(
         return ratio_stderr(values, tokens)
 
     return GradientCurves(
-        diagonal=make_curves(1, mean),
-        directional=make_curves(0, mean),
-        diagonal_stderr=make_curves(1, stderr),
-        directional_stderr=make_curves(0, stderr),
+        diagonal=make_curves(itemgetter(2), mean),
+        directional=make_curves(itemgetter(1), mean),
+        diagonal_stderr=make_curves(itemgetter(2), stderr),
+        directional_stderr=make_curves(itemgetter(1), stderr),
         labels=sampler.labels,
         tokens=sum(tokens),
-        draws=len(tokens),
+        draws=len(draws),
     )
+
+
+def _batch_products(
+    sampler: GradientSampler,
+    batch: Tensor,
+    blocks: Sequence[Block],
+    errors: WeightErrors,
+    precisions: Sequence[Precision],
+) -> list[_Draw]:
+    """Return what each draw of a batch gives."""
+    packed = packed_parameters(blocks)
+    found = []
+    for draw in sampler.draws(batch):
+        sums: dict[Precision, tuple[dict[str, Tensor], dict[str, Tensor]]] = {
+            precision: ({}, {}) for precision in precisions
+        }
+        for name, gradient in draw.gradients.items():
+            products = errors.products(name, gradient, precisions, per_expert=name in packed)
+            for precision, (product, square) in products.items():
+                sums[precision][0][name], sums[precision][1][name] = product, square
+        directional = [block_masses(blocks, products) for products, _ in sums.values()]
+        diagonal = [block_masses(blocks, squares) for _, squares in sums.values()]
+        found.append(
+            (
+                draw.tokens,
+                [[0.5 * masses[block.name] ** 2 for masses in directional] for block in blocks],
+                [[0.5 * masses[block.name] for masses in diagonal] for block in blocks],
+            )
+        )
+    return found
 
 
 def diagonal_curves(
@@ -141,13 +162,16 @@ def diagonal_curves(
     *,
     scale: float = 1.0,
     precisions: Sequence[Precision] | None = None,
+    errors: WeightErrors | None = None,
 ) -> Curves:
     """Return 1/2 sum_i scale * d_i * delta_i^2 of every block whose weights all have a diagonal.
 
     ``diagonals``: parameter name -> d of its shape, in any order, read one at a time: a stored
     Fisher diagonal, or Adam's v_hat with scale tokens_per_update / mean_clip_sq
-    (``signals.scale``). Weights that a precision keeps raw need no diagonal.
+    (``signals.scale``). Weights that a precision keeps raw need no diagonal. ``errors`` of the
+    model, where some are known already.
     """
+    errors = errors or WeightErrors(model, keep_bytes=0)
     precisions = tuple(precisions or curve_precisions(model))
     blocks = partition_model(model)
     parameters = unique_parameters(model)
@@ -160,10 +184,7 @@ def diagonal_curves(
                 "is another model's"
             )
         for precision in precisions:
-            error = weight_error(model, name, precision)
-            if error is None:
-                error = torch.zeros_like(parameters[name], dtype=torch.float32)
-            squares = error.square_().mul_(diagonal.to(error.device))
+            squares = errors.squares(name, precision).mul_(diagonal.to(parameters[name].device))
             sums[precision][name] = sum_elements(squares, per_expert=name in packed) * 0.5 * scale
     known = [block for block in blocks if _has_all(block, sums[precisions[0]], parameters)]
     masses = {precision: block_masses(known, sums[precision]) for precision in precisions}
@@ -173,13 +194,18 @@ def diagonal_curves(
     }
 
 
-def magnitude_curves(model: nn.Module, *, precisions: Sequence[Precision] | None = None) -> Curves:
+def magnitude_curves(
+    model: nn.Module,
+    *,
+    precisions: Sequence[Precision] | None = None,
+    errors: WeightErrors | None = None,
+) -> Curves:
     """Control: 1/2 sum_i delta_i^2, every weight alike. Not in nats."""
     diagonals = (
         (name, torch.ones((), device=p.device).expand(p.shape))
         for name, p in unique_parameters(model).items()
     )
-    return diagonal_curves(model, diagonals, precisions=precisions)
+    return diagonal_curves(model, diagonals, precisions=precisions, errors=errors)
 
 
 def random_curves(
@@ -234,25 +260,6 @@ def find_violations(
                 reason = f"the weights that matter most happen to round better at {coarser}"
             found.append(Violation(block=block, finer=finer, coarser=coarser, reason=reason))
     return found
-
-
-@dataclass(slots=True)
-class _Errors:
-    """The error of each parameter at each precision, kept as far as memory allows."""
-
-    model: nn.Module
-    _kept: dict[tuple[str, Precision], Tensor | None] = field(default_factory=dict)
-    _num_bytes: int = 0
-
-    def get(self, name: str, precision: Precision) -> Tensor | None:
-        if (name, precision) in self._kept:
-            return self._kept[name, precision]
-        error = weight_error(self.model, name, precision)
-        num_bytes = 0 if error is None else error.nbytes
-        if self._num_bytes + num_bytes <= _ERROR_CACHE_BYTES:
-            self._kept[name, precision] = error
-            self._num_bytes += num_bytes
-        return error
 
 
 def _has_all(

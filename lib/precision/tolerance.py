@@ -33,11 +33,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from .racing import RISK
 
 COVERAGE = 0.95
 CONFIDENCE = 0.95
-PROBES = 80
-"""Three quarters of them, 60, are left for the factor."""
+PROBES = 84
+"""Three quarters of them, 63, are left for the factor: what a race takes (``racing``), whose risk
+goes from the confidence. 1 - 0.95^63 - 0.01 is above 0.95."""
 LEAST_PROBES = 59
 """For a factor with ``COVERAGE`` and ``CONFIDENCE``."""
 MIN_PROBES = 8
@@ -58,7 +60,8 @@ class Calibration:
     band: tuple[float, float]
     conformal_factor: float
     confidence: float
-    """Confidence that ``conformal_factor`` covers 95 % of pairs; 1 if every one was measured."""
+    """Confidence that ``conformal_factor`` covers 95 % of pairs, or every one where all were
+    measured."""
     fit_probes: int
     conformal_probes: int
     exhaustive: bool
@@ -69,14 +72,30 @@ class Calibration:
         return {**asdict(self), "band": list(self.band)}
 
 
+def split_probes(count: int, *, all_pairs: bool = False) -> tuple[int, int]:
+    """Return how many probes, the first, fit the scale, and where those of the factor begin.
+
+    ``all_pairs``: there are no others; if they are too few for a tolerance limit, every one counts
+    for both.
+    """
+    num_fit = math.ceil(_FIT_SHARE * count)
+    if all_pairs and count - num_fit < LEAST_PROBES:
+        return count, 0
+    return num_fit, num_fit
+
+
 def calibrate(
-    predicted: Sequence[float], measured: Sequence[float], *, all_pairs: bool = False
+    predicted: Sequence[float],
+    measured: Sequence[float],
+    *,
+    limits: Sequence[float] | None = None,
+    all_pairs: bool = False,
 ) -> Calibration:
     """Fit scale, band and factor on probes in random order, all with a KL above 0.
 
-    The first quarter fits the scale. ``all_pairs``: there are no others; if they are too few for a
-    tolerance limit, every one counts for everything. Raises InputError for fewer than
-    ``MIN_PROBES``.
+    The first quarter fits the scale (``split_probes``). ``limits``: of a race, upper limits of the
+    KL, which make the factor; the largest ratio, since a race tells no other. Raises InputError for
+    fewer than ``MIN_PROBES``.
     """
     if len(predicted) < MIN_PROBES:
         raise InputError(
@@ -85,21 +104,25 @@ def calibrate(
     if min(predicted) <= 0 or min(measured) <= 0:
         raise InputError("a probe's KL is 0: only pairs that change weights can calibrate")
     true, raw = np.asarray(measured), np.asarray(predicted)
-    num_fit = math.ceil(_FIT_SHARE * len(true))
-    exhaustive = all_pairs and len(true) - num_fit < LEAST_PROBES
-    if exhaustive:
-        num_fit = len(true)
+    num_fit, first = split_probes(len(true), all_pairs=all_pairs)
+    exhaustive = first == 0
     scale = float(np.exp(np.median(np.log(true / raw)[:num_fit])))
-    ratios = true / np.maximum(raw * scale, NEGLIGIBLE)
-    rest = ratios if exhaustive else ratios[num_fit:]
-    low, high = np.quantile(rest, _BAND)
+    expected = np.maximum(raw * scale, NEGLIGIBLE)[first:]
+    ratios = true[first:] / expected
+    low, high = np.quantile(ratios, _BAND)
+    risk = 0.0 if limits is None else RISK
+    if limits is not None:
+        ratios = np.asarray(limits)[first:] / expected
+    factor = ratios.max() if exhaustive or limits is not None else tolerance_limit(ratios.tolist())
+    chance = 0.0 if exhaustive else COVERAGE ** len(ratios)
+    confidence = 1 - chance - risk
     return Calibration(
         scale=scale,
         band=(float(low), float(high)),
-        conformal_factor=max(rest.tolist()) if exhaustive else tolerance_limit(rest.tolist()),
-        confidence=1.0 if exhaustive else min(CONFIDENCE, 1 - COVERAGE ** len(rest)),
+        conformal_factor=float(factor),
+        confidence=confidence if exhaustive else min(CONFIDENCE, confidence),
         fit_probes=num_fit,
-        conformal_probes=len(rest),
+        conformal_probes=len(ratios),
         exhaustive=exhaustive,
     )
 

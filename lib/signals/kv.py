@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..blocks import BlockKind, partition_model, unwrap_model
 from ..blocks.faults import find_fault
 from ..errors import InputError
-from .gradients import FisherLabels, check_batch
+from .gradients import FisherLabels, check_batch, sample_labels
 
 RoundTrip = Callable[[Tensor], Tensor]
 """Keys or values (B, heads, T, dim) to what a compressed cache gives back for them."""
@@ -185,7 +185,7 @@ def _measure_batch(
                 f"the logits aren't finite: {find_fault(model) or 'try float32 weights'}"
             )
         if labels is FisherLabels.SAMPLED:
-            targets = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)
+            targets = sample_labels(flat.detach().softmax(-1), generator)
         loss = F.cross_entropy(flat, targets.flatten(), reduction="sum")
         unused = [index for index, probe in enumerate(probes) if not probe.is_initialized]
         if unused:

@@ -27,7 +27,7 @@ _STDLIB = DataConfig(
 _STDLIB_TOKENS = 65_536
 _SHARED_RUN = 32
 """Equal tokens in a row that make two texts the same; boilerplate is shorter."""
-_DEFAULT_LENGTH = 512
+LONGEST = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +97,14 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def sequence_length(config: Any, asked: int | None) -> int:
-    """Return the sequence length to use, within the model's context; raises InputError."""
+def sequence_length(config: Any, asked: int | None, *, longest: int = LONGEST) -> int:
+    """Return the sequence length to use, within the model's context; raises InputError.
+
+    ``longest`` is it where none was asked for, and the context is no shorter.
+    """
     context = getattr(config, "max_position_embeddings", None)
     if asked is None:
-        return min(_DEFAULT_LENGTH, context or _DEFAULT_LENGTH)
+        return min(longest, context or longest)
     if asked < 2 or (context is not None and asked > context):
         raise InputError(
             f"--sequence-length {asked} must be from 2 to the model's context of {context} tokens"

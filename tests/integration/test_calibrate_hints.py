@@ -77,7 +77,7 @@ def test_the_oracle_judges_every_signal(run: Run, capsys: pytest.CaptureFixture[
     assert read_trust(quality).factor == quality["conformal_factor"] > 0.5
     assert quality["conformal_factor"] == max(quality["pair_factor"], quality["plan_factor"])
     assert quality["exhaustive"] and quality["conformal_probes"] == 42
-    assert len(document["plan_ratios"]) == 60 and quality["kernels"]["nats"] > 0
+    assert len(document["plan_ratios"]) == 63 and quality["kernels"]["nats"] > 0
     parts = [document["text"][f"{part}_sequences"] for part in ("fisher", "calibration", "judging")]
     assert sum(parts) >= 6 and max(parts) - min(parts) <= 1
     curve = hints.blocks["transformer.h.0.mlp"].kl

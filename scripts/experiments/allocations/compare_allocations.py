@@ -33,7 +33,7 @@ from lib.checkpoint.models import cast_weights, load_model, quiet_transformers
 from lib.commands.cli import emit_json, run_main
 from lib.commands.flags import parse_device
 from lib.commands.text_flags import add_text_flags, read_parts
-from lib.evaluation.calibrate import calibrate_model
+from lib.evaluation.calibrate import LENGTH, calibrate_model
 from lib.evaluation.oracle import measure
 from lib.evaluation.predictions import Pair, list_pairs, measuring_batches
 from lib.files import check_writable
@@ -306,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
         "that lie within the model's uniform widths)",
     )
     what.add_argument("--device", default="auto", help=f"auto, cpu, cuda or cuda:N {default}")
-    add_text_flags(parser, samples=192, use=", the three parts together")
+    add_text_flags(parser, samples=192, use=", the three parts together", length=LENGTH)
     out = parser.add_argument_group("what is written")
     out.add_argument(
         "--json", type=Path, metavar="FILE", help="write the JSON document here as well"

@@ -188,6 +188,7 @@ def open_pools(args: argparse.Namespace, model: Any, hints: Hints) -> Pools:
         calibration = torch.cat([own.tokens, unseen.tokens[1::2]])
     else:
         known = hints.quality.get("text") or {}
+        args.default_length = length
         args.sequence_length = known.get("sequence_length") or length
         args.seed = known.get("seed") or 0
         args.samples = math.ceil(_TEXT_SEQUENCES * length / args.sequence_length)

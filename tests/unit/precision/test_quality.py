@@ -50,6 +50,18 @@ def test_divergences_far_below_float32_are_resolved() -> None:
     assert quality.kl_nats == pytest.approx(second_order.item(), rel=0.02)  # about 5e-9
 
 
+@pytest.mark.parametrize("step", [1e-3, 0.1, 3.0, 30.0, 300.0])
+def test_divergences_of_every_size_are_those_of_float64(step: float) -> None:
+    torch.manual_seed(0)
+    full = 3 * torch.randn(1, 16, 3000)
+    other = full + step * torch.randn(1, 16, 3000) + 7
+    quality = compare(full, other, torch.zeros(1, 16, dtype=torch.long))
+    log_p, log_q = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert quality.kl_nats == pytest.approx(expected, rel=1e-5)
+    assert quality.nll == pytest.approx(-log_q[0, :-1, 0].mean().item(), rel=1e-6)
+
+
 def test_the_interval_covers_the_mean() -> None:
     random = torch.Generator().manual_seed(0)
     covered = 0

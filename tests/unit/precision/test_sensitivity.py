@@ -82,7 +82,7 @@ def test_a_stored_diagonal_gives_the_same_as_the_backward_passes() -> None:
     assert stored.keys() == {block.name for block in partition_model(model)}
     for name, curve in stored.items():
         for precision, value in curve.items():
-            assert value == pytest.approx(curves.diagonal[name][precision], rel=1e-4, abs=1e-15)
+            assert value == pytest.approx(curves.diagonal[name][precision], rel=1e-3, abs=1e-15)
 
 
 def test_adam_moments_are_scaled_to_a_fisher_diagonal() -> None:
