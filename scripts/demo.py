@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
 from lib.commands.cli import Parser, add_json_flag, emit, run_main
 from lib.errors import InputError, PlacementError
-from lib.hints import load_hints
+from lib.hints import load_hints, save_hints
 from lib.kconfig import ROOT
 from lib.units import format_bytes, format_seconds
 
@@ -30,6 +31,7 @@ SOURCE = (
     f"SmolLM2-135M-Instruct by Hugging Face, licence Apache-2.0, from the package {PACKAGE}: "
     "89 MiB to download, and 513 MiB on the disk once its weights are fp32"
 )
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HINTS = ROOT / "hints" / "smollm2-135m-instruct.tier_hints.json"
 PROMPT = "Why is the sky blue?"
 NEW_TOKENS = 64
@@ -48,16 +50,16 @@ Fields = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    model = prepare_model(args.folder)
+    model, hints = prepare_model(args.folder), args.hints
     if args.stage == "hints":
-        make_hints(model, args.hints)
+        make_hints(model, hints)
         return 0
-    digest = check_hints(args.hints, model)
-    answers = {name: answer(model, args.hints, way, args.prompt) for name, way in WAYS.items()}
-    measured = measure(model, args.hints)
+    digest = check_hints(hints, model)
+    answers = {name: answer(model, hints, way, args.prompt) for name, way in WAYS.items()}
+    measured = measure(model, hints)
     document = {
-        "model": str(model),
-        "hints": str(args.hints),
+        "model": str(shown(model)),
+        "hints": str(shown(hints)),
         "parameter_digest": digest,
         "prompt": args.prompt,
         "ways": {
@@ -128,11 +130,11 @@ def check_hints(path: Path, model: Path) -> str:
 
 def answer(model: Path, hints: Path, way: Mapping[str, str], prompt: str) -> Fields:
     """Answer the prompt in a process of its own; the text goes to stderr as it comes."""
-    command = ["generate", "--model", str(model)]
+    command = ["generate", "--model", str(shown(model))]
     for flag, value in way.items():
         command += [f"--{flag}", value]
     if "epsilon" in way:
-        command += ["--tier-hints", str(hints)]
+        command += ["--tier-hints", str(shown(hints))]
     command += ["--chat", "--prompt", prompt, "--max-new-tokens", str(NEW_TOKENS)]
     print(f"\n$ {shlex.join(['tierhints', *command])}\n", file=sys.stderr, flush=True)
     done = run([sys.executable, "-m", "lib.commands", *command, "--json", "-"])
@@ -210,12 +212,24 @@ def demo_table(document: Mapping[str, Any]) -> str:
 
 def make_hints(model: Path, path: Path) -> None:
     """Collect and calibrate the hints anew."""
+    flags = ["--model", str(shown(model))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    collect = ["collect", "--model", str(model), "--data", "docs/*.md", "--samples", "24"]
-    calibrate = ["calibrate", "--model", str(model), "--tier-hints", str(path)]
-    for command in ([*collect, "--output", str(path)], calibrate):
+    collect = ["collect", *flags, "--data", "docs/*.md", "--samples", "24", "--output"]
+    for command in (
+        [*collect, str(shown(path))],
+        ["calibrate", *flags, "--tier-hints", str(shown(path))],
+    ):
         print(f"\n$ {shlex.join(['tierhints', *command])}\n", file=sys.stderr, flush=True)
         run([sys.executable, "-m", "lib.commands", *command, "--json", "-"])
+    hints = load_hints(path)
+    assert hints.model is not None
+    save_hints(replace(hints, model=replace(hints.model, id=MODEL_ID, revision=PACKAGE)), path)
+
+
+def shown(path: Path) -> Path:
+    """Return a path as it is called in the checkout, where the commands run."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def run(command: Sequence[str]) -> str:

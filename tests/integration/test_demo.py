@@ -1,7 +1,6 @@
 """make demo: the model's folder, the hints it comes with, and the table."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -94,6 +93,9 @@ def test_the_demo_ends_with_its_table(
 def test_hints_are_made_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
     monkeypatch.setattr(demo, "run", calls.append)
-    shutil.copytree(folder, tmp_path / "demo")
-    demo.main(["hints", "--folder", str(tmp_path / "demo"), "--hints", str(tmp_path / "h.json")])
+    hints = tmp_path / "hints.json"  # what the commands would have made
+    hints.write_bytes((folder / "model" / "tier_hints.json").read_bytes())
+    demo.main(["hints", "--folder", str(folder), "--hints", str(hints)])
     assert [call[3] for call in calls] == ["collect", "calibrate"]
+    named = load_hints(hints).model
+    assert named is not None and named.id == "HuggingFaceTB/SmolLM2-135M-Instruct"
