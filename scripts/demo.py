@@ -42,8 +42,8 @@ WAYS: dict[str, dict[str, str]] = {
     f"epsilon {EPSILON}": {"budget": "HBM=300MiB,SSD=", "epsilon": str(EPSILON)},
 }
 """What the table calls a way to hold the model -> the flags of `tierhints generate`."""
-JUDGED_SEQUENCES = 6
-_HEADS = ("held", "fast memory", "of", "tokens/s", "first token", "KL (nats per token)")
+JUDGED_SEQUENCES = 4
+_HEADS = ("weights held", "fast memory", "budget", "tokens/s", "first token", "KL (nats per token)")
 
 Fields = dict[str, Any]
 
