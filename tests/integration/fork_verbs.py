@@ -43,6 +43,7 @@ def run(job: dict[str, Any], stdout: int) -> None:
     os.dup2(os.open(Path(job["folder"]) / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout = os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     if job["interrupt"] == "writing":
         sync = os.fsync
 
