@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from ..machine import UNMEASURED, MachineProfile, choose_machine
+from ..machine import UNMEASURED, MachineProfile
 from ..vocabulary import Precision
 
 if TYPE_CHECKING:
@@ -50,16 +50,14 @@ def planned_precision(name: str | None) -> Precision | None:
     return Precision.FP32 if name == "lossless" else Precision(name)
 
 
-def planned_machine(path: Path | None) -> MachineProfile:
-    """Return the machine of ``--machine``, else this one; says so where it was not measured."""
-    machine = choose_machine(path)
+def note_unmeasured(machine: MachineProfile) -> None:
+    """Say so where plans were made for this machine, and it was not measured."""
     if machine is UNMEASURED:
         print(
             "note: this machine was not measured, so the times are those of a common one: run "
             "tierhints probe",
             file=sys.stderr,
         )
-    return machine
 
 
 def add_model_flag(flags: Flags) -> None:

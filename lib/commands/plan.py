@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..checkpoint.models import quiet_transformers
+from ..machine import choose_machine
 from ..report.plan_table import plan_sections
 from ..tiering import plan
 from ..tiering.planning.budget import read_budget
@@ -20,8 +21,8 @@ from .flags import (
     add_budget_flag,
     add_planning_flags,
     add_precision_flags,
+    note_unmeasured,
     planned_device,
-    planned_machine,
     planned_precision,
 )
 
@@ -30,15 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan, print and emit; returns the exit code."""
     args = _parser().parse_args(argv)
     quiet_transformers(progress=False)
+    machine = choose_machine(args.machine)
     planned = plan(
         args.model,
         args.tier_hints,
         budget=read_budget(args.budget),
         precision=planned_precision(args.precision),
         epsilon=args.epsilon,
-        machine=planned_machine(args.machine),
+        machine=machine,
         device=planned_device(args.device),
     )
+    note_unmeasured(machine)
     precision = args.precision or ("lossless" if args.epsilon is None else None)
     document = {"model": str(args.model), "precision": precision, **planned.to_json()}
     held = precision or f"epsilon {args.epsilon}"

@@ -17,14 +17,14 @@ from typing import Any
 from ..checkpoint.models import quiet_transformers
 from ..errors import InputError
 from ..files import check_writable
-from ..machine import MachineProfile, TierSpec, machine_to_json
+from ..machine import MachineProfile, TierSpec, choose_machine, machine_to_json
 from ..progress import show_progress
 from ..report.what_if_plots import plot_what_if
 from ..tiering import Planned, plan
 from ..units import format_bytes, parse_bytes
 from ..vocabulary import Precision, Tier
 from .cli import Parser, add_json_flag, emit
-from .flags import add_planning_flags, planned_device, planned_machine, planned_precision
+from .flags import add_planning_flags, note_unmeasured, planned_device, planned_precision
 
 LINK_TIERS = [tier for tier in Tier if tier is not Tier.HBM]
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     check_writable(args.plot)
     bandwidths = read_bandwidths(args.bandwidth)
-    machine = planned_machine(args.machine)
+    machine = choose_machine(args.machine)
     tier = Tier(args.tier)
     base = link_spec(machine, tier, args.setup_us)
     precision = planned_precision(args.precision)
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machines = [
         dataclasses.replace(supposed, tiers={**supposed.tiers, tier: spec}) for spec in specs
     ]
+    note_unmeasured(machine)
     rows = sweep(whole, precision, machines, tier, budgets)
     resident = 1 / whole.plan.predicted.seconds
     document = {
