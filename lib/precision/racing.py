@@ -21,7 +21,8 @@ is that of the residuals y - r x, with the correction for drawing from the N seq
 replacement. Few sequences say little about their own spread, so relative variances are moderated
 with all choices' (Smyth 2004, doi:10.2202/1544-6115.1027), and the limit is r (1 + t s) with t
 Student's quantile. That supposes residuals near a normal distribution, as means over hundreds of
-positions are; the tests simulate others.
+positions are: a choice of which they aren't (a standard error above ``_LARGEST_ERROR``) goes on
+whatever its limit says. The tests simulate log-normal and gamma distributed ones.
 """
 
 import math
@@ -37,6 +38,9 @@ RISK = 0.01
 """Probability that the choice with the largest ratio is taken for less than it has."""
 FIRST = 4
 """Sequences that every choice is measured on where the caller doesn't know better."""
+_LARGEST_ERROR = 0.125
+"""Relative standard error above which a ratio isn't near enough to normal for its limit to count:
+such a choice goes on whatever its limit says."""
 _LARGEST_DOF = 12.0
 """Degrees of freedom that other choices' spread may add: more can't be told from so few."""
 
@@ -54,6 +58,8 @@ class Standing:
     limits: Floats
     """Upper limits; the ratio itself for a contender that was measured on every sequence."""
     exact: NDArray[np.bool_]
+    settled: NDArray[np.bool_]
+    """Whether the ratio is known well enough for its limit to count."""
 
     @property
     def leader(self) -> int:
@@ -95,10 +101,10 @@ class Race:
         rounds = max(1, math.ceil(math.log2(self.total / self._first)))
         while True:
             standing = self._stand(contenders, predicted, risk=risk / rounds)
-            if standing.exact[standing.leader]:
+            if standing.exact[standing.leader] and standing.settled.all():
                 return standing
             largest = standing.ratios[np.isfinite(standing.ratios)].max()
-            hopeful = standing.limits >= largest
+            hopeful = (standing.limits >= largest) | ~standing.settled
             rivals = [
                 i
                 for i, hope, exact in zip(contenders, hopeful, standing.exact, strict=True)
@@ -160,6 +166,7 @@ class Race:
             ratios=np.array(ratios),
             limits=np.array(ratios) * (1 + student_quantile(1 - risk, dof) * error),
             exact=n == self.total,
+            settled=(n == self.total) | (error <= _LARGEST_ERROR),
         )
 
 
