@@ -13,16 +13,17 @@ rules out: whatever the others' limits do can only raise the factor. So the conf
 1 - 0.95^n - risk, and no limit needs to hold for all choices at once. ``risk`` is shared out over
 the rounds in which limits are looked at.
 
-What makes a sequence hard for one choice makes it hard for all, so a choice's ratio is
-estimated against those measured on most sequences, a few *references* drawn at random and the
-leaders: with y its KL over its prediction and x their mean, scaled to 1 on all their sequences,
-r = sum y / sum x over the sequences that it has seen (the ratio estimator: Cochran 1977, Sampling Techniques, ch. 6). Its standard error
-is that of the residuals y - r x, with the correction for drawing from the N sequences without
-replacement. Few sequences say little about their own spread, so relative variances are moderated
-with all choices' (Smyth 2004, doi:10.2202/1544-6115.1027), and the limit is r (1 + t s) with t
-Student's quantile. That supposes residuals near a normal distribution, as means over hundreds of
-positions are: a choice of which they aren't (a standard error above ``_LARGEST_ERROR``) goes on
-whatever its limit says. The tests simulate log-normal and gamma distributed ones.
+What makes a sequence hard for one choice makes it hard for all, so a choice's ratio is estimated
+against those measured on most sequences, a few *references* drawn at random and the leaders: with y
+its KL over its prediction and x their mean, scaled to 1 on all their sequences, r = sum y / sum x
+over the sequences that it has seen (the ratio estimator: Cochran 1977, Sampling Techniques, ch. 6).
+Its standard error is that of the residuals y - r x, with the correction for drawing from the N
+sequences without replacement. Few sequences say little about their own spread, so relative
+variances are moderated with all choices' (Smyth 2004, doi:10.2202/1544-6115.1027), and the limit is
+r (1 + t s) with t Student's quantile. That supposes residuals near a normal distribution, as means
+over hundreds of positions are: a choice of which they aren't (a standard error above
+``_LARGEST_ERROR``) goes on whatever its limit says. The tests simulate log-normal and gamma
+distributed ones.
 """
 
 import math
