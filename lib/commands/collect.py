@@ -4,7 +4,7 @@ its tier hints.
 Works on any Hugging Face checkpoint, without training: for models that were trained elsewhere, with
 an optimizer that keeps no second moment, or with frozen blocks.
 
-    tierhints collect --model openai-community/gpt2 --data book.txt --samples 64
+    tierhints collect --model openai-community/gpt2 --data book.txt --samples 32
 """
 
 import argparse
@@ -23,6 +23,10 @@ from ..units import parse_thresholds
 from .cli import Parser, add_json_flag, emit
 from .flags import add_device_flag, add_model_flag, parse_device
 from .tier_table import add_tier_flags, summarize_tiers, tier_table
+
+SAMPLES, LENGTH = 32, 256
+"""Sequences, and tokens of each. From 16 of 256 tokens the traces of SmolLM2-135M's blocks have
+standard errors of 5 % in the median and 11 % at most."""
 
 _COUNTS = ("labels", "tokens", "sequences", "draws")
 """What the result takes from the provenance, where the signal has it."""
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model: Any = load_model(args.model)
     cast_weights(model, getattr(torch, args.dtype))
     tokenizer = load_tokenizer(args.model)
-    length = sequence_length(model.config, args.sequence_length)
+    length = sequence_length(model.config, args.sequence_length, longest=LENGTH)
     tokens = make_sequences(
         tokenizer,
         read_chunks(files, seed=args.seed),
@@ -139,13 +143,13 @@ def _parser() -> argparse.ArgumentParser:
         "--data", required=True, help="UTF-8 text or JSON Lines: a file, a folder or a glob"
     )
     what.add_argument(
-        "--samples", type=int, default=64, metavar="N", help=f"sequences of text {default}"
+        "--samples", type=int, default=SAMPLES, metavar="N", help=f"sequences of text {default}"
     )
     what.add_argument(
         "--sequence-length",
         type=int,
         metavar="TOKENS",
-        help="tokens per sequence (default: the model's context, at most 512)",
+        help=f"tokens per sequence (default: the model's context, at most {LENGTH})",
     )
     what.add_argument(
         "--labels",
@@ -156,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--batch-size",
         type=int,
-        default=4,
+        default=1,
         metavar="N",
         help=f"sequences per backward pass; fewer are slower and, per text, more exact {default}",
     )

@@ -12,7 +12,7 @@ from ..hints import Hints
 from ..precision.errors import WeightErrors
 from ..precision.plans import draw_precisions, predicted_kl
 from ..precision.quality import bootstrap_interval
-from ..precision.racing import RISK, Race
+from ..precision.racing import REFERENCES, RISK, Race
 from ..precision.remember import Remember, call
 from ..precision.sensitivity import Curves, monotone
 from ..precision.sizes import PrecisionMap, stored_sizes
@@ -170,7 +170,8 @@ def calibrate_model(
     race.begin(everyone)
     if every_sequence:
         race.finish(everyone)
-    ratios = race.run(everyone, [predicted_kl(curves, plan) for plan in plans]).limits
+    predicted = [predicted_kl(curves, plan) for plan in plans]
+    ratios = race.run(everyone, predicted, references=everyone[:REFERENCES]).limits
     return CalibratedModel(
         predictions=predictions,
         calibrations=calibrations,
@@ -218,7 +219,7 @@ class _Probes:
         self, predictions: Predictions, *, raced: bool = False
     ) -> tuple[dict[str, Calibration], Calibration]:
         """Return the calibration of each signal and of the curve, by what is measured so far."""
-        means = self.race.means(self.contenders)
+        means = self.race.means()
         kl = [means[index] for index in self.found]
         calibrations = calibrate_signals(predictions, self.pairs, kl, all_pairs=self._all_pairs)
         upper = upper_curves(predictions, calibrations)
@@ -243,13 +244,14 @@ class _Probes:
             in_nats(upper[block][p], final.scale)
             for block, p in (self._all[index] for index in self.contenders)
         ]
-        standing = self.race.run(self.contenders, predicted)
+        references = self.found[:REFERENCES]  # of the fitting probes
+        standing = self.race.run(self.contenders, predicted, references=references)
         limits = (standing.limits * predicted).tolist()
         self._limits = dict(zip(self.contenders, limits, strict=True))
 
     def measured(self) -> list[Probe]:
         """Return what is known of each pair."""
-        means, found = self.race.means(self.contenders), []
+        means, found = self.race.means(), []
         for index in self.found:
             kl = self.race.kl[index]
             found.append(

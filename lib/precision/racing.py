@@ -13,15 +13,17 @@ rules out: whatever the others' limits do can only raise the factor. So the conf
 1 - 0.95^n - risk, and no limit needs to hold for all choices at once. ``risk`` is shared out over
 the rounds in which limits are looked at.
 
-What makes a sequence hard for one choice makes it hard for all, so a choice's ratio is
-estimated against the leaders', those measured on most sequences: with y its KL over its prediction
-and x the leaders' mean, scaled to 1 on all their sequences, r = sum y / sum x over the sequences
-that it has seen (the ratio estimator: Cochran 1977, Sampling Techniques, ch. 6). Its standard error
-is that of the residuals y - r x, with the correction for drawing from the N sequences without
-replacement. Few sequences say little about their own spread, so relative variances are moderated
-with all choices' (Smyth 2004, doi:10.2202/1544-6115.1027), and the limit is r (1 + t s) with t
-Student's quantile. That supposes residuals near a normal distribution, as means over hundreds of
-positions are; the tests simulate others.
+What makes a sequence hard for one choice makes it hard for all, so a choice's ratio is estimated
+against those measured on most sequences, a few *references* drawn at random and the leaders: with y
+its KL over its prediction and x their mean, scaled to 1 on all their sequences, r = sum y / sum x
+over the sequences that it has seen (the ratio estimator: Cochran 1977, Sampling Techniques, ch. 6).
+Its standard error is that of the residuals y - r x, with the correction for drawing from the N
+sequences without replacement. Few sequences say little about their own spread, so relative
+variances are moderated with all choices' (Smyth 2004, doi:10.2202/1544-6115.1027), and the limit is
+r (1 + t s) with t Student's quantile. That supposes residuals near a normal distribution, as means
+over hundreds of positions are: a choice of which they aren't (a standard error above
+``_LARGEST_ERROR``) goes on whatever its limit says. The tests simulate log-normal and gamma
+distributed ones.
 """
 
 import math
@@ -35,8 +37,13 @@ from numpy.typing import NDArray
 
 RISK = 0.01
 """Probability that the choice with the largest ratio is taken for less than it has."""
+REFERENCES = 4
+"""Choices measured on every sequence, for the others to be compared with."""
 FIRST = 4
 """Sequences that every choice is measured on where the caller doesn't know better."""
+_LARGEST_ERROR = 0.125
+"""Relative standard error above which a ratio isn't near enough to normal for its limit to count:
+such a choice goes on whatever its limit says."""
 _LARGEST_DOF = 12.0
 """Degrees of freedom that other choices' spread may add: more can't be told from so few."""
 
@@ -54,6 +61,8 @@ class Standing:
     limits: Floats
     """Upper limits; the ratio itself for a contender that was measured on every sequence."""
     exact: NDArray[np.bool_]
+    settled: NDArray[np.bool_]
+    """Whether the ratio is known well enough for its limit to count."""
 
     @property
     def leader(self) -> int:
@@ -86,19 +95,26 @@ class Race:
         self._extend(choices, self.total)
 
     def run(
-        self, contenders: Sequence[int], predicted: Sequence[float], *, risk: float = RISK
+        self,
+        contenders: Sequence[int],
+        predicted: Sequence[float],
+        *,
+        references: Sequence[int],
+        risk: float = RISK,
     ) -> Standing:
         """Measure until the largest limit belongs to a contender that has seen every sequence.
 
-        ``predicted``: what each contender's KL is divided by. All must have begun.
+        ``predicted``: what each contender's KL is divided by. All must have begun. ``references``:
+        choices drawn at random, contenders or not, which are measured on every sequence.
         """
+        self.finish(references)
         rounds = max(1, math.ceil(math.log2(self.total / self._first)))
         while True:
             standing = self._stand(contenders, predicted, risk=risk / rounds)
-            if standing.exact[standing.leader]:
+            if standing.exact[standing.leader] and standing.settled.all():
                 return standing
             largest = standing.ratios[np.isfinite(standing.ratios)].max()
-            hopeful = standing.limits >= largest
+            hopeful = (standing.limits >= largest) | ~standing.settled
             rivals = [
                 i
                 for i, hope, exact in zip(contenders, hopeful, standing.exact, strict=True)
@@ -107,11 +123,11 @@ class Race:
             shortest = min(len(self.kl[i]) for i in rivals)
             self._extend(rivals, min(2 * shortest, self.total))
 
-    def means(self, contenders: Sequence[int]) -> list[float]:
-        """Return each choice's mean KL, of those with few sequences corrected by what the
-        contenders' leaders have on these and on all of theirs.
+    def means(self) -> list[float]:
+        """Return each choice's mean KL, of those with few sequences corrected by what those with
+        most have on these and on all of theirs.
         """
-        course = self._course(contenders)
+        course = self._course()
         found = []
         for kl in self.kl:
             seen = math.fsum(course[: len(kl)])
@@ -127,10 +143,10 @@ class Race:
                 for i, values in zip(group, self._measure(group, start, end), strict=True):
                     self.kl[i] += values
 
-    def _course(self, contenders: Sequence[int]) -> Floats:
-        """Return the leaders' KL on each of their sequences, relative to their mean."""
-        most = max(len(self.kl[i]) for i in contenders)
-        rows = [np.array(kl) for kl in (self.kl[i] for i in contenders) if len(kl) == most]
+    def _course(self) -> Floats:
+        """Return the KL of those with most sequences on each of these, relative to its mean."""
+        most = max(map(len, self.kl))
+        rows = [np.array(kl) for kl in self.kl if len(kl) == most]
         changed = [row / row.mean() for row in rows if row.sum() > 0]
         course: Floats = np.mean(changed or [np.ones(most)], axis=0)
         return course
@@ -138,12 +154,12 @@ class Race:
     def _stand(
         self, contenders: Sequence[int], predicted: Sequence[float], *, risk: float
     ) -> Standing:
-        course = self._course(contenders)
+        course = self._course()
         ratios, spreads, counts = [], [], []
         for i, expected in zip(contenders, predicted, strict=True):
             values = np.array(self.kl[i]) / expected
             seen = course[: len(values)]
-            ratio = spread = math.inf  # leaders without a change on these sequences say nothing
+            ratio = spread = math.inf  # a course without a change on these sequences says nothing
             if values.sum() <= 0:
                 ratio = spread = 0.0
             elif seen.sum() > 0:
@@ -160,6 +176,7 @@ class Race:
             ratios=np.array(ratios),
             limits=np.array(ratios) * (1 + student_quantile(1 - risk, dof) * error),
             exact=n == self.total,
+            settled=(n == self.total) | (error <= _LARGEST_ERROR),
         )
 
 

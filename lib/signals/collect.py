@@ -14,7 +14,8 @@ from .fisher import FisherTrace, save_fisher_diagonal
 from .gradients import FisherLabels
 from .interface import Measurement, Progress, Signal, signal_hints
 
-BATCH_SIZE = 4
+BATCH_SIZE = 1
+"""Sequences per draw: of the same text, more draws say more."""
 HBM_THRESHOLD, CPU_THRESHOLD = 0.3, 0.8
 
 

@@ -26,7 +26,7 @@ def simulate(
     return predicted, (predicted * ratio)[:, None] * hardness * own
 
 
-def run(predicted: np.ndarray, kl: np.ndarray) -> tuple[float, float, Race]:
+def run(predicted: np.ndarray, kl: np.ndarray, references: int = 4) -> tuple[float, float, Race]:
     """Return the largest ratio by a race and by measuring everything, and the race."""
     race = Race(
         lambda choices, start, end: kl[list(choices), start:end].tolist(),
@@ -34,7 +34,7 @@ def run(predicted: np.ndarray, kl: np.ndarray) -> tuple[float, float, Race]:
         total=kl.shape[1],
     )
     race.begin(range(len(kl)))
-    standing = race.run(range(len(kl)), predicted.tolist())
+    standing = race.run(range(len(kl)), predicted.tolist(), references=range(references))
     return standing.limits.max(), (kl.mean(1) / predicted).max(), race
 
 
@@ -84,9 +84,9 @@ def test_what_changes_nothing_at_first_is_measured_further() -> None:
 def test_means_are_corrected_for_easy_sequences() -> None:
     hardness = np.array([1.0, 1, 1, 1, 4, 4, 4, 4])
     kl = np.array([1.0, 2, 9])[:, None] * hardness
-    _, _, race = run(np.ones(3), kl)
-    assert [len(values) for values in race.kl] == [4, 4, 8]
-    assert race.means(range(3)) == pytest.approx([2.5, 5, 22.5])
+    _, _, race = run(np.ones(3), kl, references=1)
+    assert [len(values) for values in race.kl] == [8, 4, 8]
+    assert race.means() == pytest.approx([2.5, 5, 22.5])
 
 
 def test_a_text_of_few_sequences_is_measured_whole() -> None:
