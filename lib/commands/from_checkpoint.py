@@ -11,17 +11,18 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..files import check_writable
-from ..hints import save_hints
+from ..errors import InputError
+from ..files import check_writable, parse_json
+from ..hints import load_hints, save_hints
 from ..progress import Progress, progress_bar
 from ..units import parse_thresholds
-from .cli import Parser, add_json_flag, emit
+from .cli import STDOUT, Parser, add_json_flag, emit
 from .tier_table import add_tier_flags, summarize_tiers, tier_table
 
-_KEPT = ("optimizer", "beta2", "step", "tokens_per_update", "fisher_trace")
+_KEPT = ("optimizer", "beta2", "step", "missing_moments", "tokens_per_update", "fisher_trace")
 """What the result takes from the provenance."""
 
 
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     hbm_threshold, cpu_threshold = parse_thresholds(
         args.hbm_threshold, args.cpu_threshold, names=("--hbm-threshold", "--cpu-threshold")
     )
-    check_writable(args.output)
+    _check_output(args.output, "--output", load_hints)
+    if args.json is not None and args.json != STDOUT:
+        _check_output(args.json, "--json", _read_result)
 
     from ..checkpoint.models import quiet_transformers
     from ..signals import hints_from_checkpoint
@@ -47,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             cpu_threshold=cpu_threshold,
             beta2=args.beta2,
             tokens_per_update=args.tokens_per_update,
-            mean_clip_sq=None if args.tokens_per_update is None else args.mean_clip_sq,
+            mean_clip_sq=args.mean_clip_sq,
+            allow_missing=args.allow_missing,
             progress=bar.show,
         )
     for message in dict.fromkeys(str(each.message) for each in caught):
@@ -79,6 +83,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json,
     )
     return 0
+
+
+def _check_output(path: Path, flag: str, read: Callable[[Path], object]) -> None:
+    """Refuse to replace what this verb didn't write: it may be of the very state that is read."""
+    check_writable(path)
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    try:
+        with path.open("rb") as file:
+            if file.read(1) != b"{":
+                raise InputError("no JSON")
+        read(path)
+    except (InputError, KeyError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"output {path} exists and was not written by this command: give another name ({flag})"
+        ) from error
+
+
+def _read_result(path: Path) -> object:
+    return parse_json(path.read_text(encoding="utf-8"))["adam_exp_avg_sq_sum"]
 
 
 class _Bar:
@@ -120,6 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--beta2", type=float, help="decay of the second moment, where the checkpoint has none"
     )
+    what.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="take a state without the moments of some parameters, which were frozen or had no "
+        "gradient",
+    )
     scale = parser.add_argument_group(
         "the signal's scale, if you know it (the order of blocks needs none of it)"
     )
@@ -132,10 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument(
         "--mean-clip-sq",
         type=float,
-        default=1.0,
         metavar="C",
-        help="mean square of the clip coefficient; 1 where gradients were not clipped "
-        "(default: %(default)s)",
+        help="mean square of the clip coefficient, with --tokens-per-update; 1 where gradients "
+        "were not clipped",
     )
     out = parser.add_argument_group("what is written")
     add_tier_flags(out)

@@ -18,10 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
-from .interface import OptimizerFile, SavedMoment, register_format
+from .interface import OptimizerFile, SavedMoment, is_plain_name, register_format
 from .names import match_names
-from .pickles import damaged, load_records, load_torch
-from .states import check_keys, check_moment, describe_kind, read_beta2, read_step, refuse_keys
+from .pickles import load_records, load_torch, reading
+from .states import (
+    check_keys,
+    check_moment,
+    describe_kind,
+    read_beta2,
+    read_step,
+    refuse_keys,
+    shown,
+)
 
 _METADATA = ".metadata"
 _FOLDERS = ("optimizer_0", "optimizer", "model_and_optim")
@@ -38,6 +46,10 @@ _NAMES = (
     ("pathlib._local", "PosixPath"),
 )  # fmt: skip
 """All that a .metadata names, in torch 2.1 to 2.13 and in OLMo-core."""
+_SLACK = 1 << 16
+"""Bytes that torch.save adds to a tensor's own."""
+_MAX_VALUE = 1 << 24
+"""Bytes of a setting; a list of all groups has the parameters' names in it."""
 _STATE = "state."
 _GROUPS = "param_groups."
 _STATE_AT = re.compile(r"(?<![^.])state\.")
@@ -67,7 +79,7 @@ class DistributedCheckpoint(OptimizerFile):
         kept = [key for keys in self._states.values() for key in keys]
         self.kind = describe_kind(self._settings.values(), kept)
 
-    def moments(self, model: nn.Module) -> dict[str, SavedMoment]:
+    def find_moments(self, model: nn.Module) -> dict[str, SavedMoment]:
         """Match the names of the folder with the model's."""
         return match_names(
             model, {name: self._moment(name) for name in self._states}, path=self.path
@@ -138,7 +150,7 @@ class DistributedCheckpoint(OptimizerFile):
             groups = {str(number): dict(group) for number, group in enumerate(whole)}
         settings = {name: each for name, each in groups.items() if name in self._states}
         for each in groups.values():
-            settings |= {str(name): each for name in each.get("params", ())}
+            settings |= {name: each for name in each.get("params", ()) if isinstance(name, str)}
         return settings
 
     def _size(self, name: str) -> torch.Size:
@@ -151,17 +163,23 @@ class DistributedCheckpoint(OptimizerFile):
         """Read something that is stored whole: a setting, or a count."""
         entry, chunks = self._index[name]
         if hasattr(entry, "size"):
+            if self._size(name).numel() != 1:
+                raise InputError(f"{self.path}: {name!r} isn't one number: the folder is damaged")
             return self._tensor(name)
         if len(chunks) != 1:
             raise InputError(f"{self.path}: {name!r} is stored {len(chunks)} times: damaged")
-        return self._load(name, next(iter(chunks.values())))
+        return self._load(name, next(iter(chunks.values())), _MAX_VALUE)
 
     def _tensor(self, name: str) -> Tensor:
-        """Put a tensor together, each of its elements read once."""
+        """Put a tensor together, each of its elements read once. Its size is known to be right."""
         entry, stored = self._index[name]
         size = self._size(name)
-        dtype = _dtype(entry)
-        boxes = _boxes(entry)
+        dtype = entry.properties.state[0]
+        boxes = [(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in entry.chunks]
+        for offset, shape in boxes:
+            ends = zip(offset, shape, size, strict=True)
+            if any(start < 0 or length < 0 or start + length > end for start, length, end in ends):
+                raise InputError(f"{self.path}: a part of {name!r} lies outside of it: damaged")
         if sum(shape.numel() for _, shape in boxes) != size.numel():
             raise self._incomplete(name)
         whole: Tensor | None = None
@@ -169,47 +187,57 @@ class DistributedCheckpoint(OptimizerFile):
             info = stored.get(offset)
             if info is None:
                 raise self._incomplete(name)
-            chunk = self._load(name, info)
-            if not isinstance(chunk, Tensor) or chunk.shape != shape:
-                raise InputError(f"{self.path}: a part of {name!r} isn't {tuple(shape)}: damaged")
+            chunk = self._load(name, info, shape.numel() * dtype.itemsize + _SLACK)
+            if type(chunk) is not Tensor or chunk.shape != shape or chunk.dtype != dtype:
+                raise InputError(
+                    f"{self.path}: a part of {name!r} isn't {tuple(shape)} of {dtype}: damaged"
+                )
             if shape == size:
                 return chunk
             if whole is None:
-                # What overlapping parts would leave out stays NaN, and is refused as not finite.
-                whole = torch.full(size, float("nan"), dtype=dtype or chunk.dtype)
+                whole = check_moment(torch.full(size, torch.nan, dtype=dtype), name, self.path)
             place = whole
             for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
-                if start + length > size[dim]:
-                    raise self._incomplete(name)
                 place = place.narrow(dim, start, length)
+            if not bool(place.isnan().all()):
+                raise InputError(f"{self.path}: parts of {name!r} overlap: the folder is damaged")
             place.copy_(chunk)
         if whole is None:
             raise self._incomplete(name)
         return whole
 
-    def _load(self, name: str, info: Any) -> Any:
+    def _load(self, name: str, info: Any, max_bytes: int) -> Any:
         """Read one stored piece, by its place in a file of this folder."""
         file, offset, length = (
             getattr(info, key, None) for key in ("relative_path", "offset", "length")
         )
         if not (
             isinstance(file, str)
-            and file == Path(file).name
+            and is_plain_name(file)
             and isinstance(offset, int)
             and isinstance(length, int)
             and offset >= 0 < length
         ):
             raise InputError(
-                f"{self.path}: {name!r} would be in {file!r:.80} at {offset!r:.20}, which is no "
-                "place in a file of this folder: refused"
+                f"{self.path}: {name!r} would be in {shown(file)!r} at {shown(offset)}, which is "
+                "no place in a file of this folder: refused"
+            )
+        if length > max_bytes:
+            raise InputError(
+                f"{self.path}: {name!r} would take {length} bytes, and has {max_bytes} at most: "
+                "the folder is damaged"
             )
         if getattr(info, "transform_descriptors", None):
             raise InputError(
-                f"{self.path}: {name!r} is stored through {info.transform_descriptors}: save "
-                "without storage extensions"
+                f"{self.path}: {name!r} is stored compressed or encrypted: save without storage "
+                "extensions"
             )
         path = self.path / file
-        try:
+        with reading(path):
+            if path.resolve().parent != self.path.resolve():
+                raise InputError(
+                    f"{path} is a link to outside of the folder: refused; copy the file itself"
+                )
             if not path.is_file() or path.stat().st_size < offset + length:
                 raise InputError(
                     f"{path} is missing or truncated: {name!r} should be there; copy it again"
@@ -217,41 +245,25 @@ class DistributedCheckpoint(OptimizerFile):
             with path.open("rb") as stream:
                 stream.seek(offset)
                 data = stream.read(length)
-        except OSError as error:
-            raise damaged(path, error) from error
         return load_torch(data, where=f"{path} ({name!r})")
 
     def _incomplete(self, name: str) -> InputError:
         return InputError(f"{self.path} doesn't hold all of {name!r}: copy the whole folder again")
 
 
-Chunks = dict[tuple[int, ...] | None, Any]
+Chunks = dict[torch.Size | None, Any]
 
 
 def _read_index(folder: Path) -> dict[str, tuple[Any, Chunks]]:
     """Return name -> entry of ``state_dict_metadata``, and its stored pieces by offset."""
     metadata = load_records(folder / _METADATA, _NAMES)
-    try:
+    with reading(folder / _METADATA):
         chunks: dict[str, Chunks] = {}
         for index, info in metadata.storage_data.items():
             offset = getattr(index, "offset", None)
-            place = None if offset is None else tuple(offset)
-            chunks.setdefault(index.fqn, {})[place] = info
+            place = None if offset is None else torch.Size(offset)
+            if type(index.fqn) is str:
+                chunks.setdefault(index.fqn, {})[place] = info
         entries: Mapping[str, Any] = metadata.state_dict_metadata
-        return {str(name): (entry, chunks.get(name, {})) for name, entry in entries.items()}
-    except (AttributeError, TypeError) as error:
-        raise damaged(folder / _METADATA, error) from error
-
-
-def _boxes(entry: Any) -> list[tuple[tuple[int, ...], torch.Size]]:
-    """Return offset and shape of each chunk."""
-    try:
-        return [(tuple(chunk.offsets), torch.Size(chunk.sizes)) for chunk in entry.chunks]
-    except (AttributeError, TypeError) as error:
-        raise damaged("a chunk list of .metadata", error) from error
-
-
-def _dtype(entry: Any) -> torch.dtype | None:
-    state = getattr(getattr(entry, "properties", None), "state", None)
-    found = state[0] if isinstance(state, tuple) and state else None
-    return found if isinstance(found, torch.dtype) else None
+        return {name: (entry, chunks.get(name, {})) for name, entry in entries.items()
+                if type(name) is str}  # fmt: skip

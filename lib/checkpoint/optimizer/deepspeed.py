@@ -10,7 +10,7 @@ other. In stage 3 each parameter is cut into one part per rank, ceil(elements / 
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
-from .interface import OptimizerFile, SavedMoment, register_format
+from .interface import OptimizerFile, SavedMoment, is_plain_name, register_format
 from .names import match_names
 from .pickles import load_torch
 from .states import check_keys, check_moment, describe_kind, read_beta2, read_step
@@ -27,7 +27,8 @@ from .states import check_keys, check_moment, describe_kind, read_beta2, read_st
 _SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 PACKAGES = ("deepspeed", "megatron", "argparse", "numpy", "_codecs", "pathlib")
-"""Whose classes stand beside the tensors: enums, loss scalers, arguments, random states."""
+"""Whose classes stand beside the tensors: enums, loss scalers, arguments, random states. Any name
+of theirs is let in as ``Inert``, which is neither imported nor called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,22 @@ class DeepSpeedShards(OptimizerFile):
         folders = [path]
         if (path / "latest").is_file():
             name = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()[:200]
-            folders += [path / name] if name == Path(name).name and name else []
+            if not is_plain_name(name) or not (path / name).is_dir():
+                raise InputError(
+                    f"checkpoint {path}: its file 'latest' names {name!r}, and there is no such "
+                    "folder in it: copy that, or give the folder of a step"
+                )
+            folders.append(path / name)
         else:
-            steps = [each for each in path.glob("global_step*") if any(each.glob("*zero_pp_rank*"))]
-            folders += steps if len(steps) == 1 else []
+            steps = sorted(
+                each for each in path.glob("global_step*") if any(each.glob("*zero_pp_rank*"))
+            )
+            if len(steps) > 1:
+                raise InputError(
+                    f"checkpoint {path} has several steps ({', '.join(s.name for s in steps[:4])}, "
+                    "and no file 'latest'): give the folder of one"
+                )
+            folders += steps
         return next((each for each in folders if any(each.glob("*_optim_states.pt"))), None)
 
     def __init__(self, path: Path, *, beta2: float | None = None) -> None:
@@ -78,15 +91,29 @@ class DeepSpeedShards(OptimizerFile):
         parts = [_base_state(rank, path) for rank in self._ranks]
         self._states = [states for states, _ in parts]
         self._groups = parts[0][1]
-        for states in self._states:
-            if len(states) != len(self._states[0]):
-                raise InputError(f"{path}: the ranks have different groups: copy all files again")
+        made = []
+        for states, groups in parts:
             for number, state in enumerate(states):
                 check_keys(state, f"group {number}", path)
-        keys = [key for state in self._states[0] for key in state]
-        self.kind = describe_kind(self._groups, keys)
+                moment = check_moment(state["exp_avg_sq"], f"group {number}", path)
+                if moment.dim() != 1:
+                    raise InputError(f"{path}: the moment of group {number} isn't flat: damaged")
+            kind = describe_kind(groups, [key for state in states for key in state])
+            made.append((kind, [self._window(n, s, groups) for n, s in enumerate(states)]))
+        if any(each != made[0] for each in made):
+            raise InputError(
+                f"{path}: the ranks differ in groups, steps or settings, so that their files are "
+                "not of one checkpoint: copy all of them again"
+            )
+        if not self._stage3 and len(self._states[0]) != len(self._shapes):
+            raise InputError(
+                f"{path} has {len(self._states[0])} groups of moments and {len(self._shapes)} of "
+                "parameters: the files are not of one checkpoint; copy all of them again"
+            )
+        self._refuse_copies()
+        self.kind = made[0][0]
 
-    def moments(self, model: nn.Module) -> dict[str, SavedMoment]:
+    def find_moments(self, model: nn.Module) -> dict[str, SavedMoment]:
         """Find each parameter's stretches, and match the names with the model's."""
         stretches = dict(self._stage3_stretches() if self._stage3 else self._flat_stretches())
         found = {name: self._moment(name, parts) for name, parts in stretches.items()}
@@ -105,32 +132,58 @@ class DeepSpeedShards(OptimizerFile):
             flat = [self._flat(part).narrow(0, part.start, part.length) for part in parts]
             return torch.cat(flat).view(shape)
 
-        state = self._states[parts[0].rank][parts[0].index]
-        group = self._groups[parts[0].index] if self._groups else {}
-        return SavedMoment(
-            shape=shape,
-            steps=(read_step(state, group, name, self.path),),
-            beta2=read_beta2(group, self._beta2, self.path),
-            read=read,
-        )
+        index = parts[0].index if parts else 0
+        step, beta2 = self._window(index, self._states[0][index], self._groups)
+        return SavedMoment(shape=shape, steps=(step,), beta2=beta2, read=read)
+
+    def _window(
+        self, index: int, state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+    ) -> tuple[int, float]:
+        """Return step and beta2 of a flat vector."""
+        group = groups[index] if groups else {}
+        step = read_step(state, group, f"group {index}", self.path)
+        return step, read_beta2(group, self._beta2, self.path)
+
+    def _refuse_copies(self) -> None:
+        """Raise InputError where two ranks have the same numbers: one's file is the other's.
+
+        A sample tells ranks apart; only those that it doesn't are compared whole. Nothing else in
+        a file says whose it is. Ranks of zeros alone may well be the same.
+        """
+        seen: dict[bytes, int] = {}
+        for rank, states in enumerate(self._states):
+            moments = [state["exp_avg_sq"] for state in states]
+            samples = [flat[:: flat.numel() // 1024 + 1].contiguous() for flat in moments]
+            if not any(bool(sample.any()) for sample in samples):
+                continue
+            key = b"".join(sample.view(torch.uint8).numpy().tobytes() for sample in samples)
+            other = seen.setdefault(key, rank)
+            if other != rank and all(
+                torch.equal(flat, state["exp_avg_sq"])
+                for flat, state in zip(moments, self._states[other], strict=True)
+            ):
+                raise InputError(
+                    f"{self.path}: the files of ranks {other} and {rank} hold the same numbers, so "
+                    "one is a copy of the other: copy all of them again"
+                )
 
     def _flat(self, part: _Stretch) -> Tensor:
-        moment = self._states[part.rank][part.index]["exp_avg_sq"]
-        flat = check_moment(moment, f"group {part.index}", self.path)
+        flat: Tensor = self._states[part.rank][part.index]["exp_avg_sq"]
         if part.start < 0 or part.length < 0 or part.start + part.length > flat.numel():
             raise InputError(
                 f"{self.path}: rank {part.rank} has {flat.numel()} elements of group {part.index}, "
                 f"not {part.start} to {part.start + part.length}: copy its file again"
             )
-        return flat.reshape(-1)
+        return flat
 
     def _flat_stretches(self) -> Iterator[tuple[str, list[_Stretch]]]:
         """Yield the stretches in stages 1 and 2."""
         mappings = [rank.get("param_slice_mappings") for rank in self._ranks]
-        if all(isinstance(each, list | tuple) for each in mappings):
+        if any(each is not None for each in mappings):
             for index, shapes in enumerate(self._shapes):
-                for name in shapes:
-                    yield name, list(self._mapped(mappings, index, name))
+                parts = {name: list(self._mapped(mappings, index, name)) for name in shapes}
+                self._refuse_overlaps(part for each in parts.values() for part in each)
+                yield from parts.items()
             return
         paddings = self._ranks[0].get("param_alignment_paddings")
         for index, shapes in enumerate(self._shapes):
@@ -149,12 +202,23 @@ class DeepSpeedShards(OptimizerFile):
 
     def _mapped(self, mappings: Sequence[Any], index: int, name: str) -> Iterator[_Stretch]:
         for rank, mapping in enumerate(mappings):
-            address = mapping[index].get(name) if index < len(mapping) else None
+            address = mapping[index].get(name)
             if address is not None:
                 start, length = getattr(address, "start", None), getattr(address, "numel", None)
                 if type(start) is not int or type(length) is not int:
                     raise InputError(f"{self.path}: the place of {name!r} is damaged")
                 yield _Stretch(rank, index, start, length)
+
+    def _refuse_overlaps(self, parts: Iterable[_Stretch]) -> None:
+        """Raise InputError where two parts of a rank's vector have elements in common."""
+        ends: dict[int, int] = {}
+        for part in sorted(parts, key=lambda each: each.start):
+            if part.start < ends.get(part.rank, 0):
+                raise InputError(
+                    f"{self.path}: parts of rank {part.rank}'s group {part.index} overlap, so its "
+                    "file is damaged: copy it again"
+                )
+            ends[part.rank] = part.start + part.length
 
     def _stage3_stretches(self) -> Iterator[tuple[str, list[_Stretch]]]:
         """Yield the stretches in stage 3: a parameter's parts are at one place on all ranks."""

@@ -8,7 +8,8 @@ tests/unit/checkpoint/optimizer/test_every_format.py is the suite that each pass
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ...registry import Registry
+from .pickles import reading
 
 _UNREAD: tuple[tuple[str, str], ...] = (
     (r"optim\.safetensors|optim\.pt", "OLMo's first format names its tensors by pickled tuples"),
@@ -89,10 +91,23 @@ class OptimizerFile(ABC):
         """Open what ``find`` returned; ``beta2`` is for files that don't say it."""
 
     @abstractmethod
+    def find_moments(self, model: nn.Module) -> dict[str, SavedMoment]:
+        """Do the work of ``moments``; what it and ``read`` raise is an InputError there."""
+
     def moments(self, model: nn.Module) -> dict[str, SavedMoment]:
         """Return canonical parameter name -> moment, of those that the file has. The model may be
         without memory. Raises InputError where names or shapes are not the model's.
         """
+        with reading(self.path):
+            found = self.find_moments(model)
+        return {
+            name: replace(moment, read=partial(self._read, moment))
+            for name, moment in found.items()
+        }
+
+    def _read(self, moment: SavedMoment) -> Tensor:
+        with reading(self.path):
+            return moment.read()
 
 
 FORMATS: Registry[type[OptimizerFile]] = Registry("optimizer state format")
@@ -116,14 +131,22 @@ def open_optimizer(path: str | Path, *, beta2: float | None = None) -> Optimizer
         raise InputError(f"beta2 {beta2} must be in [0, 1)")
     if not path.exists():
         raise InputError(f"checkpoint {path} does not exist: give a folder, or its optimizer file")
-    found = [(kind, place) for kind in FORMATS.values() if (place := kind.find(path)) is not None]
+    with reading(path):
+        places_of = [(kind, kind.find(path)) for kind in FORMATS.values()]
+    found = [(kind, place) for kind, place in places_of if place is not None]
     if not found:
         raise InputError(_nothing_found(path))
     if len(found) > 1:
         places = " and ".join(f"{place} ({kind.format})" for kind, place in found)
         raise InputError(f"checkpoint {path} has several optimizer states: give one, {places}")
     kind, place = found[0]
-    return kind(place, beta2=beta2)
+    with reading(place):
+        return kind(place, beta2=beta2)
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether a name is one of a file or folder in the folder at hand, and of nowhere else."""
+    return bool(name) and name == Path(name).name and name != ".."
 
 
 def _nothing_found(path: Path) -> str:

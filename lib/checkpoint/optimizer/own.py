@@ -54,7 +54,7 @@ class OwnOptimizerFile(OptimizerFile):
         self._beta2 = read_beta2(group, beta2, path)
         self.kind = OptimizerKind(name="AdamW", amsgrad=False, coupled_weight_decay=False)
 
-    def moments(self, model: nn.Module) -> dict[str, SavedMoment]:
+    def find_moments(self, model: nn.Module) -> dict[str, SavedMoment]:
         """Match the names of the file with the model's."""
         return match_names(model, self.named_moments(), path=self.path)
 

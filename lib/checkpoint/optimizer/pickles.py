@@ -5,13 +5,18 @@ the file is refused. What stands for a name is not the named thing but a class o
 its arguments and does nothing (``Inert``), or a few constructors of torch that do no more. Files of
 torch.save go through torch's own weights_only unpickler, which knows tensors and plain containers;
 names of libraries that need not be installed (DeepSpeed's enums) are admitted as ``Inert``.
+
+What is promised is that nothing runs, and that memory stays within the sizes of the files and of
+the model, some dozens of times the size of a pickle aside. Time isn't: a pickle can be long.
 """
 
 import io
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,10 @@ import torch
 
 from ...errors import InputError
 
+_MAX_PICKLE = 64 << 20
+"""Bytes of a pickle without its tensors; one of a thousand parameters takes some 100 kB."""
+_MAX_INDEX = 1 << 30
+"""Bytes of a file of records."""
 _REAL: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("collections", "OrderedDict"): OrderedDict,
@@ -52,18 +61,21 @@ class Inert:
 def load_torch(source: Path | bytes, *, where: object, inert: Collection[str] = ()) -> Any:
     """Load what torch.save wrote, tensors mapped from the file (from ``bytes``: copied).
 
-    ``inert``: packages whose classes may occur, and are replaced by ``Inert``. Raises InputError
-    for a file that is damaged, and one that names anything else; nothing of it has run then.
+    ``inert``: packages of which any name may occur, replaced by ``Inert``. Raises InputError for a
+    file that is damaged, and one that names anything else; nothing of it has run then.
+
+    torch keeps one list of allowed classes per process. While a file is read the inert names are on
+    it, for other threads' torch.load too; and a class that the process itself has put on it
+    (torch.serialization.add_safe_globals) is built here as it is anywhere.
     """
     if not zipfile.is_zipfile(io.BytesIO(source) if isinstance(source, bytes) else source):
         raise InputError(
             f"{where} is not a whole file of torch.save (truncated, another format, or written by "
             "torch before 1.6): copy it again, or save it again"
         )
-    try:
+    with reading(where):
+        _check_archive(source, where)
         named = torch.serialization.get_unsafe_globals_in_checkpoint(_stream(source))
-    except Exception as error:  # whatever the bytes make the reader do
-        raise damaged(where, error) from error
     foreign = sorted(name for name in named if name.partition(".")[0] not in inert)
     if foreign:
         raise InputError(
@@ -71,29 +83,36 @@ def load_torch(source: Path | bytes, *, where: object, inert: Collection[str] = 
             "container; nothing of it was run. Save state_dict()s alone"
         )
     stands_for: list[Any] = [(type("Inert", (Inert,), {}), name) for name in named]
-    try:
-        with torch.serialization.safe_globals(stands_for):
-            return torch.load(
-                _stream(source),
-                map_location="cpu",
-                mmap=isinstance(source, Path),
-                weights_only=True,
-            )
-    except Exception as error:  # whatever the bytes make the unpickler do
-        raise damaged(where, error) from error
+    with reading(where), torch.serialization.safe_globals(stands_for):
+        return torch.load(
+            _stream(source), map_location="cpu", mmap=isinstance(source, Path), weights_only=True
+        )
 
 
 def load_records(path: Path, names: Collection[tuple[str, str]]) -> Any:
     """Load a plain pickle of records: ``names`` (module, class) become ``Inert``; torch's sizes,
     dtypes and layouts are known. Raises InputError for a damaged file and any other name.
     """
+    with reading(path):
+        if path.stat().st_size > _MAX_INDEX:
+            raise InputError(f"{path} has more than {_MAX_INDEX} bytes: it is no index of torch's")
+        data = path.read_bytes()
+        for opcode, argument, _ in pickletools.genops(data):
+            # The unpickler makes its table as long as the largest index that it is told.
+            if "PUT" in opcode.name and isinstance(argument, int) and argument > len(data):
+                raise InputError(f"{path} is damaged: it counts {argument} objects")
+        return _Records(io.BytesIO(data), path, names).load()
+
+
+@contextmanager
+def reading(where: object) -> Iterator[None]:
+    """Turn whatever a file's content makes its reader raise into the error for a damaged file."""
     try:
-        with path.open("rb") as file:
-            return _Records(file, path, names).load()
+        yield
     except InputError:
         raise
-    except Exception as error:  # whatever the bytes make the unpickler do
-        raise damaged(path, error) from error
+    except Exception as error:
+        raise damaged(where, error) from error
 
 
 def damaged(where: object, error: BaseException) -> InputError:
@@ -116,7 +135,7 @@ class _Records(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = self._known.get((module, name))
         if found is None and module == "torch":
-            dtype = getattr(torch, name, None)
+            dtype = vars(torch).get(name)  # getattr would import torch's lazy modules
             found = dtype if isinstance(dtype, torch.dtype) else None
         if found is None:
             raise InputError(
@@ -130,6 +149,17 @@ class _Records(pickle.Unpickler):
 
 
 _LAYOUT = (("torch.serialization", "_get_layout"),)
+
+
+def _check_archive(source: Path | bytes, where: object) -> None:
+    """Refuse records that unpack to more than the file has, and a pickle of unlikely length."""
+    with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
+        for record in archive.infolist():
+            stored = record.compress_type == zipfile.ZIP_STORED
+            if not stored or record.file_size != record.compress_size:
+                raise InputError(f"{where} has compressed records, as torch.save writes none")
+            if record.filename.endswith(".pkl") and record.file_size > _MAX_PICKLE:
+                raise InputError(f"{where}: its pickle has more than {_MAX_PICKLE} bytes: refused")
 
 
 def _stream(source: Path | bytes) -> Any:

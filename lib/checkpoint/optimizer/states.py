@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import InputError
@@ -15,6 +16,8 @@ FACTORED = (
 ROTATED = "keeps a preconditioner: its second moment lies in a rotated basis"
 QUANTIZED = "keeps its moments quantized in 8 bits or fewer, with an error larger than most of them"
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MAX_STEP = 2**53
 _REFUSED: tuple[tuple[str, frozenset[str], str], ...] = (
     ("Adafactor or CAME", frozenset({"exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var"}),
      FACTORED),
@@ -42,7 +45,7 @@ def refuse_keys(keys: Iterable[str], who: str | None = None) -> None:
 
 def check_keys(keys: Iterable[str], parameter: str, path: object) -> None:
     """Raise InputError unless a parameter's state has Adam's second moment."""
-    keys = set(map(str, keys))
+    keys = {shown(key) for key in keys}
     refuse_keys(keys)
     if "exp_avg_sq" in keys:
         return
@@ -62,28 +65,54 @@ def check_keys(keys: Iterable[str], parameter: str, path: object) -> None:
 
 
 def check_moment(moment: Any, parameter: str, path: object) -> Tensor:
-    """Return a plain floating-point second moment; raises InputError for another thing."""
-    if type(moment) is not Tensor or not moment.is_floating_point() or moment.is_sparse:
-        kind = f"{moment.dtype}" if isinstance(moment, Tensor) else type(moment).__name__
-        raise InputError(
-            f"{path}: exp_avg_sq of {parameter!r} is {type(moment).__name__} of {kind}, not plain "
-            f"floating point: {FIX}"
-        )
-    return moment
+    """Return a plain second moment of 16, 32 or 64 bits; raises InputError for another thing."""
+    if (
+        type(moment) is Tensor
+        and moment.dtype in _DTYPES
+        and moment.layout == torch.strided
+        and moment.device.type == "cpu"
+        and not moment.is_nested
+    ):
+        return moment
+    kind = type(moment).__name__
+    if isinstance(moment, Tensor):
+        kind += f" of {moment.dtype}, {moment.layout}, on {moment.device}"
+    raise InputError(
+        f"{path}: exp_avg_sq of {parameter!r} is {kind}, not plain floating point (fp16, bf16, "
+        f"fp32 or fp64, with its numbers in the file): {FIX}"
+    )
+
+
+def shown(value: object) -> str:
+    """Return a file's value for a message; a container may go on forever, so its type alone."""
+    plain = value is None or type(value) in (str, int, float, bool)
+    return str(value)[:200] if plain else type(value).__name__
+
+
+def _number(value: object) -> float:
+    """Return a number that was saved as one, or as a tensor of one; TypeError for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype is not torch.bool:
+        return float(value)
+    if type(value) not in (int, float):
+        raise TypeError(f"{type(value).__name__} is no number")
+    return float(value)  # type: ignore[arg-type]
 
 
 def read_step(state: Mapping[str, Any], group: Mapping[str, Any], name: str, path: object) -> int:
     """Return how many updates a moment has seen; some libraries count per parameter group."""
     step = state.get("step", group.get("step"))
     try:
-        count = int(step)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        count = _number(step)
+    except (TypeError, RuntimeError, OverflowError) as error:
         raise InputError(
             f"{path} keeps no step for {name!r}, so its moment can't be bias-corrected: {FIX}"
         ) from error
-    if count < 1:
-        raise InputError(f"{path}: the moment of {name!r} is at step {count}: take a step first")
-    return count
+    if not (1 <= count <= _MAX_STEP and count.is_integer()):
+        raise InputError(
+            f"{path}: the moment of {name!r} is at step {count:g}, not a whole number from 1 to "
+            f"2**53: take a step first, or copy the file again"
+        )
+    return int(count)
 
 
 def read_beta2(group: Mapping[str, Any], given: float | None, path: object) -> float:
@@ -94,10 +123,11 @@ def read_beta2(group: Mapping[str, Any], given: float | None, path: object) -> f
     if betas is None:
         raise InputError(f"{path} doesn't say beta2: give it (--beta2)")
     try:
-        beta2 = float(betas[1])
-    except (TypeError, ValueError, IndexError, KeyError) as error:
+        beta2 = _number(betas[1])
+    except (TypeError, RuntimeError, OverflowError, IndexError, KeyError) as error:
         raise InputError(
-            f"{path} has betas {betas!r:.60}: beta2 in [0, 1) is needed for bias correction: {FIX}"
+            f"{path} has a {type(betas).__name__} for betas: two numbers are needed, beta2 in "
+            f"[0, 1) for the bias correction: {FIX}"
         ) from error
     if not 0 <= beta2 < 1:
         raise InputError(f"{path} has beta2 {beta2}: it must be in [0, 1)")
@@ -109,8 +139,9 @@ def read_beta2(group: Mapping[str, Any], given: float | None, path: object) -> f
 def describe_kind(groups: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> OptimizerKind:
     """Say what parameter groups and a state's keys tell of an optimizer. RAdam looks like Adam."""
     groups = list(groups)
-    flags = {group.get("decoupled_weight_decay") for group in groups}
-    decoupled = flags.pop() if len(flags) == 1 else None
+    flags = [group.get("decoupled_weight_decay") for group in groups]
+    told = {flag if type(flag) is bool else None for flag in flags}
+    decoupled = told.pop() if len(told) == 1 else None
     name = "NAdam" if "mu_product" in set(keys) else "Adam" if decoupled is False else "AdamW"
     coupled: bool | None = None
     if decoupled is not None:

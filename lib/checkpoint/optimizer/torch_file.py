@@ -8,6 +8,7 @@ the groups' ``param_names``, or is found by ``parameter_order``. Tensors are map
 so that one at a time is read.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from .interface import OptimizerFile, SavedMoment, register_format
 from .names import check_shapes, match_names
 from .parameter_order import name_parameters
 from .pickles import load_torch
-from .states import check_keys, check_moment, describe_kind, read_beta2, read_step
+from .states import check_keys, check_moment, describe_kind, read_beta2, read_step, shown
 
 _FILES = ("optimizer.pt", "optimizer.bin")
 _SUFFIXES = {".pt", ".bin", ".pth", ".ckpt"}
@@ -45,16 +46,18 @@ class TorchOptimizerFile(OptimizerFile):
         document = load_torch(path, where=path)
         self._state, self._groups = _parts(document, path)
         self._group_of = {key: group for group in self._groups for key in group["params"]}
+        if len(self._group_of) != sum(len(group["params"]) for group in self._groups):
+            raise InputError(f"{path} is damaged: a parameter is in its groups twice")
         self._beta2 = beta2
         for key, state in self._state.items():
             if key not in self._group_of:
-                raise InputError(f"{path}: {key!r} has a state and is in no parameter group")
+                raise InputError(f"{path}: {shown(key)!r} has a state and is in no parameter group")
             if state:
                 check_keys(state, str(key), path)
         keys = [key for state in self._state.values() for key in state]
         self.kind = describe_kind(self._groups, keys)
 
-    def moments(self, model: nn.Module) -> dict[str, SavedMoment]:
+    def find_moments(self, model: nn.Module) -> dict[str, SavedMoment]:
         """Name the moments: by the file's names, or by the model's order."""
         found = {key: self._moment(key, state) for key, state in self._state.items() if state}
         if not found:
@@ -73,12 +76,21 @@ class TorchOptimizerFile(OptimizerFile):
         """Return key -> name where the file has names."""
         if all(isinstance(key, str) for key in self._group_of):
             return {key: str(key) for key in self._group_of}
+        if not any("param_names" in group for group in self._groups):
+            return None
         names: dict[Any, str] = {}
         for group in self._groups:
-            given = group.get("param_names")
+            given = group.get("param_names", ())
             if not isinstance(given, list | tuple) or len(given) != len(group["params"]):
-                return None
-            names.update(zip(group["params"], map(str, given), strict=True))
+                raise InputError(
+                    f"{self.path}: a group of {len(group['params'])} parameters has "
+                    f"{len(given) if isinstance(given, list | tuple) else shown(given)} names "
+                    "(param_names): save the optimizer again, with all its parameters named"
+                )
+            names.update(zip(group["params"], map(shown, given), strict=True))
+        if len(set(names.values())) != len(names):
+            twice = next(name for name, count in Counter(names.values()).items() if count > 1)
+            raise InputError(f"{self.path} has {twice!r} twice in param_names: save it again")
         return names
 
     def _moment(self, key: Any, state: Mapping[str, Any]) -> SavedMoment:
@@ -111,7 +123,7 @@ def _parts(
     except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         sound = False
     if not sound:
-        held = ", ".join(map(str, list(document)[:4])) if isinstance(document, Mapping) else ""
+        held = ", ".join(map(shown, list(document)[:4])) if isinstance(document, Mapping) else ""
         what = "a tensor" if isinstance(document, Tensor) else held or type(document).__name__
         raise InputError(
             f"{path} is no torch optimizer's state_dict (it holds {what}, and no state with "

@@ -51,10 +51,10 @@ class UniversalCheckpoint(OptimizerFile):
                 f"{path}: the parameter groups differ in beta2 ({sorted(self._beta2)}), and the "
                 "folder doesn't say which parameter is in which"
             )
-        self._step = _common_step(document)
+        self._step = _common_step(document, settings)
         self.kind = describe_kind(self._groups, ())
 
-    def moments(self, model: nn.Module) -> dict[str, SavedMoment]:
+    def find_moments(self, model: nn.Module) -> dict[str, SavedMoment]:
         """Match the names of the folders with the model's."""
         files = sorted(self.path.glob("*/exp_avg_sq.pt"))
         shapes = {name: each.shape for name, each in model.named_parameters(remove_duplicate=False)}
@@ -77,13 +77,13 @@ class UniversalCheckpoint(OptimizerFile):
         )
 
 
-def _common_step(document: Any) -> int | None:
+def _common_step(document: Any, path: Path) -> int | None:
     """Return the number of updates that all of stage 3's flat vectors have seen, None otherwise."""
     base = document.get("optimizer_state_dict") if isinstance(document, Mapping) else None
     states = base.get("state") if isinstance(base, Mapping) else None
     if not isinstance(states, Mapping) or not all(isinstance(s, Mapping) for s in states.values()):
         return None
-    steps = {int(state["step"]) for state in states.values() if "step" in state}
+    steps = {read_step(state, {}, "all", path) for state in states.values() if "step" in state}
     return steps.pop() if len(steps) == 1 else None
 
 
