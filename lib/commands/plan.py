@@ -20,6 +20,7 @@ from .flags import (
     add_budget_flag,
     add_planning_flags,
     add_precision_flags,
+    check_epsilon,
     planned_device,
     planned_machine,
     planned_precision,
@@ -29,6 +30,7 @@ from .flags import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, print and emit; returns the exit code."""
     args = _parser().parse_args(argv)
+    check_epsilon(args)
     quiet_transformers(progress=False)
     planned = plan(
         args.model,
