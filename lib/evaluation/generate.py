@@ -194,9 +194,7 @@ def check_sampling(
         if value is not None and not temperature:
             raise InputError(f"{spell(name)} has no effect at {warmth} 0: give one above 0, too")
     if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(
-            f"{spell('top_p')} {top_p} must be above 0 and at most 1: give such as 0.9"
-        )
+        raise InputError(f"{spell('top_p')} {top_p} must be above 0 and at most 1, such as 0.9")
     if top_k is not None and top_k < 1:
         raise InputError(f"{spell('top_k')} {top_k} must be at least 1: give such as 40")
 
