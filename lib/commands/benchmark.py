@@ -24,6 +24,7 @@ from .flags import (
     add_hints_flag,
     add_model_flag,
     add_precision_flags,
+    check_epsilon,
     parse_device,
     planned_precision,
 )
@@ -68,6 +69,8 @@ def run_benchmark(args: argparse.Namespace, choose_length: Callable[[Any], int])
     from ..text.parts import vocabulary_size
     from ..tiering.planning.budget import read_budget
 
+    _check_numbers(args)
+    check_epsilon(args)
     settings = BenchmarkSettings(
         mode=args.mode,
         budget=None if args.budget is None else read_budget(args.budget),
@@ -115,6 +118,19 @@ def run_benchmark(args: argparse.Namespace, choose_length: Callable[[Any], int])
         "tokens_source": text.source,
         **benchmark(model, text.tokens, hints, settings, device=device, progress=progress),
     }
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for flag, value, least in (
+        ("--batch-size", args.batch_size, 1),
+        ("--num-iterations", args.num_iterations, 1),
+        ("--warmup", args.warmup, 0),
+        ("--canary", args.canary, 1),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"{flag} {value} is too small: give {least} or more")
+    if args.canary is not None and args.epsilon is None:
+        raise InputError("--canary has no effect without --epsilon: give both, or neither")
 
 
 def _read_hints(path: Path) -> Hints:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.models import load_model, quiet_transformers
-from ..errors import InputError
 from ..evaluation.calibrate import DRAWS, LENGTH, CalibratedModel, Probe
 from ..evaluation.calibration import calibrate_on_parts, check_hints
 from ..evaluation.oracle import check_additivity, rank_signals
@@ -33,7 +32,13 @@ from ..precision.sensitivity import find_violations
 from ..precision.tolerance import LARGEST_TRUSTED_FACTOR
 from ..text.parts import vocabulary_size
 from .cli import Parser, add_json_flag, emit
-from .flags import add_device_flag, add_hints_flag, add_model_flag, parse_device
+from .flags import (
+    add_device_flag,
+    add_hints_flag,
+    add_model_flag,
+    parse_device,
+    whole_number,
+)
 from .text_flags import add_text_flags, read_parts
 
 Fields = dict[str, Any]
@@ -42,7 +47,6 @@ Fields = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate the hints; returns the exit code."""
     args = _parser().parse_args(argv)
-    _check_numbers(args)
     output = args.output or args.tier_hints
     check_writable(output)
     device = parse_device(args.device)
@@ -211,12 +215,6 @@ def _guarantee(quality: Fields) -> str:
     )
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    for flag, least in (("draws", 8), ("seed", 0)):
-        if getattr(args, flag) < least:
-            raise InputError(f"--{flag} {getattr(args, flag)} must be at least {least}")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("Predict each block's KL per precision, calibrate it, write it to the hints.")
     default = "(default: %(default)s)"
@@ -225,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     add_hints_flag(what, required=True)
     what.add_argument(
         "--draws",
-        type=int,
+        type=whole_number(8),
         default=DRAWS,
         metavar="N",
         help=f"gradients with sampled labels; the directional error is sqrt(2/N) {default}",

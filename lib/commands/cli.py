@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,10 @@ from ..errors import InputError, PlacementError
 from ..files import check_writable, write_json
 
 STDOUT = Path("-")
+_REPLACED = {
+    code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
+}
+"""What ``printable`` replaces: C0, DEL and C1."""
 EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted. Where stdout is no terminal, "
     "the last line is the result as JSON."
@@ -32,15 +36,56 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, epilog=f"{epilog} {EPILOG}".strip())
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong and exit with 2."""
-        self.exit(2, f"error: {message} ({self.prog} --help)\n")
+        """Raise InputError, which ``run_main`` prints."""
+        raise InputError(f"{message} ({self.prog} --help)")
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse, and check the ``output_file`` flags: each is writable and a file of its own, which
+        no other flag names. Raises InputError.
+        """
+        parsed = super().parse_args(args, namespace)
+        named = {
+            "/".join(action.option_strings) or action.dest: (action, getattr(parsed, action.dest))
+            for action in self._actions
+            if isinstance(getattr(parsed, action.dest, None), Path)
+        }
+        check_outputs(
+            {flag: path for flag, (action, path) in named.items() if action.type is output_file},
+            beside={flag: path for flag, (_, path) in named.items()},
+        )
+        return parsed
+
+
+def output_file(name: str) -> Path:
+    """Read a flag that names a file to write: its ``type``, by which ``Parser`` knows it."""
+    return Path(name)
+
+
+def check_outputs(
+    outputs: Mapping[str, Path | None], *, beside: Mapping[str, Path | None] | None = None
+) -> None:
+    """Refuse, before the work starts, an output file that can't be written, and one that another
+    flag names too, among the outputs and ``beside`` them: one would replace the other.
+
+    Both are flag -> path; raises InputError.
+    """
+    every = {**outputs, **(beside or {})}
+    for flag, path in outputs.items():
+        if path is None or path == STDOUT:
+            continue
+        check_writable(path)
+        for other, file in every.items():
+            if other != flag and file is not None and file.resolve() == path.resolve():
+                raise InputError(f"{flag} {path} is the file of {other}, too: give another")
 
 
 def add_json_flag(parser: argparse._ActionsContainer) -> None:
     """Add ``--json``."""
     parser.add_argument(
         "--json",
-        type=_json_file,
+        type=output_file,
         metavar="FILE",
         help="write the result as JSON to a file, or with - to stdout, instead of the table",
     )
@@ -60,8 +105,18 @@ def emit_json(document: Any, path: Path | None = None) -> None:
         print(json.dumps(document, allow_nan=False), flush=True)
 
 
+def printable(text: str) -> str:
+    """Return a text as a terminal may show it: control characters, which would move its cursor or
+    change its settings, are replaced. Line ends and tabs stay.
+    """
+    return text.translate(_REPLACED)
+
+
 def run_main(main: Callable[[], int | None]) -> int:
     """Run a command's main and turn the errors a user can act on into one line and an exit code."""
+    if sys.stdout is None:  # closed by whoever started this: print would lose the result silently
+        print("failed: stdout is closed, and the result goes there: open it", file=sys.stderr)
+        return 1
     try:
         return main() or 0
     except InputError as error:
@@ -81,16 +136,6 @@ def run_main(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _json_file(name: str) -> Path:
-    path = Path(name)
-    try:
-        if path != STDOUT:
-            check_writable(path)
-    except InputError as error:  # argparse would hide its text
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return path
 
 
 def _one_line(error: BaseException) -> str:

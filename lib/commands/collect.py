@@ -11,17 +11,15 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import check_writable
 from ..hints import save_hints
 from ..progress import progress_bar
 from ..text.files import find_text_files, make_sequences, read_chunks
 from ..units import parse_thresholds
-from .cli import Parser, add_json_flag, emit
-from .flags import add_device_flag, add_model_flag, parse_device
+from .cli import Parser, add_json_flag, emit, output_file
+from .flags import add_device_flag, add_model_flag, add_seed_flag, parse_device, whole_number
 from .tier_table import add_tier_flags, summarize_tiers, tier_table
 
 SAMPLES, LENGTH = 32, 256
@@ -38,13 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     hbm_threshold, cpu_threshold = parse_thresholds(
         args.hbm_threshold, args.cpu_threshold, names=("--hbm-threshold", "--cpu-threshold")
     )
-    for flag in ("samples", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed {args.seed} is out of range: give 0 to {2**63 - 1}")
-    for path in (args.output, args.save_diagonal):
-        check_writable(path)
     files = find_text_files(args.data)
 
     import torch
@@ -143,11 +134,15 @@ def _parser() -> argparse.ArgumentParser:
         "--data", required=True, help="UTF-8 text or JSON Lines: a file, a folder or a glob"
     )
     what.add_argument(
-        "--samples", type=int, default=SAMPLES, metavar="N", help=f"sequences of text {default}"
+        "--samples",
+        type=whole_number(1),
+        default=SAMPLES,
+        metavar="N",
+        help=f"sequences of text {default}",
     )
     what.add_argument(
         "--sequence-length",
-        type=int,
+        type=whole_number(2),
         metavar="TOKENS",
         help=f"tokens per sequence (default: the model's context, at most {LENGTH})",
     )
@@ -159,14 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--batch-size",
-        type=int,
+        type=whole_number(1),
         default=1,
         metavar="N",
         help=f"sequences per backward pass; fewer are slower and, per text, more exact {default}",
     )
-    what.add_argument(
-        "--seed", type=int, default=0, help=f"of the choice of text and of the labels {default}"
-    )
+    add_seed_flag(what, of="the choice of text and of the labels")
     how = parser.add_argument_group("how it is computed")
     add_device_flag(how)
     how.add_argument(
@@ -179,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     add_tier_flags(out)
     out.add_argument(
         "--save-diagonal",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="also write the Fisher diagonal, per weight, as safetensors in float32",
     )

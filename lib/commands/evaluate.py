@@ -19,7 +19,6 @@ from ..checkpoint.models import load_model, quiet_transformers
 from ..errors import InputError
 from ..evaluation.evaluate import LEAST_SEQUENCES, evaluate
 from ..hints import load_hints
-from ..precision.floors import parse_epsilon
 from ..signals.summary import dtype_names
 from ..text.held_out import load_tokenizer
 from ..tiering.planning.budget import read_budget
@@ -30,8 +29,10 @@ from .flags import (
     add_hints_flag,
     add_model_flag,
     add_precision_flags,
+    check_epsilon,
     parse_device,
     planned_precision,
+    whole_number,
 )
 from .text_flags import add_text_flags, read_held_out
 
@@ -103,7 +104,7 @@ def run_tasks(model: Any, args: argparse.Namespace) -> Fields:
         limit=args.limit,
         task_manager=manager,
         random_seed=args.seed,
-        numpy_random_seed=args.seed,
+        numpy_random_seed=args.seed % 2**32,  # the largest that it takes
         torch_random_seed=args.seed,
         fewshot_random_seed=args.seed,
         verbosity="ERROR",
@@ -139,12 +140,9 @@ def _table(document: Mapping[str, Any]) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, least in (("samples", LEAST_SEQUENCES), ("limit", 1), ("seed", 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise InputError(f"--{flag} {value} must be at least {least}")
-    if args.epsilon is not None:
-        parse_epsilon(args.epsilon)
+    if args.samples < LEAST_SEQUENCES:
+        raise InputError(f"--samples {args.samples} must be at least {LEAST_SEQUENCES}")
+    check_epsilon(args)
     if args.tier_hints is None and args.budget is None:
         raise InputError("nothing says where weights go: give --tier-hints, or --budget HBM=,SSD=")
     if args.tasks and importlib.util.find_spec(HARNESS) is None:
@@ -167,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add_argument(
         "--task-folder", type=Path, metavar="DIR", help="a folder with more task definitions (YAML)"
     )
-    tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task, at most")
+    tasks.add_argument(
+        "--limit", type=whole_number(1), metavar="N", help="documents of each task, at most"
+    )
     add_json_flag(parser)
     return parser

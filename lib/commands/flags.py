@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,37 @@ if TYPE_CHECKING:
 
 Flags = argparse._ActionsContainer
 """A parser or a group of it."""
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the ``type`` of a flag that takes whole numbers from ``least`` to ``most``."""
+    allowed = f"{least} or more" if most is None else f"{least} to {most}"
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,40}", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number: give {allowed}")
+        number = int(text)
+        if number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give {allowed}")
+        return number
+
+    return parse
+
+
+def flag_name(setting: str) -> str:
+    """Return the flag of a setting: what errors are to call ``top_p`` on a command line."""
+    return f"--{setting.replace('_', '-')}"
+
+
+def add_seed_flag(flags: Flags, *, of: str) -> None:
+    """Add ``--seed``; ``of``: what it is the seed of."""
+    flags.add_argument(
+        "--seed",
+        type=whole_number(0, 2**63 - 1),
+        default=0,
+        metavar="N",
+        help=f"of {of} (default: %(default)s)",
+    )
 
 
 def parse_device(name: str) -> "torch.device":
@@ -48,6 +80,20 @@ def planned_precision(name: str | None) -> Precision | None:
     if name is None:
         return None
     return Precision.FP32 if name == "lossless" else Precision(name)
+
+
+def check_epsilon(args: argparse.Namespace) -> None:
+    """Raise InputError for an ``--epsilon`` that is no bound, or has no hints to predict by."""
+    from ..precision.floors import parse_epsilon
+
+    if args.epsilon is None:
+        return
+    parse_epsilon(args.epsilon, name="--epsilon")
+    if args.tier_hints is None:
+        raise InputError(
+            "--epsilon needs --tier-hints, which predict what precision costs: give those that "
+            "tierhints calibrate wrote"
+        )
 
 
 def note_unmeasured(machine: MachineProfile) -> None:

@@ -10,14 +10,13 @@ Each point attaches the model, decodes, and compares it with the full model on h
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ..files import check_writable
 from ..hints import load_hints
+from ..report.drawing import need_matplotlib
 from ..report.frontier import frontier_table, plot_frontier
 from ..units import format_bytes, parse_bytes
-from .cli import Parser, add_json_flag, emit
+from .cli import Parser, add_json_flag, emit, output_file
 from .flags import add_device_flag, add_hints_flag, add_model_flag, parse_device
 from .text_flags import add_text_flags, read_held_out
 
@@ -25,7 +24,8 @@ from .text_flags import add_text_flags, read_held_out
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and draw; returns the exit code."""
     args = _parser().parse_args(argv)
-    check_writable(args.plot)
+    if args.plot is not None:
+        need_matplotlib()
     budgets = [parse_bytes(size) for size in args.budgets.split(",")] if args.budgets else None
     hints = None if args.tier_hints is None else load_hints(args.tier_hints)
 
@@ -74,6 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_text_flags(parser, samples=64, use="")
     output = parser.add_argument_group("output")
-    output.add_argument("--plot", type=Path, metavar="FILE", help="PNG to draw")
+    output.add_argument("--plot", type=output_file, metavar="FILE", help="PNG to draw")
     add_json_flag(output)
     return parser

@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..precision.floors import parse_epsilon
-from ..tiering.planning.budget import read_budget
-from .cli import STDOUT, Parser, add_json_flag, emit
+from ..hints import Hints, load_hints
+from ..precision.floors import read_trust
+from ..tiering.planning.budget import parse_budget, read_budget
+from .cli import STDOUT, Parser, add_json_flag, emit, printable
 from .flags import (
     add_budget_flag,
     add_device_flag,
     add_hints_flag,
     add_model_flag,
     add_precision_flags,
+    add_seed_flag,
+    check_epsilon,
+    flag_name,
     parse_device,
     planned_precision,
 )
@@ -37,10 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Load, generate, print and emit; returns the exit code."""
     args = _parser().parse_args(argv)
     prompt = _read_prompt(args.prompt)
-    budget = read_budget(args.budget)
-    if args.epsilon is not None:
-        parse_epsilon(args.epsilon)
+    if args.system is not None and not args.chat:
+        raise InputError("--system has no effect without --chat: give both, or neither")
+    if args.spill_dir is not None and args.spill_dir.exists() and not args.spill_dir.is_dir():
+        raise InputError(f"--spill-dir {args.spill_dir} is no folder: give a folder on a disk")
+    hints = _read_hints(args)
     device = parse_device(args.device)
+    budget = parse_budget(read_budget(args.budget), device, "real")
 
     from ..checkpoint.hub import checkpoint_folder
     from ..checkpoint.load import load
@@ -58,20 +65,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..tiering import attach
 
     check_sampling(
-        args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        spell=flag_name,
     )
     folder = checkpoint_folder(args.model)
     if sys.stderr.isatty():
         print(f"loading {args.model}", file=sys.stderr)
     out = sys.stderr if args.json == STDOUT else sys.stdout
     quiet_transformers(progress=sys.stderr.isatty())
+    shown = printable if out.isatty() else str
     start = time.perf_counter()
     model = load(folder)
     tokenizer = load_tokenizer(str(folder))
     ids = encode_prompt(tokenizer, prompt, chat=args.chat, system=args.system)
     with attach(
         model,
-        args.tier_hints,
+        hints,
         budget=budget,
         weights=folder,
         spill_dir=args.spill_dir,
@@ -91,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 top_p=args.top_p,
                 top_k=args.top_k,
                 seed=args.seed,
-                on_text=lambda text: print(text, end="", file=out, flush=True),
+                on_text=lambda text: print(shown(text), end="", file=out, flush=True),
             )
         except GenerationInterrupted as interruption:
             generation = interruption.generation
@@ -120,11 +132,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read_prompt(given: str) -> str:
-    prompt = sys.stdin.read() if given == "-" else given
+    where = "stdin" if given == "-" else "--prompt"
+    try:
+        prompt = given
+        if given == "-":
+            prompt = "" if sys.stdin is None else sys.stdin.read()  # None: it was closed
+        prompt.encode()  # what isn't UTF-8 may also come as surrogates
+    except UnicodeError as error:
+        raise InputError(
+            f"the prompt of {where} is not UTF-8 text ({error}): convert it"
+        ) from error
     if not prompt.strip():
-        where = "stdin" if given == "-" else "--prompt"
         raise InputError(f"the prompt of {where} is empty: give some text")
     return prompt
+
+
+def _read_hints(args: argparse.Namespace) -> Hints | None:
+    """Load the hints, and see that they can answer for an ``--epsilon``."""
+    check_epsilon(args)
+    hints = None if args.tier_hints is None else load_hints(args.tier_hints)
+    if hints is not None and args.epsilon is not None:
+        read_trust(hints.quality)
+    return hints
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,13 +193,13 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="T",
-        help="0: the most likely token each time, so that a command gives the same text again, "
-        f"whatever the model's own setting; above: sample {default}",
+        help="0: the most likely token each time, after what the model's generation_config.json "
+        f"sets but sampling, so that a command gives the same text again; above: sample {default}",
     )
     text.add_argument(
         "--top-p", type=float, metavar="P", help="sample from the likeliest so much of probability"
     )
     text.add_argument("--top-k", type=int, metavar="K", help="sample from the likeliest K tokens")
-    text.add_argument("--seed", type=int, default=0, metavar="N", help=f"of sampling {default}")
+    add_seed_flag(text, of="sampling")
     add_json_flag(parser)
     return parser

@@ -21,6 +21,7 @@ from .flags import (
     add_budget_flag,
     add_planning_flags,
     add_precision_flags,
+    check_epsilon,
     note_unmeasured,
     planned_device,
     planned_precision,
@@ -30,6 +31,7 @@ from .flags import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, print and emit; returns the exit code."""
     args = _parser().parse_args(argv)
+    check_epsilon(args)
     quiet_transformers(progress=False)
     machine = choose_machine(args.machine)
     planned = plan(

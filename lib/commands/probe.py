@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..files import check_writable
 from ..machine import (
     MACHINE_VARIABLE,
     MachineProfile,
@@ -32,7 +31,8 @@ from ..tiering.stores import (
     total_memory,
 )
 from ..units import GB, GIB, MIB, format_bytes, format_seconds, parse_bytes
-from .cli import Parser, add_json_flag, emit
+from .cli import Parser, add_json_flag, check_outputs, emit, output_file
+from .flags import whole_number
 
 _QUICK_BYTES = 128 * MIB
 _QUICK_LARGEST = 16 * MIB
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(
             f"{MACHINE_VARIABLE} is empty, so no machine file is read: unset it, or give --output"
         )
-    check_writable(output)
+    check_outputs({"--output": output, "--json": args.json})
     sizes = [size for size in UNIT_SIZES if not args.quick or size <= _QUICK_LARGEST]
     file_bytes = _choose_file_bytes(args.size, args.quick, max(sizes))
     repeats = args.repeats or (3 if args.quick else 15)
@@ -138,17 +138,11 @@ def _choose_file_bytes(size: str | None, quick: bool, largest: int) -> int:
     return file_bytes
 
 
-def _repeats(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of rounds, 1 or more")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="machine file to write (default: where every plan looks for it, $TIERHINTS_MACHINE or "
         "tierhints/machine.json in the user's cache folder)",
@@ -166,13 +160,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--repeats",
-        type=_repeats,
+        type=whole_number(1),
         metavar="N",
         help="rounds that are timed (default: 15, or 3 with --quick)",
     )
     parser.add_argument(
         "--numa-node",
-        type=int,
+        type=whole_number(0),
         metavar="N",
         help="NUMA node to measure as the CXL tier (default: the first one without CPUs, if any)",
     )

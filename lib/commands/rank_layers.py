@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
-from ..files import check_writable, write_json
+from ..files import write_json
 from ..vocabulary import Precision
-from .cli import Parser, add_json_flag, emit
+from .cli import Parser, add_json_flag, emit, output_file
 from .flags import add_device_flag, add_model_flag, parse_device
 from .text_flags import add_text_flags, read_held_out
 
@@ -31,9 +30,6 @@ BATCH = 8
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the arguments, measure, write the ranking and print the result."""
     args = _parser().parse_args(argv)
-    if args.samples < 1:
-        raise InputError(f"--samples {args.samples} must be at least 1")
-    check_writable(args.output)
 
     import torch
 
@@ -111,7 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     add_device_flag(parser)
     add_text_flags(parser, samples=32, use="")
     parser.add_argument(
-        "--output", type=Path, default=Path("layer_ranking.json"), metavar="FILE", help=default
+        "--output",
+        type=output_file,
+        default=Path("layer_ranking.json"),
+        metavar="FILE",
+        help=f"the ranking {default}",
     )
     add_json_flag(parser)
     return parser

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import check_writable, write_text
+from ..files import write_text
 from ..report.benchmark_plots import plot_latency, plot_memory
 from ..report.frontier import plot_frontier
 from ..report.page import render_page
 from ..report.plots import attention_traces, plot_attention, plot_importance, plot_loss, plot_tiers
 from ..report.run import Missing, Run, load_run
-from .cli import Parser, add_json_flag, emit
+from .cli import Parser, add_json_flag, check_outputs, emit, output_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     output = args.output or args.run / "report.html"
     run = load_run(args.run)
-    check_writable(output)
+    check_outputs({"--output": output, "--json": args.json})
     pictures = draw_pictures(run)
     write_text(render_page(run, pictures), output)
     for missing in run.missing:
@@ -78,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser("Write a run's report.html: one page with plots, facts and benchmark.")
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run: runs/<name>")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="page to write (default: RUN_DIR/report.html)"
+        "--output",
+        type=output_file,
+        metavar="FILE",
+        help="page to write (default: RUN_DIR/report.html)",
     )
     add_json_flag(parser)
     return parser

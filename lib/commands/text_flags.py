@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .flags import add_seed_flag, whole_number
 
 if TYPE_CHECKING:
     from ..text.held_out import HeldOutText
@@ -27,20 +28,18 @@ def add_text_flags(
     )
     text.add_argument(
         "--samples",
-        type=int,
+        type=whole_number(1),
         default=samples,
         metavar="N",
         help=f"sequences, at most{use} {default}",
     )
     text.add_argument(
         "--sequence-length",
-        type=int,
+        type=whole_number(2),
         metavar="TOKENS",
         help=f"tokens per sequence (default: the model's context, at most {length})",
     )
-    text.add_argument(
-        "--seed", type=int, default=0, help=f"of the choice of text and all else random {default}"
-    )
+    add_seed_flag(text, of="the choice of text and all else random")
 
 
 def read_held_out(args: argparse.Namespace, model: Any) -> "HeldOutText":

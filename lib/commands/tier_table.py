@@ -6,6 +6,7 @@ from pathlib import Path
 from ..hints import Hints
 from ..units import format_bytes
 from ..vocabulary import Tier
+from .cli import output_file
 from .flags import Flags
 
 
@@ -14,7 +15,7 @@ def add_tier_flags(out: Flags) -> None:
     default = "(default: %(default)s)"
     out.add_argument(
         "--output",
-        type=Path,
+        type=output_file,
         default=Path("tier_hints.json"),
         metavar="FILE",
         help=f"the hints {default}",

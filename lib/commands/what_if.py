@@ -11,19 +11,18 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint.models import quiet_transformers
 from ..errors import InputError
-from ..files import check_writable
 from ..machine import MachineProfile, TierSpec, choose_machine, machine_to_json
 from ..progress import show_progress
+from ..report.drawing import need_matplotlib
 from ..report.what_if_plots import plot_what_if
 from ..tiering import Planned, plan
 from ..units import format_bytes, parse_bytes
 from ..vocabulary import Precision, Tier
-from .cli import Parser, add_json_flag, emit
+from .cli import Parser, add_json_flag, emit, output_file
 from .flags import add_planning_flags, note_unmeasured, planned_device, planned_precision
 
 LINK_TIERS = [tier for tier in Tier if tier is not Tier.HBM]
@@ -33,7 +32,8 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep, print and plot; returns the exit code."""
     args = _parser().parse_args(argv)
-    check_writable(args.plot)
+    if args.plot is not None:
+        need_matplotlib()
     bandwidths = read_bandwidths(args.bandwidth)
     machine = choose_machine(args.machine)
     tier = Tier(args.tier)
@@ -151,13 +151,18 @@ def read_bandwidths(text: str) -> list[float]:
 
 
 def read_budgets(text: str, total: int) -> list[tuple[str, int]]:
-    """Read ``25%,700MiB``: shares of ``total`` or sizes, with their bytes; raises InputError."""
+    """Read ``25%,700MiB``: shares of ``total`` or sizes, with their bytes, each more than 0; raises
+    InputError.
+    """
     budgets = []
     for entry in map(str.strip, text.split(",")):
-        if match := _PERCENT.fullmatch(entry):
-            budgets.append((entry, int(total * float(match[1]) / 100)))
-        else:
-            budgets.append((entry, parse_bytes(entry)))
+        share = _PERCENT.fullmatch(entry)
+        size = int(total * float(share[1]) / 100) if share else parse_bytes(entry)
+        if not size:
+            raise InputError(
+                f"--budgets {entry!r} is no memory at all: give more than 0, such as 25% or 700MiB"
+            )
+        budgets.append((entry, size))
     return sorted(dict(budgets).items(), key=lambda budget: budget[1])
 
 
@@ -218,6 +223,6 @@ def _parser() -> argparse.ArgumentParser:
         help="setup time of a transfer (default: the machine file's)",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--plot", type=Path, metavar="FILE", help="PNG to draw")
+    output.add_argument("--plot", type=output_file, metavar="FILE", help="PNG to draw")
     add_json_flag(output)
     return parser

@@ -81,8 +81,8 @@ def encode_prompt(
         return torch.as_tensor(ids)
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(
-            "the tokenizer has no chat template, so the model wasn't made for chats: leave chat "
-            "out, or add its chat_template.jinja to the model's folder"
+            "the tokenizer has no chat template, so the model wasn't made for chats: give the "
+            "prompt as plain text to continue, or add chat_template.jinja to the model's folder"
         )
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
@@ -116,11 +116,13 @@ def generate(
 ) -> Generation:
     """Continue a prompt: text, or token ids (1, tokens) such as ``encode_prompt`` returns.
 
-    The model's generation_config says what ends the text and what sampling is limited to; beams are
-    not searched. ``temperature`` 0 takes the most likely token at each step, so that the same
-    command gives the same text, whatever the model's own setting; above 0 it samples, from
-    ``seed``, without changing torch's generators. ``on_text`` is called with each piece of text as
-    soon as its characters are complete. ``runtime`` (of ``attach``) has the bytes moved per token.
+    The model's generation_config says what ends the text and what sampling is limited to, and may
+    change which token is the most likely: repetition_penalty, no_repeat_ngram_size, suppressed and
+    forced tokens act as it sets them. Beams are not searched. ``temperature`` 0 then takes the most
+    likely token at each step, so that the same command gives the same text, even where the model's
+    own setting is to sample; above 0 it samples, from ``seed``, without changing torch's
+    generators. ``on_text`` is called with each piece of text as soon as its characters are
+    complete. ``runtime`` (of ``attach``) has the bytes moved per token.
 
     Raises InputError for a setting out of range and a prompt longer than the model's context, and
     GenerationInterrupted for Ctrl-C: the runtime may be used again, or detached.
@@ -172,20 +174,29 @@ def generation_figures(runtime: Runtime, generation: Generation) -> dict[str, An
 
 
 def check_sampling(
-    max_new_tokens: int, *, temperature: float, top_p: float | None, top_k: int | None
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    spell: Callable[[str], str] = str,
 ) -> None:
-    """Raise InputError for a setting of ``generate`` that is out of range or has no effect."""
+    """Raise InputError for a setting of ``generate`` that is out of range or has no effect;
+    ``spell`` turns a setting's name into what errors call it.
+    """
     if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens {max_new_tokens} is too small: give 1 or more")
+        name = spell("max_new_tokens")
+        raise InputError(f"{name} {max_new_tokens} is too small: give 1 or more")
+    warmth = spell("temperature")
     if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature {temperature} must be a number from 0 up: 0 is greedy")
+        raise InputError(f"{warmth} {temperature} must be a number from 0 up: 0 is greedy")
     for name, value in (("top_p", top_p), ("top_k", top_k)):
         if value is not None and not temperature:
-            raise InputError(f"{name} has no effect at temperature 0: give a temperature, too")
+            raise InputError(f"{spell(name)} has no effect at {warmth} 0: give one above 0, too")
     if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p {top_p} must be above 0 and at most 1: give such as 0.9")
+        raise InputError(f"{spell('top_p')} {top_p} must be above 0 and at most 1, such as 0.9")
     if top_k is not None and top_k < 1:
-        raise InputError(f"top_k {top_k} must be at least 1: give such as 40")
+        raise InputError(f"{spell('top_k')} {top_k} must be at least 1: give such as 40")
 
 
 class _Stream:

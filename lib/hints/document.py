@@ -28,8 +28,8 @@ def load_hints(path: str | Path) -> Hints:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InputError(
-            f"hints file {path} does not exist: train with TIERING_GENERATE_JSON=y, or make it "
-            "with tierhints collect"
+            f"hints file {path} does not exist: make it with tierhints collect, or tierhints "
+            "from-checkpoint"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"hints file {path} can't be read: {error}") from error

@@ -106,8 +106,11 @@ class Ledger:
         return _bound(self.curves[block], precision, self.factor)
 
 
-def parse_epsilon(value: float | str) -> float:
-    """Read a quality bound: nats per token (``0.02``), or a perplexity ratio (``"ppl=1.02"``)."""
+def parse_epsilon(value: float | str, *, name: str = "epsilon") -> float:
+    """Read a quality bound: nats per token (``0.02``), or a perplexity ratio (``"ppl=1.02"``).
+
+    ``name`` is what the error calls it; raises InputError.
+    """
     text = str(value).strip()
     kind, equals, number = text.rpartition("=")
     try:
@@ -118,7 +121,7 @@ def parse_epsilon(value: float | str) -> float:
     epsilon = math.log(parsed) if is_ratio and parsed > 0 else parsed
     if (equals and not is_ratio) or not 0 < epsilon <= LARGEST_EPSILON:
         raise InputError(
-            f"epsilon {text!r} is not a quality bound: give nats per token above 0 and at most "
+            f"{name} {text!r} is not a quality bound: give nats per token above 0 and at most "
             f"{LARGEST_EPSILON:g} (0.02), or the factor by which perplexity may grow (ppl=1.02)"
         )
     return epsilon

@@ -9,7 +9,8 @@ from ..units import format_bytes, format_seconds
 def closing_line(document: Mapping[str, Any]) -> str:
     """Return speed, memory, bytes moved and the bound of what ``tierhints generate`` wrote."""
     first, rate = document["first_token_seconds"], document["tokens_per_second"]
-    speed = f"{document['new_tokens']} tokens"
+    count = document["new_tokens"]
+    speed = f"{count} token{'' if count == 1 else 's'}"
     if document["interrupted"]:
         speed = f"interrupted after {speed}"
     if rate is not None:

@@ -8,6 +8,7 @@ import base64
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ CAPTIONS = {
         "a block that came for its use and left again.",
     ),
 }
+_BENCHMARK_SETTINGS = (
+    *("model", "checkpoint", "tier_hints", "budget", "precision", "epsilon", "mode", "canary"),
+    *("batch_size", "num_iterations", "warmup", "device", "dtype"),
+)
+"""What the command of a benchmark has of its document, under flags of the same names."""
 _Facts = Mapping[str, Any]
 
 
@@ -257,24 +263,16 @@ def _commands(run: Run) -> str:
     if run.config:
         commands.append(["python", "-m", "gpt2.train", "--config", str(folder / ".config")])
     for document in run.benchmarks:
-        command = ["python", "scripts/benchmark_tiered_inference.py"]
+        length = document["seq_length"]
         flags = {
-            "--model": document["model"],
-            "--checkpoint": document["checkpoint"],
-            "--tier-hints": document["tier_hints"],
-            "--mode": document["mode"],
-            "--batch-size": document["batch_size"],
-            "--seq-length": document["seq_length"],
-            "--num-iterations": document["num_iterations"],
-            "--warmup": document["warmup"],
-            "--device": document["device"],
-            "--dtype": document["dtype"],
+            **{f"--{name.replace('_', '-')}": document.get(name) for name in _BENCHMARK_SETTINGS},
             "--spec": document["spec_file"],
+            "--sequence-length": length,
+            "--samples": document["perplexity_tokens"] // (length - 1),
+            "--json": folder / f"benchmark_{document['mode']}.json",
         }
-        for flag, value in flags.items():
-            command += [] if value is None else [flag, str(value)]
-        output = folder / f"benchmark_{document['mode']}.json"
-        commands.append([*command, "--baseline", "--json", str(output)])
+        words = [[flag, str(value)] for flag, value in flags.items() if value is not None]
+        commands.append(["tierhints", "benchmark", *chain.from_iterable(words)])
     commands.append(["tierhints", "report", str(folder)])
     lines = "\n".join(escape(shlex.join(command)) for command in commands)
     return f"<p>From the root of the repository:</p><pre>{lines}</pre>"

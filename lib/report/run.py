@@ -53,10 +53,10 @@ class Run:
 
 def load_run(directory: Path) -> Run:
     """Read a run's folder; only a folder without any part of a run is an InputError."""
+    fix = "give the folder of a run, runs/<name>"
     if not directory.is_dir():
-        raise InputError(
-            f"run folder {str(directory)!r} does not exist: give runs/<name>, which make writes"
-        )
+        problem = "is not a folder" if directory.exists() else "does not exist"
+        raise InputError(f"run folder {str(directory)!r} {problem}: {fix}")
     run = Run(directory=directory)
     train = f"python -m gpt2.train --config {directory / '.config'}"
     checkpoint = directory / "checkpoint"
@@ -78,7 +78,7 @@ def load_run(directory: Path) -> Run:
         try:
             run.hints = load_hints(hints_path)
         except InputError as error:
-            command = f"{train}  # with TIERING_GENERATE_JSON=y"
+            command = f"{train}  # with CONFIG_TIERING_GENERATE_JSON=y"
             run.missing.append(Missing(part="tier hints", problem=str(error), command=command))
     for mode in MODES:
         path = directory / f"benchmark_{mode}.json"
@@ -88,8 +88,8 @@ def load_run(directory: Path) -> Run:
             run.benchmarks.append(_read_benchmark(path))
         except InputError as error:
             command = (
-                f"python scripts/benchmark_tiered_inference.py --model {checkpoint} "
-                f"--tier-hints {hints_path} --mode {mode} --baseline --json {path}"
+                f"tierhints benchmark --model {checkpoint} --tier-hints {hints_path} "
+                f"--mode {mode} --json {path}"
             )
             part = f"benchmark, {mode}"
             run.missing.append(Missing(part=part, problem=str(error), command=command))
@@ -103,9 +103,7 @@ def load_run(directory: Path) -> Run:
             )
             run.missing.append(Missing(part="frontier", problem=str(error), command=command))
     if not (run.config or run.metrics or run.model or run.hints or run.benchmarks):
-        raise InputError(
-            f"folder {str(directory)!r} holds no part of a run: give runs/<name>, which make writes"
-        )
+        raise InputError(f"folder {str(directory)!r} holds no part of a run: {fix}")
     return run
 
 

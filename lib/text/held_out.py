@@ -46,7 +46,7 @@ def load_heldout(model: str, *, vocab_size: int, length: int) -> HeldOutText:
     if not per_row or not len(tokens):
         raise InputError(
             f"held-out text ({source}) has rows of {tokens.shape[1]} tokens: "
-            f"--seq-length {length} must not be longer"
+            f"the sequence length {length} must not be longer"
         )
     low, high = int(tokens.min()), int(tokens.max())
     if not 0 <= low <= high < vocab_size:
@@ -92,7 +92,7 @@ def load_tokenizer(model: str) -> Any:
         usable, reason = False, " ".join(str(error).split())[:200]
     if not usable:
         raise InputError(
-            f"--model {model!r} has no usable tokenizer ({reason}): add its tokenizer files"
+            f"model {model!r} has no usable tokenizer ({reason}): add its tokenizer files"
         )
     return tokenizer
 
@@ -107,7 +107,7 @@ def sequence_length(config: Any, asked: int | None, *, longest: int = LONGEST) -
         return min(longest, context or longest)
     if asked < 2 or (context is not None and asked > context):
         raise InputError(
-            f"--sequence-length {asked} must be from 2 to the model's context of {context} tokens"
+            f"the sequence length {asked} must be from 2 to the model's context of {context} tokens"
         )
     return asked
 

@@ -25,7 +25,7 @@ def main() -> None:
         importlib.import_module(slow)
     for job in jobs:
         folder = Path(job["folder"])
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         read, write = pty.openpty() if job["terminal"] else os.pipe()
         child = os.fork()
         if not child:

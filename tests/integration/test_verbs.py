@@ -36,23 +36,60 @@ ARGUMENTS: dict[str, str] = {
     "rank-layers": "--model {model} --data {text} --samples 4 --output {out}/layers.json",
     "report": "{run} --output {out}/report.html",
 }
-BAD: dict[str, str] = {
-    "collect": "--samples 0",
-    "calibrate": "--draws 1",
-    "from-checkpoint": "--hbm-threshold 2",
-    "generate": "--temperature -1",
-    "doctor": "--speed",
-    "plan": "--budget HBM=many",
-    "what-if": "--bandwidth fast",
-    "evaluate": "--epsilon -1",
-    "benchmark": "--canary 1",
-    "frontier": "--budgets some",
-    "export": "--to nowhere",
-    "probe": "--repeats none",
-    "rank-layers": "--samples 0",
-    "report": "--output {out}",
+BAD: dict[str, dict[str, str]] = {
+    "collect": {
+        "--samples 0": "--samples: 0",
+        "--seed -1": "--seed: -1",
+        "--json {out}/h.json": "--json",
+        "--save-diagonal {out}/h.json": "--save-diagonal",
+    },
+    "calibrate": {
+        "--draws 1": "--draws: 1",
+        "--seed 99999999999999999999999": "--seed: 9",
+        "--json {out}/h.json": "--output",
+        "--json {hints}": "--tier-hints",
+    },
+    "from-checkpoint": {"--hbm-threshold 2": "--hbm-threshold", "--json {out}/h.json": "--json"},
+    "generate": {
+        "--temperature -1": "--temperature -1.0",
+        "--max-new-tokens 0": "--max-new-tokens 0",
+        "--top-p 0.9": "--top-p has no effect at --temperature 0",
+        "--temperature 1 --seed 99999999999999999999999": "--seed",
+        "--system hi": "--system",
+        "--chat": "no chat template",
+        "--epsilon 0.02": "--tier-hints",
+        "--budget SSD=": "budget SSD= has no HBM",
+        "--budget HBM=1B": "HBM",
+        "--budget HBM= --spill-dir {text}": "--spill-dir",
+    },
+    "doctor": {"--speed": "--speed"},
+    "plan": {"--budget HBM=many": "'many'", "--epsilon 0.02": "--tier-hints"},
+    "what-if": {
+        "--bandwidth fast": "--bandwidth 'fast'",
+        "--budgets 0%": "--budgets '0%'",
+        "--json x.png --plot x.png": "--plot",
+    },
+    "evaluate": {"--epsilon -1": "--epsilon '-1'", "--samples 1": "--samples 1"},
+    "benchmark": {
+        "--canary 1": "--canary",
+        "--num-iterations 0": "--num-iterations 0",
+        "--epsilon 0": "--epsilon '0'",
+    },
+    "frontier": {
+        "--budgets some": "'some'",
+        "--json x.png --plot x.png": "--plot",
+        "--seed -1": "--seed: -1",
+    },
+    "export": {"--to nowhere": "--to"},
+    "probe": {"--repeats none": "--repeats", "--json {out}/machine.json": "--json"},
+    "rank-layers": {
+        "--samples 0": "--samples: 0",
+        "--seed 99999999999999999999999": "--seed",
+        "--json {out}/layers.json": "--json",
+    },
+    "report": {"--output {out}": "is a folder", "--json {out}/report.html": "--json"},
 }
-"""What is added to the arguments."""
+"""What is added to the arguments -> what the error names."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +114,7 @@ def save_optimizer(model_folder: Path, folder: Path) -> None:
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
-KINDS = ("help", "bad value", "bad output", "pipe", "terminal", "json -", "writing", "early")
+KINDS = ("help", "bad output", "pipe", "terminal", "json -", "writing", "early")
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +122,8 @@ def results(folder: Path) -> Path:
     """Run every verb in every way; a folder of each, with stdout, stderr, code and outputs."""
     jobs = []
     for verb in VERBS:
-        for kind in KINDS:
-            own = folder / "results" / verb / kind
+        for kind in (*KINDS, *BAD[verb]):
+            own = folder_of(folder / "results", verb, kind)
             names = {
                 "model": folder / "model",
                 "hints": folder / "model" / "tier_hints.json",
@@ -98,11 +135,13 @@ def results(folder: Path) -> Path:
             words = [verb, *(word.format(**names) for word in ARGUMENTS[verb].split())]
             more = {
                 "help": ["--help"],
-                "bad value": [word.format(**names) for word in BAD[verb].split()],
                 "bad output": ["--json", str(folder)],
                 "json -": ["--json", "-"],
                 "writing": ["--json", str(own / "out" / "document.json")],
             }
+            if kind in BAD[verb]:
+                (own / "out").mkdir(parents=True)
+            more |= {bad: [word.format(**names) for word in bad.split()] for bad in BAD[verb]}
             jobs.append(
                 {
                     "words": [*words, *more.get(kind, [])],
@@ -120,9 +159,14 @@ def results(folder: Path) -> Path:
     return folder / "results"
 
 
+def folder_of(results: Path, verb: str, kind: str) -> Path:
+    """Where a verb was run in one way, or with a bad value."""
+    return results / verb / kind.replace("/", "|")
+
+
 def read(results: Path, verb: str, kind: str) -> tuple[int, str, str]:
     """Return exit code, stdout and stderr; Ctrl-C's own echo and a terminal's line ends apart."""
-    folder = results / verb / kind
+    folder = folder_of(results, verb, kind)
     out, err = ((folder / name).read_text() for name in ("stdout", "stderr"))
     return int((folder / "code").read_text()), out.replace("\r\n", "\n"), err
 
@@ -134,13 +178,15 @@ class TestEveryVerb:
         assert (code, err) == (0, "") and out.startswith(f"usage: tierhints {verb}")
         assert "--json" in out and "130" in out
 
-    @pytest.mark.parametrize("kind", ["bad value", "bad output"])
-    def test_a_bad_value_is_one_line_and_exit_code_2(
-        self, verb: str, kind: str, results: Path
+    def test_a_bad_value_is_one_line_that_names_it_and_exit_code_2(
+        self, verb: str, results: Path
     ) -> None:
-        code, out, err = read(results, verb, kind)
-        assert code == 2 and out == ""
-        assert err.startswith("error: ") and err.count("\n") == 1, err
+        for bad, named in {"bad output": "", **BAD[verb]}.items():
+            code, out, err = read(results, verb, bad)
+            assert code == 2 and out == "", (bad, err)
+            assert err.startswith("error: ") and err.count("\n") == 1 and named in err, (bad, err)
+            written = folder_of(results, verb, bad) / "out"
+            assert not [path for path in written.rglob("*") if path.is_file()]
 
     def test_in_a_pipe_the_last_line_is_the_document(self, verb: str, results: Path) -> None:
         code, out, err = read(results, verb, "pipe")

@@ -104,8 +104,8 @@ def parse_budget(budget: Budget, device: torch.device, mode: str) -> dict[Tier, 
             parsed[Tier.HBM] = limit
     if Tier.HBM not in parsed:
         raise InputError(
-            f"budget {dict(budget)!r} has no HBM, the memory of the compute device: give one, such "
-            'as {"HBM": "700MiB", "SSD": None}'
+            f"budget {_write_budget(budget)} has no HBM, the memory of the compute device: add its "
+            "size, such as HBM=700MiB"
         )
     return parsed
 
@@ -131,6 +131,11 @@ def check_names_tiers(budget: Any) -> None:
         raise InputError(
             f'budget {budget!r} names no tiers: give sizes by tier, such as {{"HBM": "700MiB"}}'
         )
+
+
+def _write_budget(budget: Budget) -> str:
+    """Return what ``read_budget`` reads."""
+    return ",".join(f"{tier}={'' if size is None else size}" for tier, size in budget.items())
 
 
 def read_budget(text: str) -> dict[str, str | None]:

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from lib.commands.benchmark import _parser as benchmark_parser
 from lib.commands.report import draw_pictures, main
 from lib.errors import InputError
 from lib.report.page import render_page, summarize
@@ -64,7 +66,8 @@ def test_page_of_a_complete_run(sample_run: Path) -> None:
         "latency, charged by emulated tiers",
         "bit-identical",
         "transformer.h.0.attn",
-        "scripts/benchmark_tiered_inference.py --model runs/sample/checkpoint",
+        "tierhints benchmark --model runs/sample/checkpoint",
+        "--sequence-length 128 --samples 64",
         "2.13.0+cpu",
     ):
         assert phrase in text, phrase
@@ -89,7 +92,8 @@ def test_a_missing_part_is_named_with_its_command(sample_run: Path, lost: str, p
     run = load_run(sample_run)
     text = check(render_page(run, {}))
     assert part in {missing.part for missing in run.missing}
-    assert "Missing from this report" in text and lost in text and "python " in text
+    assert "Missing from this report" in text and lost in text
+    assert "python " in text or "tierhints benchmark --model" in text
 
 
 @pytest.mark.parametrize("broken", ["config.json", "tier_hints.json", "benchmark_real.json"])
@@ -155,9 +159,40 @@ def test_command_writes_page_pictures_and_json(
         assert (sample_run / f"{name}.png").is_file()
 
 
-@pytest.mark.parametrize("folder", ["absent", "empty"])
-def test_folder_without_a_run_is_refused(tmp_path: Path, folder: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "problem"),
+    [
+        ("absent", "does not exist"),
+        ("empty", "holds no part of a run"),
+        ("file", "is not a folder"),
+    ],
+)
+def test_folder_without_a_run_is_refused(tmp_path: Path, folder: str, problem: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="runs/<name>"):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=f"{problem}: give the folder of a run, runs/<name>"):
         main([str(tmp_path / folder)])
     assert not (tmp_path / folder / "report.html").exists()
+
+
+def test_the_command_of_a_benchmark_is_one_that_tierhints_takes(sample_run: Path) -> None:
+    document = json.loads((sample_run / "benchmark_real.json").read_text())
+    document |= {"budget": "HBM=1MiB,SSD=", "epsilon": "0.02", "canary": 5, "spec_file": "s.json"}
+    (sample_run / "benchmark_real.json").write_text(json.dumps(document))
+    text = check(render_page(load_run(sample_run), {}))
+    (command,) = re.findall(r"tierhints benchmark (.*--mode real.*)", text)
+    args = benchmark_parser().parse_args(shlex.split(command))
+    assert (args.budget, args.epsilon, args.canary) == ("HBM=1MiB,SSD=", "0.02", 5)
+    assert (args.samples, args.sequence_length, args.batch_size) == (64, 128, 4)
+    assert (str(args.spec), args.dtype, args.num_iterations) == ("s.json", "float32", 20)
+
+
+def test_without_matplotlib_the_page_is_written_and_says_so(
+    sample_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lib.extras.importlib.util.find_spec", lambda name: None)
+    assert main([str(sample_run)]) == 0
+    said = check((sample_run / "report.html").read_text())
+    assert "picture of loss: this needs matplotlib: pip install 'tierhints[report]'" in said
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["pictures"] == {} and len(document["missing"]) == 6
