@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -151,18 +152,13 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 def test_nothing_is_imported_by_a_name_in_a_file(tmp_path: Path) -> None:
     """torch imports some of its modules where they are asked for."""
-    import sys
-
     path = tmp_path / ".metadata"
-    path.write_bytes(b"\x80\x02ctorch\n_inductor\n.")
-    with pytest.raises(InputError, match=r"damaged|names"):  # modules of unpickling are there now
-        load_records(path, [])
+    before = set(sys.modules)
     for name in ("_inductor", "onnx", "_export"):
         path.write_bytes(f"ctorch\n{name}\n.".encode())
-        before = set(sys.modules)
         with pytest.raises(InputError, match=f"names torch.{name}"):
             load_records(path, [])
-        assert set(sys.modules) == before
+    assert set(sys.modules) == before
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,6 @@ def test_damaged_groups_are_refused_soon(group: dict[str, Any], tmp_path: Path) 
 def test_names_must_be_those_of_the_parameters(tmp_path: Path) -> None:
     model, optimizer = train("gpt2")
     path = save_named(tmp_path, model, optimizer)
-    whole = torch.load(path)
 
     def spoil(change: Any) -> None:
         document = torch.load(path)
@@ -225,7 +224,6 @@ def test_names_must_be_those_of_the_parameters(tmp_path: Path) -> None:
         spoil(change)
         with pytest.raises(InputError, match=message):
             open_optimizer(tmp_path / "other.pt").moments(model)
-    assert whole.keys() == torch.load(path).keys()
 
 
 def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
