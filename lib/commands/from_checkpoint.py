@@ -8,6 +8,7 @@ and what is refused: docs/from_checkpoint.md.
 """
 
 import argparse
+import importlib
 import sys
 import time
 import warnings
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..checkpoint.models import quiet_transformers
     from ..signals import hints_from_checkpoint
 
+    importlib.import_module("transformers.modeling_utils")  # seconds that are not the reading's
     quiet_transformers(progress=False)
     begin = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught, _Bar() as bar:

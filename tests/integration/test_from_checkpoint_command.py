@@ -67,6 +67,32 @@ def test_a_trainers_checkpoint_gives_the_hints_of_its_callback(
             assert block.signals[signal] == other.signals[signal]
 
 
+def test_a_file_that_is_read_is_not_written_over(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, config = run / "optimizer.pt", run / "config.json"
+    link = tmp_path / "link.json"
+    link.symlink_to(state)
+    before = state.read_bytes(), config.read_bytes()
+    hints = tmp_path / "tier_hints.json"
+    for flags in (
+        ["--output", str(state)],
+        ["--output", str(config)],
+        ["--output", str(link)],
+        ["--output", str(hints), "--json", str(state)],
+        ["--output", str(hints), "--json", str(config)],
+    ):
+        assert main(["from-checkpoint", str(run), *flags]) == 2
+        written = capsys.readouterr()
+        assert "exists and was not written by this command: give another name" in written.err
+        assert (state.read_bytes(), config.read_bytes()) == before and not hints.exists()
+    result = tmp_path / "result.json"
+    for _ in range(2):  # its own files are written anew
+        flags = ["--output", str(hints), "--json", str(result)]
+        assert main(["from-checkpoint", str(run), *flags]) == 0
+        assert json.loads(result.read_text())["missing_moments"] == 0
+
+
 class Attack:
     def __init__(self, target: Path) -> None:
         self.target = target

@@ -177,8 +177,10 @@ class DistributedCheckpoint(OptimizerFile):
         dtype = entry.properties.state[0]
         boxes = [(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in entry.chunks]
         for offset, shape in boxes:
-            ends = zip(offset, shape, size, strict=True)
-            if any(start < 0 or length < 0 or start + length > end for start, length, end in ends):
+            ends = zip(offset, shape, size, strict=False)
+            if not len(offset) == len(shape) == len(size) or any(
+                start < 0 or length < 0 or start + length > end for start, length, end in ends
+            ):
                 raise InputError(f"{self.path}: a part of {name!r} lies outside of it: damaged")
         if sum(shape.numel() for _, shape in boxes) != size.numel():
             raise self._incomplete(name)

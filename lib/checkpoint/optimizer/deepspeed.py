@@ -96,7 +96,7 @@ class DeepSpeedShards(OptimizerFile):
             for number, state in enumerate(states):
                 check_keys(state, f"group {number}", path)
                 moment = check_moment(state["exp_avg_sq"], f"group {number}", path)
-                if moment.dim() != 1:
+                if moment.dim() != 1 or not moment.is_contiguous():
                     raise InputError(f"{path}: the moment of group {number} isn't flat: damaged")
             kind = describe_kind(groups, [key for state in states for key in state])
             made.append((kind, [self._window(n, s, groups) for n, s in enumerate(states)]))

@@ -1,6 +1,7 @@
 """Hints from optimizer states on disk are those of the live optimizer."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,48 @@ def test_frozen_parameters_have_no_signal(tmp_path: Path) -> None:
     groups = [{"params": list(document), "betas": (0.9, 0.95)}]
     torch.save({"state": document, "param_groups": groups}, tmp_path / "optimizer.bin")
     model.save_pretrained(tmp_path)
-    hints = hints_from_checkpoint(tmp_path)
+    with pytest.raises(
+        InputError, match=r"no moment of 2 of 28 parameters \(transformer.wte.weigh"
+    ):
+        hints_from_checkpoint(tmp_path)
+    given = hints_from_checkpoint(tmp_path, model)
+    assert given.blocks["transformer.wte"].reason.startswith("frozen")
+    assert given.provenance["missing_moments"] == 0
+    with pytest.warns(UserWarning) as caught:
+        hints = hints_from_checkpoint(tmp_path, allow_missing=True)
+    told = "\n".join(str(each.message) for each in caught)
+    assert "no moment of 2 of 28 parameters (transformer.wte.weight, ...)" in told
+    assert "order is right" not in told
+    assert hints.provenance["missing_moments"] == 2
     embedding, norm = hints.blocks["transformer.wte"], hints.blocks["transformer.h.0.ln_1"]
     assert embedding.importance is None
     assert embedding.reason.startswith("without a moment in the checkpoint: frozen, or")
     assert norm.importance is not None
     assert norm.reason.startswith("mean over the 16 trained of 32 weights")
+
+
+def test_a_checkpoint_without_some_moments_is_refused(tmp_path: Path) -> None:
+    model, optimizer = train()
+    universal = WRITERS["DeepSpeed universal"](tmp_path, model, optimizer)
+    shutil.rmtree(universal / "zero" / "transformer.wpe.weight")
+    with pytest.raises(InputError, match=r"no moment of 1 of 28 parameters \(transformer.wpe.weig"):
+        hints_from_checkpoint(universal, model)
+    document = optimizer.state_dict()
+    document["state"] = {number: document["state"][number] for number in range(3)}
+    torch.save(document, tmp_path / "optimizer.pt")
+    with pytest.raises(InputError, match="no moment of 25 of 28 parameters .*--allow-missing"):
+        hints_from_checkpoint(tmp_path / "optimizer.pt", model)
+
+
+def test_a_clip_coefficient_needs_the_tokens(tmp_path: Path) -> None:
+    model, optimizer = train()
+    path = save_trainer(tmp_path, model, optimizer)
+    with pytest.raises(InputError, match="mean_clip_sq 0.5 says nothing without the tokens"):
+        hints_from_checkpoint(path, model, mean_clip_sq=0.5)
+    with pytest.warns(UserWarning, match="doesn't say how gradients were clipped"):
+        hints = hints_from_checkpoint(path, model, tokens_per_update=48)
+    assert hints.provenance["fisher_trace"].startswith("left out: mean squared clip")
+    assert not any("fisher_trace" in hint.signals for hint in hints.blocks.values())
 
 
 @pytest.mark.parametrize(

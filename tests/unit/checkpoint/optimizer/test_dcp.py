@@ -79,7 +79,7 @@ MOMENT = "optimizer.state.transformer.wte.weight.exp_avg_sq"
 @pytest.mark.parametrize(
     "fields",
     [{"relative_path": "../secret"}, {"relative_path": "/etc/passwd"}, {"offset": -1},
-     {"offset": "0"}, {"length": 0}],
+     {"offset": "0"}, {"length": 0}, {"relative_path": ".."}],
     ids=str,
 )  # fmt: skip
 def test_a_part_outside_of_the_folder_is_refused(folder: Path, fields: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def test_missing_and_short_files_are_refused(folder: Path) -> None:
 def test_storage_extensions_are_refused(folder: Path) -> None:
     change(folder, MOMENT, transform_descriptors=["stream.zstd"])
     moment = open_optimizer(folder).moments(tiny_gpt2())["transformer.wte.weight"]
-    with pytest.raises(InputError, match="stream.zstd"):
+    with pytest.raises(InputError, match="is stored compressed or encrypted"):
         moment.read()
 
 
@@ -147,6 +147,75 @@ def test_chunks_of_several_files_are_put_together(folder: Path) -> None:
     path.write_bytes(pickle.dumps(metadata))
     found = open_optimizer(folder).moments(tiny_gpt2())["transformer.wte.weight"]
     assert torch.equal(found.read(), whole)
+
+
+def test_a_link_to_outside_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    torch.save(torch.ones(40, 16), tmp_path / "outside")
+    (folder / "__l.distcp").symlink_to(tmp_path / "outside")
+    length = (tmp_path / "outside").stat().st_size
+    change(folder, MOMENT, relative_path="__l.distcp", offset=0, length=length)
+    moment = open_optimizer(folder).moments(tiny_gpt2())["transformer.wte.weight"]
+    with pytest.raises(InputError, match="is a link to outside of the folder"):
+        moment.read()
+
+
+HALF = torch.ones(20, 16)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "parts", "message"),
+    [
+        ([(0, 0), (10, 0)], [HALF, HALF], "overlap"),
+        ([(-20, 0), (20, 0)], [HALF, HALF], "lies outside"),
+        ([(0, 0), (30, 0)], [HALF, HALF], "lies outside"),
+        ([(0,), (20, 0)], [torch.ones(320), HALF], "lies outside"),
+        ([(0,), (20, 0)], [HALF, HALF], "lies outside"),
+        ([(0, 0, 0), (20, 0)], [HALF[..., None], HALF], "lies outside"),
+        ([(0, 0), (20, 0)], [HALF, HALF.to(torch.int8)], "isn't .* of torch.float32"),
+        ([(0, 0), (20, 0)], [HALF, HALF.to("meta")], "damaged"),
+    ],
+    ids=["overlap", "before", "behind", "few", "short", "many", "int8", "meta"],
+)
+def test_parts_that_do_not_fit_are_refused(
+    folder: Path, offsets: list[Any], parts: list[Any], message: str
+) -> None:
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    entry, stored = metadata.state_dict_metadata[MOMENT], metadata.storage_data
+    index, info = next(item for item in stored.items() if item[0].fqn == MOMENT)
+    chunk = type(entry.chunks[0])
+    entry.chunks = [
+        chunk(offsets=torch.Size(at), sizes=part.shape)
+        for at, part in zip(offsets, parts, strict=True)
+    ]
+    for number, (at, part) in enumerate(zip(offsets, parts, strict=True)):
+        name = f"__{number}_9.distcp"
+        torch.save(part, folder / name)
+        place = type(info)(relative_path=name, offset=0, length=(folder / name).stat().st_size)
+        stored[type(index)(MOMENT, torch.Size(at), number)] = place
+    path.write_bytes(pickle.dumps(metadata))
+    moment = open_optimizer(folder).moments(tiny_gpt2())["transformer.wte.weight"]
+    with pytest.raises(InputError, match=message):
+        moment.read()
+
+
+def test_sizes_are_known_before_memory_is_taken(folder: Path) -> None:
+    """A count of 2**42 elements, and a part of 2**40 bytes in a file with holes."""
+    with (folder / "__s.distcp").open("wb") as file:
+        file.truncate(1 << 40)
+    whole = (folder / ".metadata").read_bytes()
+    change(folder, MOMENT, relative_path="__s.distcp", length=1 << 40)
+    moment = open_optimizer(folder).moments(tiny_gpt2())["transformer.wte.weight"]
+    with pytest.raises(InputError, match=f"would take {1 << 40} bytes"):
+        moment.read()
+    metadata = pickle.loads(whole)
+    metadata.state_dict_metadata[MOMENT.replace("exp_avg_sq", "step")].size = torch.Size((1 << 42,))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError, match="isn't one number"):
+        open_optimizer(folder).moments(tiny_gpt2())
+    (folder / ".metadata").write_bytes(b"\x80\x02]r\xff\xff\xff\x0f.")
+    with pytest.raises(InputError, match="damaged: it counts"):
+        open_optimizer(folder)
 
 
 def test_a_damaged_index_is_refused(folder: Path) -> None:

@@ -40,9 +40,13 @@ def test_a_checkpoint_may_be_named_in_several_ways(folder: Path) -> None:
         assert all(torch.equal(found[name].corrected(), expected[name]) for name in expected)
     (folder / "latest").unlink()
     assert open_optimizer(folder).path == step
-    (folder / "latest").write_text("../../elsewhere")
-    with pytest.raises(InputError, match="no optimizer state"):
+    shutil.copytree(step, folder / "global_step4")
+    with pytest.raises(InputError, match=r"several steps \(global_step3, global_step4, and no"):
         open_optimizer(folder)
+    for name in ("../../elsewhere", "..", "global_step9"):
+        (folder / "latest").write_text(name)
+        with pytest.raises(InputError, match=f"'latest' names '{name}', and there is no such"):
+            open_optimizer(folder)
 
 
 def test_every_rank_is_needed(folder: Path) -> None:
@@ -93,6 +97,60 @@ def test_shards_of_another_run_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="copy"):
         for moment in open_optimizer(folder).moments(tiny_gpt2()).values():
             moment.read()
+
+
+def base_of(state: dict[str, Any]) -> dict[str, Any]:
+    base: dict[str, Any] = state.get("optimizer_state_dict") or state["base_optimizer_state"]
+    return base
+
+
+def test_ranks_of_several_checkpoints_are_refused(folder: Path, tmp_path: Path) -> None:
+    def later(state: dict[str, Any]) -> None:
+        base_of(state)["state"][0]["step"] = torch.tensor(99.0)
+
+    def slower(state: dict[str, Any]) -> None:
+        base_of(state)["param_groups"][1]["betas"] = (0.9, 0.99)
+
+    for number, other in enumerate((later, slower)):
+        copy = shutil.copytree(folder, tmp_path / str(number))
+        edit(copy, 1, other)
+        with pytest.raises(InputError, match="the ranks differ in groups, steps or settings"):
+            open_optimizer(copy)
+    step = folder / "global_step3"
+    shutil.copy(step / SHARD.format(1), step / SHARD.format(0))
+    with pytest.raises(InputError, match="files of ranks 0 and 1 hold the same numbers"):
+        open_optimizer(folder)
+
+
+def test_parts_that_overlap_are_refused(tmp_path: Path) -> None:
+    model, optimizer = train()
+    save_zero(tmp_path, model, optimizer, stage=2, world=3)
+
+    def begin_at_once(state: dict[str, Any]) -> None:
+        for mapping in state["param_slice_mappings"]:
+            for address in mapping.values():
+                address.start = 0
+
+    edit(tmp_path, 1, begin_at_once)
+    with pytest.raises(InputError, match="parts of rank 1's group 0 overlap"):
+        open_optimizer(tmp_path).moments(model)
+
+
+@pytest.mark.parametrize("damage", ["moment", "state", "groups"])
+def test_what_is_no_state_is_refused(folder: Path, damage: str) -> None:
+    def spoil(state: dict[str, Any]) -> None:
+        base = base_of(state)
+        if damage == "moment":
+            base["state"][0]["exp_avg_sq"] = 5
+        elif damage == "state":
+            base["state"][0] = 5
+        else:
+            base["param_groups"] = base["param_groups"][:1]
+
+    for rank in range(3):
+        edit(folder, rank, spoil)
+    with pytest.raises(InputError, match="exp_avg_sq of 'group 0' is int|damaged|copy all"):
+        open_optimizer(folder).moments(tiny_gpt2())
 
 
 def test_an_optimizer_without_a_second_moment_is_refused(folder: Path) -> None:

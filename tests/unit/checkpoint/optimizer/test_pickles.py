@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from saved_states import WRITERS, deepspeed_classes, train
 
 from lib.checkpoint.optimizer import open_optimizer
+from lib.checkpoint.optimizer.deepspeed import PACKAGES
 from lib.checkpoint.optimizer.pickles import Inert, load_records, load_torch
 from lib.errors import InputError
 from lib.signals import hints_from_checkpoint
@@ -148,8 +150,46 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
         load_torch(path, where=path)
 
 
+def test_nothing_is_imported_by_a_name_in_a_file(tmp_path: Path) -> None:
+    """torch imports some of its modules where they are asked for."""
+    path = tmp_path / ".metadata"
+    before = set(sys.modules)
+    for name in ("_inductor", "onnx", "_export"):
+        path.write_bytes(f"ctorch\n{name}\n.".encode())
+        with pytest.raises(InputError, match=f"names torch.{name}"):
+            load_records(path, [])
+    assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["numpy lib.os.system", "argparse _os.system", "pathlib os.system"]
+)
+def test_a_name_that_is_reached_through_an_inert_package_is_inert(
+    name: str, tmp_path: Path
+) -> None:
+    module, _, function = name.partition(" ")
+    ran, path = tmp_path / "ran", tmp_path / "state.pt"
+    command = f"touch {ran}".encode()
+    data = f"\x02c{module}\n{function}\n".encode()
+    data = b"\x80" + data + b"X" + len(command).to_bytes(4, "little") + command + b"\x85R."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", "3\n")
+    assert isinstance(load_torch(path, where=path, inert=PACKAGES), Inert)
+    assert not ran.exists()
+
+
+def test_a_record_that_unpacks_to_more_than_the_file_has_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}." + b"\0" * (1 << 24))
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(InputError, match="has compressed records"):
+        load_torch(path, where=path)
+
+
 def test_a_script_module_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "optimizer.pt"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    with pytest.raises(InputError, match="torchscript"):
+    with pytest.raises(InputError, match="has compressed records"):
         load_torch(path, where=path)

@@ -151,6 +151,81 @@ def test_optimizers_are_refused_by_what_they_keep(
         open_optimizer(tmp_path)
 
 
+def nested(depth: int = 8) -> Any:
+    """A tuple that a pickle of some bytes holds, and whose text has 8^depth parts."""
+    value: Any = ("a",) * 8
+    for _ in range(depth):
+        value = (value,) * 8
+    return value
+
+
+SPOILED: dict[str, tuple[str, Any, str]] = {
+    "meta": ("exp_avg_sq", lambda m: m.to("meta"), "on meta, not plain"),
+    "csr": ("exp_avg_sq", lambda m: m.to_sparse_csr(), "sparse_csr"),
+    "float8": ("exp_avg_sq", lambda m: m.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    "nested": ("exp_avg_sq", lambda m: torch.nested.nested_tensor([m]), "not plain"),
+    "number": ("exp_avg_sq", lambda m: 5, "is int, not plain"),
+    "half a step": ("step", lambda _: 2.7, "at step 2.7, not a whole number"),
+    "a huge step": ("step", lambda _: 1e300, "not a whole number from 1 to"),
+    "an endless step": ("step", lambda _: 10**400, "keeps no step"),
+    "a text": ("step", lambda _: "7", "keeps no step"),
+    "a truth": ("step", lambda _: True, "keeps no step"),
+    "a step on meta": ("step", lambda s: s.to("meta"), "keeps no step|damaged"),
+    "no step yet": ("step", lambda _: 0, "at step 0"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse CSR)")
+@pytest.mark.parametrize(("key", "change", "message"), SPOILED.values(), ids=SPOILED)
+def test_what_is_no_moment_or_step_is_refused(
+    key: str, change: Any, message: str, tmp_path: Path
+) -> None:
+    model, optimizer = train("gpt2")
+    document = optimizer.state_dict()
+    document["state"][0][key] = change(document["state"][0][key])
+    torch.save(document, tmp_path / "optimizer.pt")
+    with pytest.raises(InputError, match=message):
+        open_optimizer(tmp_path).moments(model)
+
+
+@pytest.mark.parametrize(
+    "group",
+    [{"betas": (0.9, torch.tensor(0.9, device="meta"))}, {"betas": (0.9, nested())},
+     {"betas": "09"}, {"amsgrad": torch.ones(3)}, {"params": None}],
+    ids=["meta", "nested", "text", "amsgrad", "params"],
+)  # fmt: skip
+def test_damaged_groups_are_refused_soon(group: dict[str, Any], tmp_path: Path) -> None:
+    model, optimizer = train("gpt2")
+    document = optimizer.state_dict()
+    document["param_groups"][0] |= group
+    torch.save(document, tmp_path / "optimizer.pt")
+    with pytest.raises(InputError, match="betas|damaged|no torch optimizer's state_dict"):
+        open_optimizer(tmp_path).moments(model)
+
+
+def test_names_must_be_those_of_the_parameters(tmp_path: Path) -> None:
+    model, optimizer = train("gpt2")
+    path = save_named(tmp_path, model, optimizer)
+
+    def spoil(change: Any) -> None:
+        document = torch.load(path)
+        change(document["optimizer"]["param_groups"])
+        torch.save(document, tmp_path / "other.pt")
+
+    def twice(groups: Any) -> None:
+        groups[1]["param_names"][2] = groups[1]["param_names"][0]
+
+    for change, message in (
+        (twice, "twice in param_names"),
+        (lambda groups: groups[0].__setitem__("param_names", ["x"]), "has 1 names"),
+        (lambda groups: groups[0].pop("param_names"), "has 0 names"),
+        (lambda groups: groups[0]["params"].__setitem__(1, 0), "in its groups twice"),
+    ):
+        spoil(change)
+        with pytest.raises(InputError, match=message):
+            open_optimizer(tmp_path / "other.pt").moments(model)
+
+
 def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     for document in ({"a": 1}, torch.ones(2), [1, 2], {"state": {}, "param_groups": {"a": 1}}):
         torch.save(document, tmp_path / "optimizer.pt")
