@@ -26,7 +26,7 @@ from transformers import (
 
 from lib.blocks import parameter_digest, partition_model
 from lib.commands import generate as verb
-from lib.commands.cli import run_main
+from lib.commands.cli import printable, run_main
 from lib.errors import InputError
 from lib.evaluation.generate import GenerationInterrupted, encode_prompt, generate
 from lib.hints import ModelInfo, build_hints, save_hints
@@ -290,6 +290,35 @@ def test_a_prompt_may_come_from_stdin(
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     code, _, _, error = run(capsys, *flags)
     assert code == 2 and "prompt of stdin is empty" in error
+    for errors in ("strict", "surrogateescape"):  # what Python reads stdin with, by the locale
+        bad = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr("sys.stdin", bad)
+        code, _, _, error = run(capsys, *flags)
+        assert code == 2 and "prompt of stdin is not UTF-8" in error
+
+
+def test_a_terminal_gets_no_control_characters_of_a_text(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown, document = Terminal(), {}
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setattr(verb, "emit", lambda table, found, path: document.update(found))
+    flags = ["--model", str(folders["gpt2"]), "--prompt", PROMPT, "--max-new-tokens", "40"]
+    assert verb.main([*flags, "--temperature", "50"]) == 0
+    written = document["text"]
+    assert written != printable(written) == shown.getvalue()
+
+
+def test_one_token_is_no_tokens(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", folders["gpt2"], "--prompt", PROMPT, "--max-new-tokens", "1"]
+    code, text, _, _ = run(capsys, *flags)
+    assert code == 0 and text.splitlines()[-1].startswith("1 token, ")
 
 
 def test_a_text_ends_with_the_model_s_context(
@@ -350,6 +379,8 @@ def test_a_folder_without_a_tokenizer_or_weights_is_refused(
     flags = ["--model", folder, "--prompt", PROMPT]
     code, _, _, error = run(capsys, *flags)
     assert code == 2 and "no usable tokenizer" in error
+    code, _, _, error = run(capsys, *flags, "--budget", "NVME=3")
+    assert code == 2 and "unknown tier 'NVME'" in error  # what is cheap to see comes first
     (folder / "model.safetensors").unlink()
     code, _, _, error = run(capsys, *flags)
     assert code == 2 and "safetensors" in error

@@ -254,7 +254,7 @@ def test_a_bound_without_calibrated_hints_is_refused(
 ) -> None:
     flags = ["--model", gpt2, "--machine", machine, "--budget", "HBM=14MiB,SSD="]
     code, _, _, errors = run(plan, capsys, *flags, "--epsilon", "0.02")
-    assert code == 2 and "epsilon needs hints" in errors
+    assert code == 2 and "--epsilon needs --tier-hints" in errors
     hints = load_hints(calibrated)
     save_hints(replace(hints, quality={}), tmp_path / "hints.json")
     flags += ["--epsilon", "0.02", "--tier-hints", tmp_path / "hints.json"]

@@ -3,9 +3,11 @@
 import argparse
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from lib.commands import frontier, what_if
 from lib.commands.cli import Parser, add_json_flag, check_outputs, output_file, printable, run_main
 from lib.commands.flags import add_seed_flag, flag_name, whole_number
 from lib.errors import InputError
@@ -98,6 +100,15 @@ def test_a_setting_has_its_flag() -> None:
 def test_control_characters_don_t_reach_a_terminal() -> None:
     assert printable("\x1b[2J\x07a\rb\x9b31m\x7f") == "\ufffd[2J\ufffda\ufffdb\ufffd31m\ufffd"
     assert printable("naïve\tÜ\n日本 \xa0") == "naïve\tÜ\n日本 \xa0"
+
+
+@pytest.mark.parametrize("verb", [what_if, frontier])
+def test_a_plot_needs_matplotlib_before_the_work(
+    verb: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.extras.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs matplotlib: pip install 'tierhints\[report\]'"):
+        verb.main(["--model", "nowhere", "--plot", "x.png"])
 
 
 def test_a_closed_stdout_is_said(
