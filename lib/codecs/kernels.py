@@ -63,15 +63,15 @@ def kernel_name(device: torch.device | str) -> str:
 
 
 def scratch_bytes(shapes: Iterable[tuple[int, int]]) -> int:
-    """Return a good size of scratch for matrices (rows, cols) at any precision: what a quarter of
+    """Return a good size of scratch for matrices (rows, cols) at any precision: what a sixteenth of
     the largest needs, ``SCRATCH_BYTES`` at most unless rows are so long that a block of them, the
     least that is packed at a time, takes more.
     """
     largest = 0
     for rows, cols in shapes:
         row_bytes = _BYTES_PER_CODE * -(-cols // WORD_CODES) * WORD_CODES
-        quarter = pad_rows(-(-rows // 4)) * row_bytes
-        largest = max(largest, min(quarter, SCRATCH_BYTES), INT4_ROW_BLOCK * row_bytes)
+        share = pad_rows(-(-rows // 16)) * row_bytes
+        largest = max(largest, min(share, SCRATCH_BYTES), INT4_ROW_BLOCK * row_bytes)
     return largest + _SCRATCH_GAPS if largest else 0
 
 
