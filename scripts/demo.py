@@ -135,6 +135,7 @@ def answer(model: Path, hints: Path, way: Mapping[str, str], prompt: str) -> Fie
         command += [f"--{flag}", value]
     if "epsilon" in way:
         command += ["--tier-hints", str(shown(hints))]
+    command += ["--device", "cpu"]  # what the hints were calibrated on
     command += ["--chat", "--prompt", prompt, "--max-new-tokens", str(NEW_TOKENS)]
     print(f"\n$ {shlex.join(['tierhints', *command])}\n", file=sys.stderr, flush=True)
     done = run([sys.executable, "-m", "lib.commands", *command, "--json", "-"])

@@ -3,7 +3,7 @@
 The document is that of ``tierhints frontier``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from ..units import format_bytes
 from .drawing import BLUE, DPI, INK, ORANGE, picture
 
 _KINDS = (
-    ("lossless", "lossless, streamed", INK, "s"),
-    ("int", "uniform precision", BLUE, "o"),
-    ("epsilon", "ours, within epsilon", ORANGE, "D"),
+    ("lossless", "lossless", INK, "s", "right"),
+    ("int", "uniform precision", BLUE, "o", "right"),
+    ("epsilon", "ours, within epsilon", ORANGE, "D", "left"),
 )
-"""How a holding begins -> its name in the legend, colour and marker."""
+"""How a holding begins -> its name in the legend, colour, marker, and the side of its names."""
 
 
 HEADS = ("weights held", "budget", "fast memory", "of full", "tokens/s", "KL (nats/token)")
@@ -47,71 +47,64 @@ def frontier_table(document: Mapping[str, Any]) -> str:
 
 
 def plot_frontier(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> None:
-    """Draw memory against KL, and memory against tokens per second, side by side."""
-    full = document["full"]
-    points = document["points"]
+    """Draw memory against KL, and memory against tokens per second, side by side. Filled points
+    hold all weights in fast memory; hollow ones stream what a budget has no room for.
+    """
+    full, points = document["full"], document["points"]
+    least = min((point["kl_nats"] for point in points if point["kl_nats"] > 0), default=1e-4) / 4
     with picture(path, (9.6, 4.2), dpi) as figure:
         left, right = figure.subplots(1, 2)
-        _draw_kl(left, full, points)
-        for label, marker, color, found in _grouped(points):
-            xs = [100 * point["fast_bytes"] / full["fast_bytes"] for point in found]
-            speeds = [point["tokens_per_s"] for point in found]
-            right.plot(xs, speeds, marker, color=color, label=label)
-            _name_points(right, xs, speeds, found, color)
-        right.plot(100, full["tokens_per_s"], "*", color=INK, ms=11, label="the full model")
-        right.set_ylabel("tokens per second, decoding")
-        right.set_ylim(bottom=0)
-        for axes in (left, right):
-            axes.set_xlabel(
-                f"fast memory, % of the full model's {format_bytes(full['fast_bytes'])}"
-            )
-            axes.set_xlim(0, 105)
-            axes.grid(alpha=0.3)
-        right.legend(frameon=False, fontsize=8)
-        left.set_title("what memory costs in quality", fontsize=9, loc="left")
-        right.set_title("and in speed", fontsize=9, loc="left")
-
-
-def _draw_kl(axes: Any, full: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> None:
-    lossy = [point["kl_nats"] for point in points if point["kl_nats"] > 0]
-    floor = min(lossy, default=1e-4) / 4
-    for label, marker, color, found in _grouped(points):
-        xs = [100 * point["fast_bytes"] / full["fast_bytes"] for point in found]
-        kl = [max(point["kl_nats"], floor) for point in found]
-        axes.plot(xs, kl, marker, color=color, label=label)
-        _name_points(axes, xs, kl, found, color)
-    axes.plot(100, floor, "*", color=INK, ms=11)
-    axes.axhline(floor, color=INK, lw=0.8, ls=":")
-    axes.annotate("0: the same bits", (2, floor), fontsize=7, va="bottom", color=INK)
-    axes.set_yscale("log")
-    axes.set_ylabel("KL from the full model (nats per token)")
-
-
-def _grouped(
-    points: Sequence[Mapping[str, Any]],
-) -> list[tuple[str, str, str, list[Mapping[str, Any]]]]:
-    groups = []
-    for start, label, color, marker in _KINDS:
-        found = [point for point in points if point["holding"].startswith(start)]
-        if found:
-            groups.append((label, marker, color, found))
-    return groups
-
-
-def _name_points(
-    axes: Any,
-    xs: Sequence[float],
-    ys: Sequence[float],
-    found: Sequence[Mapping[str, Any]],
-    color: str,
-) -> None:
-    for x, y, point in zip(xs, ys, found, strict=True):
-        name = point["holding"].replace("epsilon ", "ε = ").replace("lossless", "")
-        if point["budget_bytes"] is not None and name:
-            name += " (budget)"
-        axes.annotate(
-            name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=color
+        _draw(left, document, lambda point: max(point["kl_nats"], least))
+        left.axhline(least, color=INK, lw=0.8, ls=":")
+        left.annotate(
+            "0: the same bits",
+            (0.02, least),
+            xycoords=("axes fraction", "data"),
+            fontsize=7,
+            va="bottom",
+            color=INK,
         )
+        left.set_yscale("log")
+        left.set_ylabel("KL from the full model (nats per token)")
+        left.set_title("what memory costs in quality", fontsize=9, loc="left")
+        _draw(right, document, lambda point: point["tokens_per_s"])
+        right.set_ylim(bottom=0)
+        right.set_ylabel("tokens per second, decoding")
+        right.set_title("and in speed", fontsize=9, loc="left")
+        right.plot([], [], "o", mfc="none", color=INK, label="hollow: streamed under a budget")
+        right.legend(frameon=False, fontsize=8)
+        size = format_bytes(full["fast_bytes"])
+        for axes in (left, right):
+            axes.set_xlabel(f"fast memory, % of the full model's {size}")
+            axes.grid(alpha=0.3)
+
+
+def _draw(
+    axes: Any, document: Mapping[str, Any], value: Callable[[Mapping[str, Any]], float]
+) -> None:
+    """Draw every point of a document over its share of the full model's memory."""
+    full = document["full"]
+    for start, label, color, marker, side in _KINDS:
+        found = [point for point in document["points"] if point["holding"].startswith(start)]
+        resident = [point for point in found if point["budget_bytes"] is None]
+        for points, fill in ((resident, color), ([p for p in found if p not in resident], "none")):
+            xs = [100 * point["fast_bytes"] / full["fast_bytes"] for point in points]
+            ys = [value(point) for point in points]
+            name = label if points and (points is resident or not resident) else None
+            axes.plot(xs, ys, marker, color=color, mfc=fill, label=name)
+            for x, y, point in zip(xs, ys, points, strict=True) if points is resident else ():
+                axes.annotate(
+                    point["holding"].replace("epsilon ", "\u03b5 = "),
+                    (x, y),
+                    xytext=(6 if side == "right" else -6, 0),
+                    textcoords="offset points",
+                    ha="left" if side == "right" else "right",
+                    va="center",
+                    fontsize=7,
+                    color=color,
+                )
+    axes.plot(100, value(full), "*", color=INK, ms=11, label="the full model")
+    axes.set_xlim(0, 105)
 
 
 def _row(point: Mapping[str, Any], full: Mapping[str, Any]) -> tuple[str, ...]:
