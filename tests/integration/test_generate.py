@@ -440,6 +440,8 @@ def test_ctrl_c_ends_with_the_line_and_leaves_no_file(
         text=True,
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(temporary_folder)},
+        # A job in a shell's background ignores it, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     first = process.stdout.read(1)

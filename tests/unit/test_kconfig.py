@@ -169,7 +169,7 @@ def test_the_lint_passes(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """Return a copy of what make and the Kconfig commands need, with a .venv that runs this one."""
-    for name in ("Makefile", "Kconfig", "constraints.txt", "pyproject.toml"):
+    for name in ("Makefile", "Kconfig", "constraints.txt", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("defconfigs", "lib", "scripts", "gpt2"):
         ignore = shutil.ignore_patterns("__pycache__")

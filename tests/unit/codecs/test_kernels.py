@@ -211,7 +211,7 @@ def test_scratch_bounds_the_working_memory() -> None:
 @pytest.mark.parametrize(
     "shape", [(1, 1), (70, 100), (3, 1), (65, 192), (500, 64), (8, 28672)], ids=str
 )
-def test_scratch_of_a_good_size_expands_a_small_matrix_in_four_parts(
+def test_scratch_of_a_good_size_expands_a_small_matrix_in_sixteen_parts(
     codec: Codec, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards: list[int] = []
@@ -234,7 +234,7 @@ def test_scratch_of_a_good_size_expands_a_small_matrix_in_four_parts(
         weight.expand(0, shape[0])
         for rows in (1, 3, 40):
             weight.linear(torch.randn(rows, shape[1]))
-    assert set(shards) <= {1, 2, 3, 4}
+    assert max(shards) <= 16
     assert scratch_bytes([]) == 0 and scratch_bytes([(1 << 20, 4096)]) == SCRATCH_BYTES + 1024
 
 
