@@ -18,11 +18,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lib.commands.__main__ import VERBS
+from lib.commands.__main__ import main as run_verb
+
 
 def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
     for slow in ("torch._dynamo", "torch.distributed.fsdp", "torch.onnx", "transformers"):
         importlib.import_module(slow)
+    for model in ("GPT2LMHeadModel", "AutoModelForCausalLM", "AutoTokenizer"):
+        getattr(importlib.import_module("transformers"), model)
+    for verb in VERBS:
+        importlib.import_module(f"lib.commands.{verb.replace('-', '_')}")
     for job in jobs:
         folder = Path(job["folder"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,11 +66,9 @@ def run(job: dict[str, Any], stdout: int) -> None:
 
         signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, 0.2)
-    from lib.commands.__main__ import main
-
     code = 1
     try:
-        code = main(job["words"])
+        code = run_verb(job["words"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     finally:
