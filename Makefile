@@ -45,7 +45,7 @@ all:
 endif
 
 .PHONY: quickstart
-quickstart: $(STAMP) ## Install, train a small GPT-2 on local text, benchmark, report
+quickstart: $(STAMP) ## Install, train a small GPT-2 on local text, measure what its hints buy
 	$(Q)$(BIN)/python -m scripts.kconfig --config $(QUICKSTART_CONFIG) defconfig gpt2-quickstart
 	$(Q)$(BIN)/python -m scripts.pipeline --config $(QUICKSTART_CONFIG)
 
