@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
 from lib.commands.cli import Parser, add_json_flag, emit, run_main
 from lib.commands.doctor import describe, examine, feature, table_rows
 from lib.config import load_config

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
 from lib.commands.cli import run_main
 from lib.config import build_config, load_config
 from lib.errors import InputError

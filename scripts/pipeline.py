@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
 from lib.commands.cli import run_main
 from lib.config import Config, Mode, load_config
 from lib.errors import InputError

@@ -24,6 +24,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
 from lib.commands.cli import Parser, add_json_flag, emit, run_main
 from lib.errors import InputError
 from lib.units import GB, MIB
