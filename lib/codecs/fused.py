@@ -1,5 +1,5 @@
 """Weights held in the form that torch's own low-bit kernels multiply from: int8 by rows, int4 by
-groups.
+groups. On a CPU they serve where our own kernels (``native``) can't be had.
 
 The kernels take bfloat16 activations (others hit scalar code) and return bfloat16; scales and zeros
 of a record are bfloat16 as well, so they compute the very matrix that the reference decodes. Packed
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from ..errors import PlacementError
 from ..vocabulary import Precision
-from .encoded import (
+from . import ops
+from .expansion import (
     FUSED_INT8_ROWS,
     compute_dtype,
     finish_linear,
     fits_int8_kernel,
     kernel_activations,
 )
-from .interface import Use, register_kernel
+from .interface import Use
 from .layout import PARAMETER_BYTES, PLANE_BITS, RecordLayout
 from .planes import unpack_planes
 from .records import decode_parameters, section_views
@@ -33,7 +34,6 @@ _IDENTITY_ROWS = 256
 """Activation rows at once when packed weights are expanded."""
 
 
-@register_kernel
 class Int8Weight:
     """int8 codes (rows, cols) with a scale and a zero per row. Serves Linear and Embedding alike.
 
@@ -65,8 +65,9 @@ class Int8Weight:
 
     @classmethod
     def supports(cls, layout: RecordLayout, uses: frozenset[Use], device: torch.device) -> bool:
-        """Take int8 by rows, for any use."""
-        return layout.precision is Precision.INT8 and layout.codec.group_size == 0
+        """Take int8 by rows, for any use, where our own kernels can't be had."""
+        by_rows = layout.precision is Precision.INT8 and layout.codec.group_size == 0
+        return by_rows and ops.prepare(device.type) == "reference"
 
     @classmethod
     def planned_bytes(cls, layout: RecordLayout) -> int:
@@ -136,13 +137,12 @@ class Int8Weight:
         return self.rows(torch.arange(start_row, end_row, device=self._device))
 
 
-@register_kernel
 class Int4Weight:
     """int4 codes packed for ``_weight_int4pack_mm_for_cpu`` (CPU) or ``_weight_int4pack_mm``
     (tinygemm, CUDA), for any number of activation rows.
 
     Both compute (code - 8) * scale + zero by groups of a row. A prefix of a longer code is held
-    with its zero rounded to bfloat16. ``rows`` needs the record: see ``PairedWeight``.
+    with its zero rounded to bfloat16. It has no ``rows``: those need the record.
     """
 
     name: ClassVar[str] = "int4 packed"
@@ -179,8 +179,9 @@ class Int4Weight:
 
     @classmethod
     def supports(cls, layout: RecordLayout, uses: frozenset[Use], device: torch.device) -> bool:
-        """Take int4 by groups, for Linear alone."""
-        return uses == {Use.LINEAR} and fits_int4_kernel(layout, device)
+        """Take int4 by groups, for Linear alone; on a CPU where our own kernels can't be had."""
+        fits = uses == {Use.LINEAR} and fits_int4_kernel(layout, device)
+        return fits and (device.type != "cpu" or ops.prepare("cpu") == "reference")
 
     @classmethod
     def planned_bytes(cls, layout: RecordLayout) -> int:

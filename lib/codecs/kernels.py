@@ -2,9 +2,12 @@
 
 | record | use | held as |
 | --- | --- | --- |
+| any | any | ``EncodedWeight``: the record, from which our own kernels compute (``ops``) |
+
+Where those can't be had, in torch alone:
+
 | int8 by rows | any | ``Int8Weight``: plain codes, fused kernel for few rows |
 | int4 by groups (also as a prefix) | Linear | ``Int4Weight``: packed for the fused kernel |
-| int4 by groups | Linear and Embedding | ``PairedWeight``: packed, and the record for its rows |
 | anything else | any | ``EncodedWeight``: the record, expanded a shard at a time |
 
 Every form is tested against ``records.decode``. A kernel that a user registers (``interface``) is
@@ -16,11 +19,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .encoded import EncodedWeight, cpu_computes_bf16
+from . import ops
+from .encoded import EncodedWeight
+from .expansion import cpu_computes_bf16
 from .fused import INT4_ROW_BLOCK, Int4Weight, Int8Weight, pad_rows
 from .interface import KERNELS, CompressedWeight, Use, register_kernel
 from .layout import WORD_CODES, Codec, RecordLayout
-from .paired import PairedWeight
 from .scratch import Scratch
 
 __all__ = [
@@ -28,7 +32,6 @@ __all__ = [
     "SCRATCH_BYTES",
     "CompressedWeight",
     "EncodedWeight",
-    "PairedWeight",
     "Scratch",
     "Use",
     "choose_kernel",
@@ -44,12 +47,9 @@ SCRATCH_BYTES = 8 * 2**20
 """A good size of scratch: a shard of rows then stays in a CPU's caches from decoding to use."""
 _BYTES_PER_CODE, _SCRATCH_GAPS = 10, 1024
 """No form takes more scratch: codes twice, values in fp32 and bf16, the groups' parameters."""
-_OWN: tuple[type[CompressedWeight], ...] = (
-    EncodedWeight,
-    Int8Weight,
-    Int4Weight,
-    PairedWeight,
-)
+_OWN: tuple[type[CompressedWeight], ...] = (EncodedWeight, Int8Weight, Int4Weight)
+for _kernel in _OWN:
+    register_kernel(_kernel)
 
 
 def kernel_name(device: torch.device | str) -> str:
@@ -58,7 +58,7 @@ def kernel_name(device: torch.device | str) -> str:
     """
     kind = torch.device(device).type
     if kind == "cpu":
-        kind = "cpu, bf16" if cpu_computes_bf16() else "cpu, fp32"
+        kind = f"cpu {ops.prepare(kind)}, {'bf16' if cpu_computes_bf16() else 'fp32'}"
     return ", ".join([kind, *(kernel.name for kernel in KERNELS.values() if kernel not in _OWN)])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs.encoded import FUSED_INT8_ROWS
+from ..codecs.expansion import FUSED_INT8_ROWS
 from ..codecs.kernels import kernel_name
 from ..precision.perturb import curve_precisions, lossy_blocks, perturb
 from ..precision.quality import QualityMeter, Reference

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.blocks import parameter_digest
-from lib.codecs import encoded, kernels
+from lib.codecs import expansion, kernels, ops
 from lib.evaluation.kernel_error import measure_kernels
 
 
@@ -28,7 +28,7 @@ def small_gpt2() -> GPT2LMHeadModel:
 def test_what_rounds_activations_costs_something(
     has_bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (encoded, kernels):
+    for module in (expansion, kernels):
         monkeypatch.setattr(module, "cpu_computes_bf16", lambda: has_bf16)
     model = small_gpt2()
     before = parameter_digest(model)

@@ -1,14 +1,18 @@
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
+from torch.nn import functional as F
 
-from lib.codecs import encoded
+from lib.codecs import expansion, ops
+from lib.codecs.expansion import Expansion
 from lib.codecs.fused import Int4Weight, Int8Weight
 from lib.codecs.kernels import (
     SCRATCH_BYTES,
     CompressedWeight,
     EncodedWeight,
-    PairedWeight,
     Scratch,
     Use,
     empty_weight,
@@ -69,8 +73,6 @@ def storage_bytes(weight: object) -> int:
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
             tensors[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, EncodedWeight | Int4Weight):
-            tensors[id(value)] = storage_bytes(value)
     return sum(tensors.values())
 
 
@@ -119,14 +121,66 @@ def test_resident_bytes_are_what_is_held(uses: frozenset[Use]) -> None:
             assert weight.num_bytes == planned == storage_bytes(weight), codec
 
 
-def test_which_form_is_held() -> None:
+def test_our_kernels_take_every_record_as_it_is() -> None:
+    if ops.prepare("cpu") == "reference":
+        pytest.skip("our kernels were not built")
+    for codec, uses in itertools.product(CODECS, (LINEAR, EMBEDDING, BOTH)):
+        assert isinstance(make(codec, uses=uses)[0], EncodedWeight)
+
+
+def test_which_form_is_held_without_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "prepare", lambda device: "reference")
     int4, int8 = Codec(Precision.INT4, 64), Codec(Precision.INT8)
     assert isinstance(make(int4)[0], Int4Weight)
-    assert isinstance(make(int4, uses=EMBEDDING)[0], EncodedWeight)
-    assert isinstance(make(int4, uses=BOTH)[0], PairedWeight)
+    assert isinstance(make(int4, uses=BOTH)[0], EncodedWeight)
     assert isinstance(make(int4, cols=100)[0], EncodedWeight)  # the kernel wants whole groups
     assert isinstance(make(int8, uses=BOTH)[0], Int8Weight)
     assert isinstance(make(Codec(Precision.INT6, 64))[0], EncodedWeight)
+
+
+@pytest.mark.parametrize("codec", [codec for codec in CODECS if not codec.is_raw], ids=str)
+def test_few_rows_cost_no_more_than_int16_activations(codec: Codec) -> None:
+    if ops.prepare("cpu") == "reference":
+        pytest.skip("our kernels were not built")
+    for rows, cols in ((3, 1), (5, 33), (65, 100), (7, 576), (2, 1000), (9, 2048)):
+        weight, decoded = make(codec, rows, cols)
+        x = torch.randn(32, cols)
+        x[1] *= 1e-20
+        x[2, 0] = 1e6
+        y, bias = weight.linear(x), torch.randn(rows)
+        expected = x.double() @ decoded.double().t()
+        # A block of 64 activations has a scale: half a step of it, and float32 sums.
+        blocks = F.pad(x, (0, -cols % 64)).view(32, -1, 64).abs().amax(2)
+        peak = blocks.repeat_interleave(64, 1)[:, :cols].double()
+        room = (peak * 2**-16 + x.double().abs() * 2**-20) @ decoded.double().abs().t()
+        assert ((y - expected).abs() <= room + 1e-37).all()
+        # What else is in the batch makes no difference, nor where a row is.
+        assert all(torch.equal(y[m : m + 1], weight.linear(x[m : m + 1])) for m in (0, 2, 31))
+        assert torch.equal(y[5:12], weight.linear(x[5:12]))
+        torch.testing.assert_close(weight.linear(x, bias), y + bias)
+
+
+def test_what_is_not_finite_makes_products_so() -> None:
+    for num_rows, value in itertools.product((1, 40), (torch.inf, -torch.inf, torch.nan)):
+        weight, _ = make(Codec(Precision.INT4, 64), 8, 128)
+        x = torch.randn(num_rows, 128)
+        x[0, 70] = value
+        y = weight.linear(x)
+        assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
+def test_operators_are_what_torch_expects_of_them(bits: int) -> None:
+    codec = Codec(ops._PRECISIONS[bits], 64)
+    layout = ops.layout_arguments(codec.layout(6, 100))
+    ops.prepare("cpu")
+    record, x, bias = encode(torch.randn(6, 100), codec), torch.randn(2, 3, 100), torch.randn(6)
+    namespace = torch.ops.tierhints
+    opcheck(namespace.linear.default, (x, record, bias, *layout, 1 << 16))
+    opcheck(namespace.rows.default, (torch.tensor([[1, 5]]), record, *layout, torch.bfloat16))
+    opcheck(namespace.decode.default, (record, *layout, 2, 5, torch.float32))
+    with pytest.raises((IndexError, RuntimeError), match="out of range"):
+        namespace.rows(torch.tensor([6]), record, *layout, torch.float32)
 
 
 @pytest.mark.parametrize("uses", [LINEAR, BOTH], ids=["linear", "both"])
@@ -148,11 +202,14 @@ def test_a_weight_filled_by_shards_is_the_same(codec: Codec, uses: frozenset[Use
     assert torch.equal(whole.expand(0, 200), parts.expand(0, 200))
 
 
-def test_the_int4_kernel_computes_from_the_prefix_of_an_int8_record() -> None:
+def test_the_int4_kernel_computes_from_the_prefix_of_an_int8_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     codec = Codec(Precision.INT8, 64)
     values = torch.randn(100, 128)
     prefix = codec.layout(100, 128).prefix(Precision.INT4)
     record = encode(values, codec)[: prefix.num_bytes]
+    monkeypatch.setattr(ops, "prepare", lambda device: "reference")
     weight = prepare(
         record, prefix, dtype=torch.float32, device="cpu", uses=LINEAR, scratch=Scratch(1 << 17)
     )
@@ -195,14 +252,13 @@ def test_scratch_bounds_the_working_memory() -> None:
     codec = Codec(Precision.INT3, 64)
     values = torch.randn(500, 64)
     layout, record, x = codec.layout(500, 64), encode(values, codec), torch.randn(9, 64)
-    kwargs = {"dtype": torch.float32, "uses": LINEAR, "device": "cpu"}
-    small, large = (
-        prepare(record, layout, scratch=Scratch(size), **kwargs) for size in (4096, 1 << 20)
+    small, large, tiny = (
+        Expansion(record, layout, dtype=torch.float32, scratch=Scratch(size))
+        for size in (4096, 1 << 20, 2048 + 100)
     )
     torch.testing.assert_close(small.linear(x), large.linear(x), rtol=0, atol=0.2)
     torch.testing.assert_close(small.linear(x[:1]), large.linear(x[:1]))
     assert torch.equal(small.expand(0, 500), large.expand(0, 500))
-    tiny = prepare(record, layout, scratch=Scratch(2048 + 100), **kwargs)
     with pytest.raises(InputError, match="scratch of 2148 bytes .* at least"):
         tiny.linear(x)
 
@@ -225,11 +281,12 @@ def test_scratch_of_a_good_size_expands_a_small_matrix_in_sixteen_parts(
     monkeypatch.setattr(Scratch, "shards", count)
     layout, record = codec.layout(*shape), encode(torch.randn(shape), codec)
     scratch = Scratch(scratch_bytes([(1, 1), shape]))
-    weights: list[CompressedWeight] = [
+    monkeypatch.setattr(ops, "prepare", lambda device: "reference")
+    weights: list[CompressedWeight | Expansion] = [
         prepare(record, layout, dtype=torch.float32, device="cpu", uses=uses, scratch=scratch)
         for uses in (LINEAR, EMBEDDING, BOTH)
     ]
-    weights.append(EncodedWeight(record, layout, dtype=torch.float32, scratch=scratch))
+    weights.append(Expansion(record, layout, dtype=torch.float32, scratch=scratch))
     for weight in weights:
         weight.expand(0, shape[0])
         for rows in (1, 3, 40):
@@ -238,7 +295,8 @@ def test_scratch_of_a_good_size_expands_a_small_matrix_in_sixteen_parts(
     assert scratch_bytes([]) == 0 and scratch_bytes([(1 << 20, 4096)]) == SCRATCH_BYTES + 1024
 
 
-def test_what_a_form_cannot_do_is_refused() -> None:
+def test_what_a_form_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "prepare", lambda device: "reference")
     weight, _ = make(Codec(Precision.INT4, 64))
     with pytest.raises(PlacementError, match="prepared for Linear only"):
         weight.rows(torch.tensor([0]))
@@ -252,8 +310,17 @@ def test_what_a_form_cannot_do_is_refused() -> None:
 def test_without_bf16_units_many_rows_are_multiplied_in_fp32(
     precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoded, "cpu_computes_bf16", lambda: False)
-    for streamed in (False, True):
-        weight, decoded = make(Codec(precision), streamed=streamed)
-        x = torch.randn(40, 128)
+    monkeypatch.setattr(expansion, "cpu_computes_bf16", lambda: False)
+    codec = Codec(precision)
+    record, layout = encode(torch.randn(200, 128) * 0.02, codec), codec.layout(200, 128)
+    decoded, x = decode(record, layout), torch.randn(40, 128)
+    weights: list[CompressedWeight | Expansion] = [
+        Int8Weight(layout, dtype=torch.float32, device=torch.device("cpu"), scratch=Scratch(1 << 17)),
+        Expansion(record, layout, dtype=torch.float32, scratch=Scratch(1 << 17)),
+    ]
+    for weight in weights:
+        if isinstance(weight, Int8Weight):
+            if precision is not Precision.INT8:
+                continue
+            weight.fill(0, record, layout)
         torch.testing.assert_close(weight.linear(x), x @ decoded.t(), rtol=1e-4, atol=1e-5)

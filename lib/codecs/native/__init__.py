@@ -1,0 +1,111 @@
+"""The operators of ``tierhints`` in C++ for a CPU, built once with the user's compiler.
+
+A build takes half a minute and is kept in the user's cache folder, under a name that says what it
+was made of: sources, flags, torch. Nothing of Python is linked, so any Python of that torch loads it.
+"""
+
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ...files import cache_folder
+
+VARIABLE = "TIERHINTS_NATIVE"
+"""0: do without the extension."""
+FLAGS_VARIABLE = "TIERHINTS_NATIVE_FLAGS"
+"""More flags for the compiler, such as those of a sanitizer."""
+_FOLDER = Path(__file__).parent
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-ffp-contract=off",  # the reference rounds after each operation
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """What became of the extension: loaded from ``library``, or why it wasn't."""
+
+    library: Path | None
+    reason: str = ""
+
+
+@cache
+def load_native() -> Native:
+    """Load the extension into this process, building it first where that wasn't done yet."""
+    if os.environ.get(VARIABLE) == "0":
+        return Native(None, f"{VARIABLE} is 0")
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    library = _library_path()
+    try:
+        if not library.exists():
+            if compiler is None:
+                return Native(None, "no C++ compiler (install g++, or name one in $CXX)")
+            _build(compiler, library)
+        torch.ops.load_library(str(library))
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        return Native(None, f"it could not be built: {_first_error(output)}")
+    return Native(library)
+
+
+def _library_path() -> Path:
+    """Return where the build of these sources, flags and torch is kept."""
+    digest = hashlib.sha256()
+    for part in (*_FLAGS, os.environ.get(FLAGS_VARIABLE, ""), torch.__version__):
+        digest.update(part.encode() + b"\0")
+    for path in _sources():
+        digest.update(path.name.encode() + path.read_bytes())
+    return cache_folder() / "native" / f"{digest.hexdigest()[:16]}.so"
+
+
+def _build(compiler: str, library: Path) -> None:
+    """Build the extension; another process that does so meanwhile is waited for."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return
+        print(
+            "tierhints: building the kernels of compressed weights (once, half a minute)",
+            file=sys.stderr,
+        )
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            command = [*_command(compiler), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.rename(library)
+
+
+def _command(compiler: str) -> list[str]:
+    """Return the compiler's command, but for where its output goes."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    command = [compiler, *_FLAGS, *shlex.split(os.environ.get(FLAGS_VARIABLE, ""))]
+    command += [flag for path in include_paths() for flag in ("-isystem", path)]
+    command += [str(path) for path in _sources() if path.suffix == ".cpp"]
+    return command + [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h", ".inl"))
+
+
+def _first_error(output: str) -> str:
+    lines = output.strip().splitlines() or ["?"]
+    return next((line for line in lines if "error" in line), lines[-1])

@@ -1,0 +1,171 @@
+// The operators of namespace tierhints on a CPU; lib/codecs/ops.py defines them.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace tierhints {
+namespace {
+
+using at::Tensor;
+
+const Kernels* kernels = choose_kernels();
+
+// Weights that a thread should have to itself: with fewer, waking another takes longer.
+constexpr int64_t kGrainWeights = 1 << 15;
+// Rows of activations up to which products are made from codes; above, weights are expanded.
+constexpr int64_t kFewRows = 32;
+
+Record open_record(const Tensor& record, const Layout& layout) {
+  TORCH_CHECK(record.scalar_type() == at::kByte && record.is_contiguous() &&
+                  record.numel() >= layout.num_bytes && layout.num_planes > 0,
+              "a record of ", layout.num_bytes, " bytes was expected, in one piece");
+  return {layout, record.const_data_ptr<uint8_t>()};
+}
+
+int64_t grain_of(const Layout& layout, int64_t weights = kGrainWeights) {
+  return std::max<int64_t>(1, weights / layout.padded_cols);
+}
+
+uint8_t* code_memory(const Layout& layout) {
+  thread_local std::vector<uint8_t> codes;
+  if (static_cast<int64_t>(codes.size()) < layout.padded_cols) codes.resize(layout.padded_cols);
+  return codes.data();
+}
+
+Activations make_activations(const float* x, int64_t rows, const Layout& layout) {
+  Activations to;
+  to.rows = rows;
+  to.block = Activations::block_of(layout);
+  to.num_blocks = (layout.padded_cols + to.block - 1) / to.block;
+  to.num_groups = layout.num_groups;
+  thread_local std::vector<uint8_t> memory;  // of the thread that calls, which outlives the product
+  const int64_t codes = round_up(rows * layout.padded_cols * 2, 64);
+  const int64_t scales = round_up(rows * to.num_blocks * 4, 64);
+  const int64_t total = codes + 2 * scales + rows * to.num_groups * 4 + 64;
+  if (static_cast<int64_t>(memory.size()) < total) memory.resize(total);
+  uint8_t* start = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  to.codes = reinterpret_cast<int16_t*>(start);
+  to.scales = reinterpret_cast<float*>(start + codes);
+  to.offsets = reinterpret_cast<int32_t*>(start + codes + scales);
+  to.sums = reinterpret_cast<float*>(start + codes + 2 * scales);
+  at::parallel_for(0, rows, grain_of(layout), [&](int64_t begin, int64_t end) {
+    kernels->quantize(x, layout, &to, begin, end);
+  });
+  return to;
+}
+
+void decode_rows(const Record& record, int64_t start, int64_t end, float* out) {
+  const Layout& layout = record.layout;
+  at::parallel_for(start, end, grain_of(layout), [&](int64_t first, int64_t last) {
+    uint8_t* codes = code_memory(layout);
+    for (int64_t row = first; row < last; ++row) {
+      kernels->decode(record, row, out + (row - start) * layout.cols, codes);
+    }
+  });
+}
+
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// Many rows of activations: a share of the weights is expanded in cache, and multiplied by a gemm.
+void multiply_expanded(const Record& record, const Tensor& x, Tensor y, int64_t scratch_bytes) {
+  const Layout& layout = record.layout;
+  const auto dtype = multiplies_bfloat16() ? at::kBFloat16 : at::kFloat;
+  const int64_t row_bytes = layout.cols * (dtype == at::kFloat ? 4 : 6);
+  const int64_t step = std::clamp<int64_t>(scratch_bytes / row_bytes, 1, layout.rows);
+  const Tensor tile = at::empty({step, layout.cols}, at::kFloat);
+  const Tensor activations = x.to(dtype);
+  for (int64_t start = 0; start < layout.rows; start += step) {
+    const int64_t end = std::min(start + step, layout.rows);
+    decode_rows(record, start, end, tile.mutable_data_ptr<float>());
+    const Tensor weights = tile.narrow(0, 0, end - start).to(dtype);
+    y.narrow(1, start, end - start).copy_(at::mm(activations, weights.t()));
+  }
+}
+
+Tensor linear(const Tensor& x, const Tensor& record, const std::optional<Tensor>& bias,
+              int64_t rows, int64_t cols, int64_t group_size, int64_t stored_bits, int64_t bits,
+              int64_t scratch_bytes) {
+  const Layout layout(rows, cols, group_size, stored_bits, bits);
+  const Record source = open_record(record, layout);
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) == cols, "activations of ", cols,
+              " columns were expected, not of shape ", x.sizes());
+  auto shape = x.sizes().vec();
+  shape.back() = rows;
+  const Tensor flat = x.reshape({-1, cols}).to(at::kFloat).contiguous();
+  const int64_t count = flat.size(0);
+  Tensor y = at::empty({count, rows}, at::kFloat);
+  const Tensor added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  if (count > kFewRows) {
+    multiply_expanded(source, flat, y, scratch_bytes);
+    if (bias) y.add_(added);
+  } else if (count > 0) {
+    const Activations activations = make_activations(flat.const_data_ptr<float>(), count, layout);
+    const float* add = bias ? added.const_data_ptr<float>() : nullptr;
+    float* out = y.mutable_data_ptr<float>();
+    const int64_t grain = grain_of(layout, std::max<int64_t>(1, kGrainWeights / count));
+    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      kernels->multiply(source, activations, add, out, rows, begin, end, code_memory(layout));
+    });
+  }
+  return y.view(shape).to(x.scalar_type());
+}
+
+Tensor decode(const Tensor& record, int64_t rows, int64_t cols, int64_t group_size,
+              int64_t stored_bits, int64_t bits, int64_t start, int64_t end,
+              at::ScalarType dtype) {
+  const Layout layout(rows, cols, group_size, stored_bits, bits);
+  const Record source = open_record(record, layout);
+  TORCH_CHECK_INDEX(0 <= start && start <= end && end <= rows, "rows ", start, " to ", end,
+                    " are outside 0 to ", rows);
+  const Tensor out = at::empty({end - start, cols}, at::kFloat);
+  decode_rows(source, start, end, out.mutable_data_ptr<float>());
+  return out.to(dtype);
+}
+
+Tensor look_up(const Tensor& ids, const Tensor& record, int64_t rows, int64_t cols,
+               int64_t group_size, int64_t stored_bits, int64_t bits, at::ScalarType dtype) {
+  const Layout layout(rows, cols, group_size, stored_bits, bits);
+  const Record source = open_record(record, layout);
+  const Tensor flat = ids.reshape({-1}).to(at::kLong).contiguous();
+  const int64_t* numbers = flat.const_data_ptr<int64_t>();
+  for (int64_t index = 0; index < flat.numel(); ++index) {
+    TORCH_CHECK_INDEX(0 <= numbers[index] && numbers[index] < rows, "index out of range in self");
+  }
+  auto shape = ids.sizes().vec();
+  shape.push_back(cols);
+  const Tensor out = at::empty({flat.numel(), cols}, at::kFloat);
+  float* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, flat.numel(), grain_of(layout), [&](int64_t begin, int64_t end) {
+    uint8_t* codes = code_memory(layout);
+    for (int64_t index = begin; index < end; ++index) {
+      kernels->decode(source, numbers[index], to + index * cols, codes);
+    }
+  });
+  return out.view(shape).to(dtype);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tierhints, CPU, library) {
+  library.impl("linear", linear);
+  library.impl("decode", decode);
+  library.impl("rows", look_up);
+}
+
+}  // namespace tierhints
