@@ -12,6 +12,9 @@
 
 namespace tierhints {
 
+constexpr float kLargestCode = 32767;
+constexpr float kSmallestPeak = 1e-30f;  // of a block of activations: smaller ones are 0
+
 namespace portable {
 #include "kernels.inl"
 }  // namespace portable

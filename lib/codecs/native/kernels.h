@@ -7,34 +7,64 @@
 
 namespace tierhints {
 
+constexpr int kTile = 4;  // rows of activations, or of weights for a single one, multiplied together
+
+inline int64_t lanes_of(int64_t count) { return round_up(count, 8); }
+
 // Activations as products take them: int16 codes x ~ scale * code, in blocks of a row that lie
 // within a group of weights. int16 and not int8: products stay at memory speed, and rounding, at
-// most 2^-16 of a block's largest magnitude, is far below that of bfloat16.
+// most 2^-16 of a block's largest magnitude, is far below that of bfloat16. Arrays of blocks and of
+// groups end with zeros, up to a multiple of 8.
 struct Activations {
   int64_t rows;        // of activations
+  int64_t tile;        // of them that are multiplied together: 1 or kTile (the last has zeros)
+  int64_t num_tiles;
   int64_t block;       // codes of a block: 32 or 64
   int64_t num_blocks;  // of a row; the last may be half as long
-  int64_t num_groups;
-  int16_t* codes;      // (rows, padded_cols), 0 beyond cols
-  float* scales;       // (rows, num_blocks)
-  int32_t* offsets;    // (rows, num_blocks): -2^(bits-1) times the sum of the block's codes
-  float* sums;         // (rows, num_groups): of scale * code
+  int64_t block_stride, group_stride;
+  int16_t* codes;      // (num_tiles, padded_cols / 32, tile, 32), 0 beyond cols
+  float* scales;       // (num_tiles * tile, block_stride)
+  float* offsets;      // (num_tiles * tile, block_stride): -2^(bits-1) times the sum of the codes
+  float* sums;         // (num_tiles * tile, group_stride): of scale * code
 
-  static int64_t block_of(const Layout& layout) {
-    return layout.group_size % 64 == 0 || layout.num_groups == 1 ? 64 : 32;
+  Activations(const Layout& layout, int64_t count)
+      : rows(count), tile(count == 1 ? 1 : kTile), num_tiles((count + tile - 1) / tile),
+        block(layout.group_size % 64 == 0 || layout.num_groups == 1 ? 64 : 32),
+        num_blocks((layout.padded_cols + block - 1) / block), block_stride(lanes_of(num_blocks)),
+        group_stride(lanes_of(layout.num_groups)),
+        code_bytes_(num_tiles * tile * layout.padded_cols * 2) {}
+
+  int64_t num_bytes() const {
+    return code_bytes_ + num_tiles * tile * (2 * block_stride + group_stride) * 4;
   }
+  // Takes so many bytes from `memory` on, which starts at a multiple of 64.
+  void use(uint8_t* memory) {
+    codes = reinterpret_cast<int16_t*>(memory);
+    scales = reinterpret_cast<float*>(memory + code_bytes_);
+    offsets = scales + num_tiles * tile * block_stride;
+    sums = offsets + num_tiles * tile * block_stride;
+  }
+
+ private:
+  int64_t code_bytes_;
 };
+
+// Memory for kTile rows of weights as products take them.
+inline int64_t working_bytes(const Layout& layout) {
+  const int64_t blocks = lanes_of(layout.padded_cols / 32), groups = lanes_of(layout.num_groups);
+  return kTile * (round_up(layout.padded_cols, 64) + (2 * blocks + groups) * 4);
+}
 
 struct Kernels {
   const char* name;
-  // Quantizes rows [begin, end) of x, float (rows, cols).
+  // Quantizes tiles [begin, end) of x, float (rows, cols).
   void (*quantize)(const float* x, const Layout&, Activations*, int64_t begin, int64_t end);
-  // Writes y[m * stride + row] for weight rows [begin, end), bias (or null) added. `codes` is
-  // memory for padded_cols codes.
+  // Writes y[m * stride + row] for weight rows [begin, end), bias (or null) added. `working` is
+  // memory of working_bytes(layout), here and below, that starts at a multiple of 64.
   void (*multiply)(const Record&, const Activations&, const float* bias, float* y, int64_t stride,
-                   int64_t begin, int64_t end, uint8_t* codes);
+                   int64_t begin, int64_t end, uint8_t* working);
   // Writes a row of cols floats.
-  void (*decode)(const Record&, int64_t row, float* out, uint8_t* codes);
+  void (*decode)(const Record&, int64_t row, float* out, uint8_t* working);
 };
 
 // The fastest that this processor runs; `name` forces one ("portable", "avx2", "avx512").

@@ -7,32 +7,34 @@
 typedef uint16_t Wide __attribute__((vector_size(32)));
 typedef uint32_t Word;
 
+#define TIERHINTS_INLINE inline __attribute__((always_inline))
+
 template <typename V>
-inline V load(const uint8_t* from) {
+TIERHINTS_INLINE V load(const uint8_t* from) {
   V value;
   __builtin_memcpy(&value, from, sizeof(V));
   return value;
 }
 
 template <typename V>
-inline void store(uint8_t* to, V value) {
+TIERHINTS_INLINE void store(uint8_t* to, V value) {
   __builtin_memcpy(to, &value, sizeof(V));
 }
 
 template <typename V>
-inline V bytes(uint8_t byte);
+TIERHINTS_INLINE V bytes(uint8_t byte);
 template <>
-inline Wide bytes<Wide>(uint8_t byte) {
+TIERHINTS_INLINE Wide bytes<Wide>(uint8_t byte) {
   return Wide{} + static_cast<uint16_t>(byte * 0x0101u);
 }
 template <>
-inline Word bytes<Word>(uint8_t byte) {
+TIERHINTS_INLINE Word bytes<Word>(uint8_t byte) {
   return byte * 0x01010101u;
 }
 
 // Moves bits of each byte by a place (right where it is positive), and masks them.
 template <int kRight, uint8_t kMask, typename V>
-inline V take(V value) {
+TIERHINTS_INLINE V take(V value) {
   if constexpr (kRight >= 0) {
     return (value >> kRight) & bytes<V>(kMask);
   } else {
@@ -49,7 +51,7 @@ template <>
 struct Unpack<2> {
   static constexpr int kPieces = 4;
   template <typename V>
-  static inline void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
     const V a = load<V>(plane[0] + j);
     store(codes + j, take<6, 3>(a));
     store(codes + j + piece, take<4, 3>(a));
@@ -62,11 +64,11 @@ template <>
 struct Unpack<3> {
   static constexpr int kPieces = 8;
   template <int kPiece, typename V>
-  static inline void put(V two, V one, uint8_t* to) {
+  static TIERHINTS_INLINE void put(V two, V one, uint8_t* to) {
     store(to, take<6 - kPiece / 2 * 2 - 1, 6>(two) | take<7 - kPiece, 1>(one));
   }
   template <typename V>
-  static inline void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
     const V a = load<V>(plane[0] + j), b = load<V>(plane[0] + j + piece);
     const V one = load<V>(plane[1] + j);
     put<0>(a, one, codes + j);
@@ -84,7 +86,7 @@ template <>
 struct Unpack<4> {
   static constexpr int kPieces = 2;
   template <typename V>
-  static inline void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
     const V a = load<V>(plane[0] + j);
     store(codes + j, take<4, 15>(a));
     store(codes + j + piece, take<0, 15>(a));
@@ -95,17 +97,17 @@ template <>
 struct Unpack<5> {
   static constexpr int kPieces = 8;
   template <int kPiece, typename V>
-  static inline void put(V four, V one, uint8_t* to) {
+  static TIERHINTS_INLINE void put(V four, V one, uint8_t* to) {
     store(to, take<kPiece < 4 ? 3 : -1, 30>(four) | take<7 - kPiece, 1>(one));
   }
   template <int kPiece, typename V>
-  static inline void both(const uint8_t* four, V one, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void both(const uint8_t* four, V one, uint8_t* codes, int64_t piece, int64_t j) {
     const V a = load<V>(four + j + kPiece * piece);
     put<kPiece>(a, one, codes + j + kPiece * piece);
     put<kPiece + 4>(a, one, codes + j + (kPiece + 4) * piece);
   }
   template <typename V>
-  static inline void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
     const V one = load<V>(plane[1] + j);
     both<0>(plane[0], one, codes, piece, j);
     both<1>(plane[0], one, codes, piece, j);
@@ -118,7 +120,7 @@ template <>
 struct Unpack<6> {
   static constexpr int kPieces = 4;
   template <typename V>
-  static inline void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
     const V a = load<V>(plane[0] + j), b = load<V>(plane[0] + j + piece);
     const V two = load<V>(plane[1] + j);
     store(codes + j, take<2, 60>(a) | take<6, 3>(two));
@@ -132,7 +134,7 @@ template <>
 struct Unpack<8> {
   static constexpr int kPieces = 4;
   template <typename V>
-  static inline void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
     const V a = load<V>(plane[0] + j), b = load<V>(plane[0] + j + piece);
     const V two = load<V>(plane[1] + j), low = load<V>(plane[2] + j);
     store(codes + j, take<0, 240>(a) | take<4, 12>(two) | take<6, 3>(low));
@@ -164,213 +166,350 @@ inline void unpack_row(const Record& record, int64_t row, uint8_t* codes) {
   }
 }
 
+// A block of activations as codes: writes kCodes of them, 32 at each stride, returns their scale and their sum. With
+// AVX2 those of even columns come first, then those of odd ones, by 32: what a vector of bytes gives
+// in one step each (widening them in order takes longer than their products).
+struct QuantizedBlock {
+  float scale;
+  int32_t sum;
+};
+
+#ifdef TIERHINTS_AVX2
+
+template <int kCodes>
+TIERHINTS_INLINE QuantizedBlock quantize_block(const float* values, int16_t* codes,
+                                               int64_t stride) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256 peaks = _mm256_setzero_ps(), check = _mm256_setzero_ps();
+  for (int k = 0; k < kCodes; k += 8) {
+    const __m256 part = _mm256_loadu_ps(values + k);
+    peaks = _mm256_max_ps(peaks, _mm256_and_ps(part, magnitude));
+    check = _mm256_fmadd_ps(part, _mm256_setzero_ps(), check);  // NaN of what isn't finite
+  }
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(peaks), _mm256_extractf128_ps(peaks, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  const float peak = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  const bool sound = _mm256_movemask_ps(_mm256_cmp_ps(check, check, _CMP_UNORD_Q)) == 0;
+  if (!sound || peak < kSmallestPeak) {
+    for (int k = 0; k < kCodes; k += 32) std::memset(codes + k / 32 * stride, 0, 64);
+    return {sound ? 0 : std::numeric_limits<float>::quiet_NaN(), 0};
+  }
+  const __m256 inverse = _mm256_set1_ps(kLargestCode / peak);
+  __m256i sums = _mm256_setzero_si256();
+  for (int k = 0; k < kCodes; k += 32) {
+    __m256i even[2], odd[2];
+    for (int part = 0; part < 2; ++part) {
+      const float* from = values + k + 16 * part;
+      const __m256i first = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from), inverse));
+      const __m256i second = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 8), inverse));
+      sums = _mm256_add_epi32(sums, _mm256_add_epi32(first, second));
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
+      even[part] = _mm256_srai_epi32(_mm256_slli_epi32(packed, 16), 16);
+      odd[part] = _mm256_srai_epi32(packed, 16);
+    }
+    __m256i* to = reinterpret_cast<__m256i*>(codes + k / 32 * stride);
+    _mm256_storeu_si256(
+        to, _mm256_permute4x64_epi64(_mm256_packs_epi32(even[0], even[1]), 0xd8));
+    _mm256_storeu_si256(
+        to + 1, _mm256_permute4x64_epi64(_mm256_packs_epi32(odd[0], odd[1]), 0xd8));
+  }
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+  return {peak / kLargestCode, _mm_cvtsi128_si32(four)};
+}
+
+#else
+
+template <int kCodes>
+TIERHINTS_INLINE QuantizedBlock quantize_block(const float* values, int16_t* codes,
+                                               int64_t stride) {
+  float peak = 0, check = 0;
+  for (int k = 0; k < kCodes; ++k) {
+    peak = std::max(peak, std::fabs(values[k]));
+    check += values[k] * 0;  // NaN of what isn't finite
+  }
+  if (check != 0 || peak < kSmallestPeak) {
+    for (int k = 0; k < kCodes; k += 32) std::memset(codes + k / 32 * stride, 0, 64);
+    return {check == 0 ? 0 : std::numeric_limits<float>::quiet_NaN(), 0};
+  }
+  const float inverse = kLargestCode / peak;
+  int32_t sum = 0;
+  for (int k = 0; k < kCodes; ++k) {
+    const int32_t code = static_cast<int32_t>(std::nearbyint(values[k] * inverse));
+    codes[k / 32 * stride + k % 32] = static_cast<int16_t>(code);
+    sum += code;
+  }
+  return {peak / kLargestCode, sum};
+}
+
+#endif
+
 void quantize(const float* x, const Layout& layout, Activations* to, int64_t begin, int64_t end) {
-  const int64_t middle = int64_t{1} << (layout.bits - 1);
-  for (int64_t row = begin; row < end; ++row) {
-    const float* from = x + row * layout.cols;
-    int16_t* codes = to->codes + row * layout.padded_cols;
-    float* scales = to->scales + row * to->num_blocks;
-    int32_t* offsets = to->offsets + row * to->num_blocks;
-    float* sums = to->sums + row * to->num_groups;
-    for (int64_t group = 0; group < to->num_groups; ++group) sums[group] = 0;
-    for (int64_t block = 0; block < to->num_blocks; ++block) {
-      const int64_t start = block * to->block;
-      const int64_t padded = std::min(to->block, layout.padded_cols - start);
-      const int64_t count = std::min(padded, layout.cols - start);
-      alignas(32) float values[64];
-      for (int64_t k = 0; k < count; ++k) values[k] = from[start + k];
-      for (int64_t k = count; k < padded; ++k) values[k] = 0;
-      float largest[8] = {0};
-      for (int64_t k = 0; k < padded; k += 8) {
-        for (int lane = 0; lane < 8; ++lane) {
-          largest[lane] = std::max(largest[lane], std::fabs(values[k + lane]));
+  const float middle = static_cast<float>(1 << (layout.bits - 1));
+  const int64_t tile = to->tile;
+  for (int64_t row = begin * tile; row < end * tile; ++row) {
+    const float* from = row < to->rows ? x + row * layout.cols : nullptr;
+    int16_t* codes = to->codes + row / tile * tile * layout.padded_cols + row % tile * 32;
+    float* scales = to->scales + row * to->block_stride;
+    float* offsets = to->offsets + row * to->block_stride;
+    float* sums = to->sums + row * to->group_stride;
+    std::fill_n(scales, to->block_stride, 0.0f);
+    std::fill_n(offsets, to->block_stride, 0.0f);
+    std::fill_n(sums, to->group_stride, 0.0f);
+    for (int64_t block = 0, start = 0; block < to->num_blocks; ++block, start += to->block) {
+      const int64_t size = std::min(to->block, layout.padded_cols - start);
+      const float* values = from + start;
+      float padded[64];
+      if (!from || start + size > layout.cols) {
+        for (int64_t k = 0; k < size; ++k) {
+          padded[k] = from && start + k < layout.cols ? from[start + k] : 0;
         }
+        values = padded;
       }
-      float peak = 0;
-      for (int lane = 0; lane < 8; ++lane) peak = std::max(peak, largest[lane]);
-      // What isn't finite makes the product so, as it does in floating point.
-      float check = 0;
-      for (int64_t k = 0; k < padded; ++k) check += values[k] * 0;
-      const bool sound = check == 0;
-      const float scale = sound ? peak / 32767 : std::numeric_limits<float>::quiet_NaN();
-      const float inverse = sound && peak > 1e-30f ? 32767 / peak : 0;
-      int32_t sum = 0;
-      for (int64_t k = 0; k < padded; ++k) {
-        const float scaled = sound ? values[k] * inverse : 0;
-        const int32_t code = static_cast<int32_t>(scaled + (scaled < 0 ? -0.5f : 0.5f));
-        codes[start + k] = static_cast<int16_t>(code);
-        sum += code;
-      }
-      scales[block] = scale;
-      offsets[block] = static_cast<int32_t>(-middle * sum);
-      sums[start / layout.group_size] += scale * static_cast<float>(sum);
+      int16_t* place = codes + start * tile;
+      const QuantizedBlock found = size == 64 ? quantize_block<64>(values, place, 32 * tile)
+                                              : quantize_block<32>(values, place, 32 * tile);
+      scales[block] = found.scale;
+      offsets[block] = -middle * static_cast<float>(found.sum);
+      const int64_t group = layout.num_groups == 1 ? 0 : start / layout.group_size;
+      sums[group] += found.scale * static_cast<float>(found.sum);
     }
   }
 }
 
+// Eight sums at a time, which are added up pairwise in the end.
 #ifdef TIERHINTS_AVX2
+typedef __m256 Lanes;
 
-inline __m256i widen(const uint8_t* codes) {
-  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+TIERHINTS_INLINE Lanes load_lanes(const float* from) { return _mm256_loadu_ps(from); }
+TIERHINTS_INLINE void store_lanes(float* to, Lanes lanes) { _mm256_storeu_ps(to, lanes); }
+TIERHINTS_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
+  return _mm256_fmadd_ps(a, b, sum);
+}
+TIERHINTS_INLINE void total_lanes(const Lanes* four, float* totals) {
+  const Lanes pairs = _mm256_hadd_ps(_mm256_hadd_ps(four[0], four[1]),
+                                     _mm256_hadd_ps(four[2], four[3]));
+  _mm_storeu_ps(totals,
+                _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
 
-inline __m256i multiply_add(__m256i sum, __m256i codes, const int16_t* x) {
-  const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+// The products of a block of codes with one of activations, in 8 lanes.
+template <int kCodes, int kWeights, int kRows>
+TIERHINTS_INLINE void multiply_block(const uint8_t* codes, int64_t code_stride, const int16_t* x,
+                                     const float* scales, int64_t scale_stride, Lanes* lanes) {
+  __m256i sums[kWeights * kRows];
+#pragma GCC unroll 4
+  for (auto& sum : sums) sum = _mm256_setzero_si256();
+#pragma GCC unroll 2
+  for (int k = 0; k < kCodes; k += 32) {
+#pragma GCC unroll 4
+    for (int w = 0; w < kWeights; ++w) {
+      const __m256i pairs =
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + w * code_stride + k));
+      const __m256i even = _mm256_and_si256(pairs, _mm256_set1_epi16(255));
+      const __m256i odd = _mm256_srli_epi16(pairs, 8);
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+        const __m256i* other =
+            reinterpret_cast<const __m256i*>(x + k * kRows + row * 32);
+        __m256i& sum = sums[w * kRows + row];
 #ifdef TIERHINTS_VNNI
-  return _mm256_dpwssd_epi32(sum, codes, other);
+        sum = _mm256_dpwssd_epi32(sum, even, _mm256_load_si256(other));
+        sum = _mm256_dpwssd_epi32(sum, odd, _mm256_load_si256(other + 1));
 #else
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(codes, other));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_load_si256(other)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_load_si256(other + 1)));
 #endif
-}
-
-inline float add_lanes(__m256 lanes) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
-// Sums of 8 lanes for kRows rows of activations at a time.
-template <int kRows>
-struct Sums {
-  __m256 lanes[kRows];
-  __m256i block[kRows];
-
-  Sums() {
-    for (auto& lane : lanes) lane = _mm256_setzero_ps();
-  }
-  void begin(int row, int32_t offset) {
-    block[row] = _mm256_zextsi128_si256(_mm_cvtsi32_si128(offset));
-  }
-  void add_codes(const uint8_t* codes, const int16_t* x, int64_t stride) {
-    const __m256i wide = widen(codes);
-    for (int row = 0; row < kRows; ++row) {
-      block[row] = multiply_add(block[row], wide, x + row * stride);
+        asm("" : "+x"(sum));  // or GCC adds products up first, more than there are registers
+      }
     }
   }
-  void end(int row, float scale) {
-    const __m256 values = _mm256_cvtepi32_ps(block[row]);
-    lanes[row] = _mm256_fmadd_ps(values, _mm256_set1_ps(scale), lanes[row]);
+#pragma GCC unroll 4
+  for (int pair = 0; pair < kWeights * kRows; ++pair) {
+    const __m256 scale = _mm256_broadcast_ss(scales + pair * scale_stride);
+    lanes[pair] = multiply_add(_mm256_cvtepi32_ps(sums[pair]), scale, lanes[pair]);
   }
-  float total(int row) const { return add_lanes(lanes[row]); }
-};
+}
 
 #else
+typedef float Lanes __attribute__((vector_size(32)));
 
-template <int kRows>
-struct Sums {
-  float sum[kRows] = {0};
-  int32_t block[kRows];
-
-  void begin(int row, int32_t offset) { block[row] = offset; }
-  void add_codes(const uint8_t* codes, const int16_t* x, int64_t stride) {
-    for (int row = 0; row < kRows; ++row) {
-      int32_t part = 0;
-      for (int k = 0; k < 16; ++k) part += int32_t{codes[k]} * x[row * stride + k];
-      block[row] += part;
-    }
+TIERHINTS_INLINE Lanes load_lanes(const float* from) {
+  return load<Lanes>(reinterpret_cast<const uint8_t*>(from));
+}
+TIERHINTS_INLINE void store_lanes(float* to, Lanes lanes) {
+  store(reinterpret_cast<uint8_t*>(to), lanes);
+}
+TIERHINTS_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return a * b + sum; }
+TIERHINTS_INLINE void total_lanes(const Lanes* four, float* totals) {
+  for (int index = 0; index < kTile; ++index) {
+    const Lanes& of = four[index];
+    totals[index] = ((of[0] + of[1]) + (of[2] + of[3])) + ((of[4] + of[5]) + (of[6] + of[7]));
   }
-  void end(int row, float scale) { sum[row] += static_cast<float>(block[row]) * scale; }
-  float total(int row) const { return sum[row]; }
-};
-
-#endif
-
-// Adds what the zeros of a row's groups contribute, for one row of activations.
-inline float add_zeros(const Layout& layout, const uint16_t* scales, const uint16_t* zeros,
-                       const float* sums) {
-  const float half = static_cast<float>((1 << layout.dropped_bits()) - 1) / 2;
-  float total = 0;
-  int64_t group = 0;
-#ifdef TIERHINTS_AVX2
-  if (layout.num_groups >= 8) {
-    __m256 lanes = _mm256_setzero_ps();
-    const auto floats = [](const uint16_t* from) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-    };
-    for (; group + 8 <= layout.num_groups; group += 8) {
-      const __m256 zero = _mm256_fmadd_ps(floats(scales + group), _mm256_set1_ps(half),
-                                          floats(zeros + group));
-      lanes = _mm256_fmadd_ps(zero, _mm256_loadu_ps(sums + group), lanes);
-    }
-    total = add_lanes(lanes);
-  }
-#endif
-  for (; group < layout.num_groups; ++group) {
-    total += (from_bfloat16(zeros[group]) + half * from_bfloat16(scales[group])) * sums[group];
-  }
-  return total;
 }
 
-// Products of one row of weights, unpacked, with kRows rows of activations from `first` on.
-template <int kRows>
-inline void multiply_row(const Layout& layout, const uint8_t* codes, const float* group_scales,
-                         const Activations& x, int64_t first, float* totals) {
-  Sums<kRows> sums;
-  const int16_t* from = x.codes + first * layout.padded_cols;
-  const float* scales = x.scales + first * x.num_blocks;
-  const int32_t* offsets = x.offsets + first * x.num_blocks;
-  const int64_t per_group = layout.num_groups == 1 ? x.num_blocks : layout.group_size / x.block;
-  const float* scale = group_scales;
-  for (int64_t block = 0, left = per_group; block < x.num_blocks; ++block) {
-    const int64_t start = block * x.block;
-    const int64_t end = std::min(start + x.block, layout.padded_cols);
-    for (int row = 0; row < kRows; ++row) sums.begin(row, offsets[row * x.num_blocks + block]);
-    for (int64_t k = start; k < end; k += 16) sums.add_codes(codes + k, from + k, layout.padded_cols);
+template <int kCodes, int kWeights, int kRows>
+TIERHINTS_INLINE void multiply_block(const uint8_t* codes, int64_t code_stride, const int16_t* x,
+                                     const float* scales, int64_t scale_stride, Lanes* lanes) {
+  for (int w = 0; w < kWeights; ++w) {
     for (int row = 0; row < kRows; ++row) {
-      sums.end(row, *scale * scales[row * x.num_blocks + block]);
-    }
-    if (--left == 0) {
-      ++scale;
-      left = per_group;
+      int32_t sum = 0;
+      for (int k = 0; k < kCodes; k += 32) {
+        const uint8_t* from = codes + w * code_stride + k;
+        const int16_t* chunk = x + k * kRows + row * 32;
+        for (int index = 0; index < 32; ++index) sum += int32_t{from[index]} * chunk[index];
+      }
+      const int pair = w * kRows + row;
+      lanes[pair][0] += static_cast<float>(sum) * scales[pair * scale_stride];
     }
   }
-  for (int row = 0; row < kRows; ++row) totals[row] = sums.total(row);
+}
+
+#endif
+
+// Rows of weights as products take them: a byte a code, the scale of each block, the zero of each
+// group as products add it.
+struct Weights {
+  uint8_t* codes;
+  float* scales;
+  float* zeros;
+  float* folded;  // scales of blocks times those of activations
+  int64_t code_stride, block_stride, group_stride;
+
+  Weights(const Layout& layout, const Activations& x, uint8_t* working)
+      : codes(working), code_stride(round_up(layout.padded_cols, 64)),
+        block_stride(x.block_stride), group_stride(x.group_stride) {
+    scales = reinterpret_cast<float*>(working + kTile * code_stride);
+    zeros = scales + kTile * block_stride;
+    folded = zeros + kTile * group_stride;
+  }
+};
+
+// Writes the scales and the zeros of a row of weights into place `index`.
+TIERHINTS_INLINE void spread_parameters(const Record& record, int64_t row, const Activations& x,
+                                        const Weights& to, int index) {
+  const Layout& layout = record.layout;
+  const uint16_t *scales = record.scales(row), *zeros = record.zeros(row);
+  float* block_scales = to.scales + index * to.block_stride;
+  float* group_zeros = to.zeros + index * to.group_stride;
+  const float dropped = static_cast<float>(1 << layout.dropped_bits()), half = (dropped - 1) / 2;
+  if (layout.num_groups == 1) {
+    std::fill_n(block_scales, to.block_stride, from_bfloat16(scales[0]) * dropped);
+  } else if (layout.group_size == x.block) {
+    for (int64_t group = 0; group < layout.num_groups; ++group) {
+      block_scales[group] = from_bfloat16(scales[group]) * dropped;
+    }
+  } else {
+    const int64_t per_group = layout.group_size / x.block;
+    for (int64_t block = 0; block < x.num_blocks; ++block) {
+      block_scales[block] = from_bfloat16(scales[block / per_group]) * dropped;
+    }
+  }
+  for (int64_t group = 0; group < layout.num_groups; ++group) {
+    group_zeros[group] = from_bfloat16(zeros[group]) + half * from_bfloat16(scales[group]);
+  }
+}
+
+// Totals of kWeights rows of weights times kRows of a tile of activations, one of which is 1.
+template <int kWeights, int kRows, int kBlock>
+inline void multiply_tile(const Layout& layout, const Weights& weights, const Activations& from,
+                          int64_t tile, float* totals) {
+  Lanes lanes[kTile] = {};
+  const int64_t first = tile * kRows;
+  for (int w = 0; w < kWeights; ++w) {
+    for (int row = 0; row < kRows; ++row) {
+      // What the middle of the codes contributes (products are with codes as they are stored, not
+      // less 2^(bits-1)), and the zeros.
+      const int pair = w * kRows + row;
+      Lanes sum = {};
+      for (int64_t block = 0; block < from.block_stride; block += 8) {
+        const Lanes scale = load_lanes(weights.scales + w * weights.block_stride + block) *
+                            load_lanes(from.scales + (first + row) * from.block_stride + block);
+        store_lanes(weights.folded + pair * weights.block_stride + block, scale);
+        const float* offsets = from.offsets + (first + row) * from.block_stride + block;
+        sum = multiply_add(scale, load_lanes(offsets), sum);
+      }
+      for (int64_t group = 0; group < from.group_stride; group += 8) {
+        const float* sums = from.sums + (first + row) * from.group_stride + group;
+        const float* zeros = weights.zeros + w * weights.group_stride + group;
+        sum = multiply_add(load_lanes(zeros), load_lanes(sums), sum);
+      }
+      lanes[pair] = sum;
+    }
+  }
+  const int16_t* x = from.codes + first * layout.padded_cols;
+  const int64_t whole = layout.padded_cols / kBlock;
+  for (int64_t block = 0; block < whole; ++block) {
+    multiply_block<kBlock, kWeights, kRows>(weights.codes + block * kBlock, weights.code_stride,
+                                            x + block * kBlock * kRows, weights.folded + block,
+                                            weights.block_stride, lanes);
+  }
+  if (whole < from.num_blocks) {
+    multiply_block<32, kWeights, kRows>(weights.codes + whole * kBlock, weights.code_stride,
+                                        x + whole * kBlock * kRows, weights.folded + whole,
+                                        weights.block_stride, lanes);
+  }
+  total_lanes(lanes, totals);
+}
+
+template <int kBits, int kBlock>
+void multiply_rows(const Record& record, const Activations& x, const float* bias, float* y,
+                   int64_t stride, int64_t begin, int64_t end, uint8_t* working) {
+  const Layout& layout = record.layout;
+  const Weights weights(layout, x, working);
+  std::fill_n(weights.scales, kTile * (weights.block_stride + weights.group_stride), 0.0f);
+  const auto take = [&](int64_t row, int index) {
+    unpack_row<kBits>(record, row, weights.codes + index * weights.code_stride);
+    spread_parameters(record, row, x, weights, index);
+  };
+  float totals[kTile];
+  int64_t row = begin;
+  if (x.tile == 1) {
+    for (; row + kTile <= end; row += kTile) {
+      for (int index = 0; index < kTile; ++index) take(row + index, index);
+      multiply_tile<kTile, 1, kBlock>(layout, weights, x, 0, totals);
+      for (int index = 0; index < kTile; ++index) {
+        y[row + index] = totals[index] + (bias ? bias[row + index] : 0);
+      }
+    }
+    for (; row < end; ++row) {
+      take(row, 0);
+      multiply_tile<1, 1, kBlock>(layout, weights, x, 0, totals);
+      y[row] = totals[0] + (bias ? bias[row] : 0);
+    }
+  }
+  for (; row < end; ++row) {
+    take(row, 0);
+    for (int64_t tile = 0; tile < x.num_tiles; ++tile) {
+      multiply_tile<1, kTile, kBlock>(layout, weights, x, tile, totals);
+      const int64_t first = tile * kTile, last = std::min<int64_t>(first + kTile, x.rows);
+      for (int64_t m = first; m < last; ++m) {
+        y[m * stride + row] = totals[m - first] + (bias ? bias[row] : 0);
+      }
+    }
+  }
 }
 
 template <int kBits>
 void multiply_bits(const Record& record, const Activations& x, const float* bias, float* y,
-                   int64_t stride, int64_t begin, int64_t end, uint8_t* codes) {
-  const Layout& layout = record.layout;
-  std::vector<float> group_scales(layout.num_groups + 1);
-  const float dropped = static_cast<float>(1 << layout.dropped_bits());
-  for (int64_t row = begin; row < end; ++row) {
-    unpack_row<kBits>(record, row, codes);
-    const uint16_t *scales = record.scales(row), *zeros = record.zeros(row);
-    for (int64_t group = 0; group < layout.num_groups; ++group) {
-      group_scales[group] = from_bfloat16(scales[group]) * dropped;
-    }
-    const float add = bias ? bias[row] : 0;
-    int64_t m = 0;
-    float totals[4];
-    const auto put = [&](int count) {
-      for (int index = 0; index < count; ++index) {
-        const float* sums = x.sums + (m + index) * x.num_groups;
-        const float zero = add_zeros(layout, scales, zeros, sums);
-        y[(m + index) * stride + row] = totals[index] + zero + add;
-      }
-      m += count;
-    };
-    while (m + 4 <= x.rows) {
-      multiply_row<4>(layout, codes, group_scales.data(), x, m, totals);
-      put(4);
-    }
-    while (m < x.rows) {
-      multiply_row<1>(layout, codes, group_scales.data(), x, m, totals);
-      put(1);
-    }
+                   int64_t stride, int64_t begin, int64_t end, uint8_t* working) {
+  if (x.block == 64) {
+    multiply_rows<kBits, 64>(record, x, bias, y, stride, begin, end, working);
+  } else {
+    multiply_rows<kBits, 32>(record, x, bias, y, stride, begin, end, working);
   }
 }
 
 void multiply(const Record& record, const Activations& x, const float* bias, float* y,
-              int64_t stride, int64_t begin, int64_t end, uint8_t* codes) {
+              int64_t stride, int64_t begin, int64_t end, uint8_t* working) {
   switch (record.layout.bits) {
-    case 2: return multiply_bits<2>(record, x, bias, y, stride, begin, end, codes);
-    case 3: return multiply_bits<3>(record, x, bias, y, stride, begin, end, codes);
-    case 4: return multiply_bits<4>(record, x, bias, y, stride, begin, end, codes);
-    case 5: return multiply_bits<5>(record, x, bias, y, stride, begin, end, codes);
-    case 6: return multiply_bits<6>(record, x, bias, y, stride, begin, end, codes);
-    default: return multiply_bits<8>(record, x, bias, y, stride, begin, end, codes);
+    case 2: return multiply_bits<2>(record, x, bias, y, stride, begin, end, working);
+    case 3: return multiply_bits<3>(record, x, bias, y, stride, begin, end, working);
+    case 4: return multiply_bits<4>(record, x, bias, y, stride, begin, end, working);
+    case 5: return multiply_bits<5>(record, x, bias, y, stride, begin, end, working);
+    case 6: return multiply_bits<6>(record, x, bias, y, stride, begin, end, working);
+    default: return multiply_bits<8>(record, x, bias, y, stride, begin, end, working);
   }
 }
 

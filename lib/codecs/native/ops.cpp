@@ -36,29 +36,24 @@ int64_t grain_of(const Layout& layout, int64_t weights = kGrainWeights) {
   return std::max<int64_t>(1, weights / layout.padded_cols);
 }
 
-uint8_t* code_memory(const Layout& layout) {
-  thread_local std::vector<uint8_t> codes;
-  if (static_cast<int64_t>(codes.size()) < layout.padded_cols) codes.resize(layout.padded_cols);
-  return codes.data();
+uint8_t* align(uint8_t* start) {
+  return start + (64 - reinterpret_cast<uintptr_t>(start) % 64) % 64;
+}
+
+uint8_t* working_memory(const Layout& layout) {
+  thread_local std::vector<uint8_t> memory;
+  const int64_t needed = working_bytes(layout) + 64;
+  if (static_cast<int64_t>(memory.size()) < needed) memory.resize(needed);
+  return align(memory.data());
 }
 
 Activations make_activations(const float* x, int64_t rows, const Layout& layout) {
-  Activations to;
-  to.rows = rows;
-  to.block = Activations::block_of(layout);
-  to.num_blocks = (layout.padded_cols + to.block - 1) / to.block;
-  to.num_groups = layout.num_groups;
+  Activations to(layout, rows);
   thread_local std::vector<uint8_t> memory;  // of the thread that calls, which outlives the product
-  const int64_t codes = round_up(rows * layout.padded_cols * 2, 64);
-  const int64_t scales = round_up(rows * to.num_blocks * 4, 64);
-  const int64_t total = codes + 2 * scales + rows * to.num_groups * 4 + 64;
-  if (static_cast<int64_t>(memory.size()) < total) memory.resize(total);
-  uint8_t* start = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-  to.codes = reinterpret_cast<int16_t*>(start);
-  to.scales = reinterpret_cast<float*>(start + codes);
-  to.offsets = reinterpret_cast<int32_t*>(start + codes + scales);
-  to.sums = reinterpret_cast<float*>(start + codes + 2 * scales);
-  at::parallel_for(0, rows, grain_of(layout), [&](int64_t begin, int64_t end) {
+  const int64_t needed = to.num_bytes() + 64;
+  if (static_cast<int64_t>(memory.size()) < needed) memory.resize(needed);
+  to.use(align(memory.data()));
+  at::parallel_for(0, to.num_tiles, grain_of(layout), [&](int64_t begin, int64_t end) {
     kernels->quantize(x, layout, &to, begin, end);
   });
   return to;
@@ -67,9 +62,9 @@ Activations make_activations(const float* x, int64_t rows, const Layout& layout)
 void decode_rows(const Record& record, int64_t start, int64_t end, float* out) {
   const Layout& layout = record.layout;
   at::parallel_for(start, end, grain_of(layout), [&](int64_t first, int64_t last) {
-    uint8_t* codes = code_memory(layout);
+    uint8_t* working = working_memory(layout);
     for (int64_t row = first; row < last; ++row) {
-      kernels->decode(record, row, out + (row - start) * layout.cols, codes);
+      kernels->decode(record, row, out + (row - start) * layout.cols, working);
     }
   });
 }
@@ -120,7 +115,7 @@ Tensor linear(const Tensor& x, const Tensor& record, const std::optional<Tensor>
     float* out = y.mutable_data_ptr<float>();
     const int64_t grain = grain_of(layout, std::max<int64_t>(1, kGrainWeights / count));
     at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      kernels->multiply(source, activations, add, out, rows, begin, end, code_memory(layout));
+      kernels->multiply(source, activations, add, out, rows, begin, end, working_memory(layout));
     });
   }
   return y.view(shape).to(x.scalar_type());
@@ -152,9 +147,9 @@ Tensor look_up(const Tensor& ids, const Tensor& record, int64_t rows, int64_t co
   const Tensor out = at::empty({flat.numel(), cols}, at::kFloat);
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, flat.numel(), grain_of(layout), [&](int64_t begin, int64_t end) {
-    uint8_t* codes = code_memory(layout);
+    uint8_t* working = working_memory(layout);
     for (int64_t index = begin; index < end; ++index) {
-      kernels->decode(source, numbers[index], to + index * cols, codes);
+      kernels->decode(source, numbers[index], to + index * cols, working);
     }
   });
   return out.view(shape).to(dtype);
