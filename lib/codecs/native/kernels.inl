@@ -303,23 +303,28 @@ TIERHINTS_INLINE void multiply_block(const uint8_t* codes, int64_t code_stride, 
   for (auto& sum : sums) sum = _mm256_setzero_si256();
 #pragma GCC unroll 2
   for (int k = 0; k < kCodes; k += 32) {
+    __m256i even[kWeights], odd[kWeights];
 #pragma GCC unroll 4
-    for (int w = 0; w < kWeights; ++w) {
-      const __m256i pairs =
-          _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + w * code_stride + k));
-      const __m256i even = _mm256_and_si256(pairs, _mm256_set1_epi16(255));
-      const __m256i odd = _mm256_srli_epi16(pairs, 8);
+    for (int row = 0; row < kRows; ++row) {
+      const __m256i* other = reinterpret_cast<const __m256i*>(x + k * kRows + row * 32);
+      __m256i x_even = _mm256_load_si256(other), x_odd = _mm256_load_si256(other + 1);
+      if constexpr (kWeights > 1) asm("" : "+x"(x_even), "+x"(x_odd));  // loaded once
 #pragma GCC unroll 4
-      for (int row = 0; row < kRows; ++row) {
-        const __m256i* other =
-            reinterpret_cast<const __m256i*>(x + k * kRows + row * 32);
+      for (int w = 0; w < kWeights; ++w) {
+        if (row == 0) {
+          __m256i pairs =
+              _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + w * code_stride + k));
+          asm("" : "+x"(pairs));
+          even[w] = _mm256_and_si256(pairs, _mm256_set1_epi16(255));
+          odd[w] = _mm256_srli_epi16(pairs, 8);
+        }
         __m256i& sum = sums[w * kRows + row];
 #ifdef TIERHINTS_VNNI
-        sum = _mm256_dpwssd_epi32(sum, even, _mm256_load_si256(other));
-        sum = _mm256_dpwssd_epi32(sum, odd, _mm256_load_si256(other + 1));
+        sum = _mm256_dpwssd_epi32(sum, even[w], x_even);
+        sum = _mm256_dpwssd_epi32(sum, odd[w], x_odd);
 #else
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, _mm256_load_si256(other)));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd, _mm256_load_si256(other + 1)));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even[w], x_even));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd[w], x_odd));
 #endif
         asm("" : "+x"(sum));  // or GCC adds products up first, more than there are registers
       }
@@ -386,6 +391,24 @@ struct Weights {
   }
 };
 
+// Eight scales or zeros of a row, of which `left` are left: 0 behind them. What is read there is still
+// the record's: planes follow.
+TIERHINTS_INLINE Lanes load_parameters(const uint16_t* from, int64_t left) {
+#ifdef TIERHINTS_AVX2
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left)),
+                                          _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm256_castsi256_ps(
+      _mm256_and_si256(mask, _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
+#else
+  Lanes values = {};
+  for (int64_t index = 0; index < std::min<int64_t>(left, 8); ++index) {
+    values[index] = from_bfloat16(from[index]);
+  }
+  return values;
+#endif
+}
+
 // Writes the scales and the zeros of a row of weights into place `index`.
 TIERHINTS_INLINE void spread_parameters(const Record& record, int64_t row, const Activations& x,
                                         const Weights& to, int index) {
@@ -393,21 +416,21 @@ TIERHINTS_INLINE void spread_parameters(const Record& record, int64_t row, const
   const uint16_t *scales = record.scales(row), *zeros = record.zeros(row);
   float* block_scales = to.scales + index * to.block_stride;
   float* group_zeros = to.zeros + index * to.group_stride;
-  const float dropped = static_cast<float>(1 << layout.dropped_bits()), half = (dropped - 1) / 2;
-  if (layout.num_groups == 1) {
-    std::fill_n(block_scales, to.block_stride, from_bfloat16(scales[0]) * dropped);
-  } else if (layout.group_size == x.block) {
-    for (int64_t group = 0; group < layout.num_groups; ++group) {
-      block_scales[group] = from_bfloat16(scales[group]) * dropped;
-    }
-  } else {
-    const int64_t per_group = layout.group_size / x.block;
-    for (int64_t block = 0; block < x.num_blocks; ++block) {
-      block_scales[block] = from_bfloat16(scales[block / per_group]) * dropped;
-    }
+  const int64_t per_group = layout.group_size / x.block;
+  const Lanes dropped = Lanes{} + static_cast<float>(1 << layout.dropped_bits());
+  const Lanes half = (dropped - 1.0f) / 2.0f;
+  for (int64_t group = 0; group < layout.num_groups; group += 8) {
+    const Lanes scale = load_parameters(scales + group, layout.num_groups - group);
+    const Lanes zero = load_parameters(zeros + group, layout.num_groups - group);
+    store_lanes(group_zeros + group, multiply_add(half, scale, zero));
+    if (per_group == 1 && layout.num_groups > 1) store_lanes(block_scales + group, scale * dropped);
   }
-  for (int64_t group = 0; group < layout.num_groups; ++group) {
-    group_zeros[group] = from_bfloat16(zeros[group]) + half * from_bfloat16(scales[group]);
+  if (layout.num_groups == 1) {
+    std::fill_n(block_scales, to.block_stride, from_bfloat16(scales[0]) * dropped[0]);
+  } else if (per_group > 1) {
+    for (int64_t block = 0; block < x.num_blocks; ++block) {
+      block_scales[block] = from_bfloat16(scales[block / per_group]) * dropped[0];
+    }
   }
 }
 
