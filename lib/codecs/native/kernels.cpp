@@ -12,6 +12,7 @@
 
 namespace tierhints {
 
+constexpr int64_t kAheadBytes = 1024;
 constexpr float kLargestCode = 32767;
 constexpr float kSmallestPeak = 1e-30f;  // of a block of activations: smaller ones are 0
 

@@ -144,7 +144,17 @@ struct Unpack<8> {
   }
 };
 
-// Writes the padded_cols codes of a row, a byte each.
+// Asks for what a step some rows later will read of a plane that has kWidth bytes for each of the
+// narrowest.
+template <int kWidth>
+TIERHINTS_INLINE void fetch_ahead(const uint8_t* plane, int64_t j) {
+  for (int line = 0; line < kWidth; line += 2) {
+    __builtin_prefetch(plane + j * kWidth + line * 32 + kAheadBytes);
+  }
+}
+
+// Writes the padded_cols codes of a row, a byte each. Rows follow each other in memory, but planes
+// are more streams than a processor foresees: they are asked for some rows ahead.
 template <int kBits>
 inline void unpack_row(const Record& record, int64_t row, uint8_t* codes) {
   const uint8_t* plane[kMaxPlanes];
@@ -155,6 +165,9 @@ inline void unpack_row(const Record& record, int64_t row, uint8_t* codes) {
   constexpr int64_t kWide = sizeof(Wide);
   int64_t j = 0;
   for (; j + kWide <= piece; j += kWide) {
+    fetch_ahead<kBits == 5 ? 4 : kBits == 2 || kBits == 4 ? 1 : 2>(plane[0], j);
+    if constexpr (kBits != 2 && kBits != 4) fetch_ahead<1>(plane[1], j);
+    if constexpr (kBits == 8) fetch_ahead<1>(plane[2], j);
     Unpack<kBits>::template step<Wide>(plane, codes, piece, j);
   }
   if (j < piece && piece >= kWide) {  // once more what overlaps gives the same codes
