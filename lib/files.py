@@ -10,6 +10,12 @@ from typing import Any
 from .errors import InputError
 
 
+def cache_folder() -> Path:
+    """Return the user's folder for what can be made again."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "tierhints"
+
+
 def check_writable(path: str | Path | None) -> None:
     """Refuse, before the work starts, an output file that could not be written at its end."""
     if path is None:

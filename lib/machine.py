@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import parse_json, write_json
+from .files import cache_folder, parse_json, write_json
 from .units import GB, parse_bytes
 from .vocabulary import Precision, Tier
 
@@ -134,8 +134,7 @@ def machine_path() -> Path | None:
     given = os.environ.get(MACHINE_VARIABLE)
     if given is not None:
         return Path(given) if given else None
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "tierhints" / "machine.json"
+    return cache_folder() / "machine.json"
 
 
 def find_machine() -> MachineProfile | None:

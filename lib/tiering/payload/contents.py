@@ -22,6 +22,11 @@ read.
 Reader = Callable[[str, int | None, int | None], Tensor]
 """Reads a parameter's native weights, or rows [start, end) of them, to host memory."""
 
+Piece = tuple[Part, int, Tensor, RecordLayout | None]
+"""(part, first row, record, its layout), or the whole weights of a part that is not encoded,
+without a layout.
+"""
+
 
 def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
     """Yield the payload as uint8 tensors in order; holds a record or 8 MiB of weights at a time."""
@@ -48,12 +53,8 @@ def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
     yield from _padding(payload.num_bytes - end)
 
 
-def payload_pieces(
-    payload: Payload, read: Reader
-) -> Iterator[tuple[Part, int, Tensor, RecordLayout | None]]:
-    """Yield what goes into a payload: (part, first row, record, its layout), or the whole weights
-    of a part that is not encoded, without a layout.
-    """
+def payload_pieces(payload: Payload, read: Reader) -> Iterator[Piece]:
+    """Yield what goes into a payload."""
     if payload.by_rows:
         part = payload.parts[0]
         for shard in payload.shards:

@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
@@ -49,6 +49,10 @@ from .folders import (
     remove_temporary_folder,
 )
 
+if TYPE_CHECKING:
+    from .records import KeptRecords
+
+SUFFIX = ".block"
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _MOST_OPEN_FILES = 4096
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -67,7 +71,13 @@ class FileStore:
 
     tier: ClassVar[Tier] = Tier.SSD
 
-    def __init__(self, folder: Path | None, *, temporary: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        temporary: bool = False,
+        records: "KeptRecords | None" = None,
+    ) -> None:
         self._remove = None
         if folder is None or temporary:
             self.folder, lock = make_temporary_folder((folder or default_spill_folder()).absolute())
@@ -83,6 +93,8 @@ class FileStore:
                 "through the page cache, and dropped from it at once",
                 stacklevel=2,
             )
+        self._records = records
+        """What is kept there is read there, and not written here."""
         self._files: dict[str, BlockFile] = {}
         """Open files, the least recently used first."""
         self._max_open = _max_open_files()
@@ -92,12 +104,12 @@ class FileStore:
     @classmethod
     def open(cls, options: StoreOptions) -> Self:
         """Make a store in the spill folder, or in a temporary one."""
-        return cls(options.folder)
+        return cls(options.folder, records=options.records)
 
     def has(self, key: str) -> bool:
         """Say whether there is a file with a sound header for the key."""
         try:
-            self._find(key)
+            self.find(key)
         except PlacementError:
             return False
         return True
@@ -121,21 +133,20 @@ class FileStore:
         try:
             self._write(partial, key, num_bytes, parts)
             with self._explained(key, file_bytes):
-                partial.replace(self._path(key))
+                partial.replace(self.path(key))
                 _flush_folder(self.folder)
         finally:
             partial.unlink(missing_ok=True)
             os.close(lock)
-        with self._lock:
-            self._files.pop(key, None)
+        self._forget(key)
 
     def num_bytes(self, key: str) -> int:
         """Return a payload's length, from its header."""
-        return self._find(key).num_bytes
+        return self.find(key).num_bytes
 
     def read_into(self, key: str, start: int, out: Tensor) -> None:
         """Read and check bytes, straight into the tensor's memory."""
-        file = self._find(key)
+        file = self.find(key)
         check_range(file.num_bytes, start, out)
         assert out.data_ptr() % SECTOR_BYTES == 0, "direct reads need page-aligned memory"
         try:
@@ -151,10 +162,15 @@ class FileStore:
 
     def free(self, key: str) -> None:
         """Close a file, and remove it where the folder is temporary: no other is ours alone."""
-        with self._lock:
-            self._files.pop(key, None)
         if self._remove is not None:
-            self._path(key).unlink(missing_ok=True)
+            self.remove(key)
+        else:
+            self._forget(key)
+
+    def remove(self, key: str) -> None:
+        """Close a file, and remove it."""
+        self._forget(key)
+        self.path(key).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close all files; a temporary folder is removed."""
@@ -168,12 +184,15 @@ class FileStore:
         """Return the free bytes of the disk."""
         return shutil.disk_usage(self.folder).free
 
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
+        """Return where a payload's file is, or would be."""
         assert _KEY.fullmatch(key), key
-        return self.folder / f"{key}.block"
+        return self.folder / f"{key}{SUFFIX}"
 
-    def _find(self, key: str) -> BlockFile:
-        """Return the open file of a key; opens it outside the lock if need be."""
+    def find(self, key: str) -> BlockFile:
+        """Return the open file of a key; opens it outside the lock if need be. Raises
+        PlacementError where there is none, or none that is sound.
+        """
         with self._lock:
             file = self._files.pop(key, None)
             if file is not None:
@@ -181,7 +200,9 @@ class FileStore:
                 return file
         if self._closed:
             raise lost(key)
-        path = self._path(key)
+        if self._records is not None and (kept := self._records.find(key)) is not None:
+            return kept
+        path = self.path(key)
         try:
             file = BlockFile(path, key, direct=self.direct)
         except Damage as damage:
@@ -192,6 +213,10 @@ class FileStore:
             while len(self._files) >= self._max_open:
                 del self._files[next(iter(self._files))]
             return self._files.setdefault(key, file)
+
+    def _forget(self, key: str) -> None:
+        with self._lock:
+            self._files.pop(key, None)
 
     def _write(self, path: Path, key: str, num_bytes: int, parts: Iterable[Tensor]) -> None:
         """Write the payload, then the header, and flush both to the disk."""

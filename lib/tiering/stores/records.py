@@ -1,0 +1,154 @@
+"""Records of a checkpoint's weights, kept for the next load: block files in ``.tierhints`` beside
+the checkpoint, or in the user's cache where none can be written there; $TIERHINTS_RECORDS names
+another folder.
+
+They are a copy of what the checkpoint says: what is missing, damaged or can't be kept is made from
+it. The key of a payload has the identity of its weights, so those of a checkpoint that has changed
+aren't found. The files take no more room than the checkpoint; the least recently used go first.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import xxhash
+from torch import Tensor
+
+from ...errors import InputError, PlacementError
+from ...files import cache_folder
+from ...units import GIB, format_bytes
+from .block_file import BlockFile, header_bytes
+from .file import SUFFIX, FileStore
+
+RECORDS_VARIABLE = "TIERHINTS_RECORDS"
+"""Names a folder for the records of all checkpoints; empty: none are kept."""
+_NAME = ".tierhints"
+_SPARE_BYTES = GIB
+"""Left free on the disk."""
+
+
+class KeptRecords:
+    """The records of one checkpoint. Used by one thread at a time; several processes may keep the
+    same.
+    """
+
+    def __init__(self, checkpoint: Path, checkpoint_bytes: int) -> None:
+        self._checkpoint = checkpoint.absolute()
+        self._limit = checkpoint_bytes
+        self._off = os.environ.get(RECORDS_VARIABLE) == ""
+        self._store: FileStore | None = None
+        self._used: set[Path] = set()
+        self._total_bytes = 0
+        """Of the files in the folder, as far as this process knows."""
+
+    def find(self, key: str) -> BlockFile | None:
+        """Return the file of a payload; None where it isn't kept. For any thread."""
+        store = self._open()
+        if store is not None:
+            with contextlib.suppress(PlacementError):
+                return store.find(key)
+        return None
+
+    def keep(self, key: str, num_bytes: int, make: Callable[[], Iterable[Tensor]]) -> bool:
+        """See to it that a payload is kept, from the parts that ``make`` returns where it isn't;
+        returns whether it is. Where it can't be nothing is kept from then on, which is said once.
+        """
+        store = self._open()
+        if store is None:
+            return False
+        path, file = store.path(key), self.find(key)
+        try:
+            if file is not None and file.num_bytes == num_bytes:
+                with contextlib.suppress(OSError):  # another user's
+                    os.utime(path)
+            else:
+                self._make_room(store, header_bytes(num_bytes) + num_bytes)
+                store.put(key, num_bytes, make())
+        except (PlacementError, OSError) as error:
+            self._stop(error)
+            return False
+        self._used.add(path)
+        return True
+
+    def read_into(self, key: str, start: int, out: Tensor) -> None:
+        """Read like a store; PlacementError where the bytes are not sound, which aren't kept
+        then.
+        """
+        assert self._store is not None
+        try:
+            self._store.read_into(key, start, out)
+        except PlacementError:
+            self._store.remove(key)
+            raise
+
+    def close(self) -> None:
+        """Close the files."""
+        self._off = True
+        if self._store is not None:
+            self._store.close()
+
+    def _open(self) -> FileStore | None:
+        """Return the store of the first folder that can be written; None where there is none."""
+        if self._off or self._store is not None:
+            return None if self._off else self._store
+        reasons: list[InputError] = []
+        for folder in record_folders(self._checkpoint):
+            try:
+                self._store = FileStore(folder)
+            except InputError as error:
+                reasons.append(error)
+                continue
+            with contextlib.suppress(OSError):
+                (folder / ".gitignore").write_text("*\n")
+            self._total_bytes = sum(_file_sizes(folder).values())
+            return self._store
+        self._stop(reasons[-1])
+        return None
+
+    def _make_room(self, store: FileStore, num_bytes: int) -> None:
+        """Remove what was used longest ago where there would be too much; PlacementError where
+        the disk is nearly full.
+        """
+        if store.capacity_bytes() < num_bytes + _SPARE_BYTES:
+            raise PlacementError(
+                f"the disk of {store.folder} has {format_bytes(store.capacity_bytes())} free, and "
+                f"{format_bytes(_SPARE_BYTES)} are left to others"
+            )
+        self._total_bytes += num_bytes
+        if self._total_bytes <= self._limit:
+            return
+        sizes = _file_sizes(store.folder)
+        self._total_bytes = sum(sizes.values()) + num_bytes
+        for path in sizes:
+            if self._total_bytes > self._limit and path not in self._used:
+                store.remove(path.stem)
+                self._total_bytes -= sizes[path]
+
+    def _stop(self, error: Exception) -> None:
+        self._off = True
+        warnings.warn(
+            f"records of {self._checkpoint} are not kept for the next load, which will make them "
+            f"anew: {error} (${RECORDS_VARIABLE} names another folder, or none)",
+            stacklevel=2,
+        )
+
+
+def record_folders(checkpoint: Path) -> list[Path]:
+    """Return where records of a checkpoint may be kept, the best place first."""
+    named = xxhash.xxh3_128_hexdigest(str(checkpoint.resolve()).encode())
+    if given := os.environ.get(RECORDS_VARIABLE):
+        return [Path(given).absolute() / named]
+    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return [beside / _NAME, cache_folder() / "records" / named]
+
+
+def _file_sizes(folder: Path) -> dict[Path, int]:
+    """Return the bytes of the block files in a folder, those used longest ago first."""
+    files: list[tuple[int, Path, int]] = []
+    for path in folder.glob(f"*{SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):  # another process made room
+            stat = path.stat()
+            files.append((stat.st_mtime_ns, path, stat.st_size))
+    return {path: size for _, path, size in sorted(files)}
