@@ -56,10 +56,9 @@ def attach(
     *What it may take.* ``budget`` bounds each tier (weights, slots and working memory together);
     without an accelerator HBM is the machine's RAM. ``weights`` is the safetensors checkpoint of a
     model on the meta device (``load(folder)``, or built inside ``empty_weights()``), which is then
-    never in memory as a whole; compressed weights made from it are kept for the next run in its
-    ``.tierhints``, or in the user's cache where that can't be written ($TIERHINTS_RECORDS names
-    another folder, empty: none). ``spill_dir`` holds the SSD tier and keeps that and them for the
-    next run (default: a temporary folder on a disk).
+    never in memory as a whole; compressed weights made from it are kept beside it for the
+    next run ($TIERHINTS_RECORDS names another folder; empty: nowhere). ``spill_dir`` holds the SSD
+    tier, and them, and keeps it for the next run (default: a temporary folder on a disk).
 
     *What it may cost.* ``precision`` None keeps outputs bit for bit; "int4" and the like compress
     every matrix, but none below its floor; without ``weights`` the originals go to the SSD, for

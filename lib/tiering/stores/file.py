@@ -2,7 +2,8 @@
 
 Keys say what is in a payload, so a folder may be shared by models and by runs, and what an earlier
 run wrote is used again. A file is written under another name, flushed, and renamed: there is never
-half of one under its own name, and of two writers the last one wins with the same bytes.
+half of one under its own name, and of two writers the last one wins with the same bytes. Where
+nobody needs it after a power failure it isn't flushed: its checksums would tell.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class FileStore:
     """A folder of block files, which stays for the next run; ``temporary``, or with ``folder``
     None, a new one inside it, removed when the store is closed, at exit, or by the next such store
-    after the process was killed.
+    after the process was killed. ``durable``: what is put survives a power failure.
 
     Reads by several threads run at the same time: no lock is held while the disk works, and bytes
     go straight into the caller's memory. Raises InputError where the folder can't be written or is
@@ -76,6 +77,7 @@ class FileStore:
         folder: Path | None,
         *,
         temporary: bool = False,
+        durable: bool = True,
         records: "KeptRecords | None" = None,
     ) -> None:
         self._remove = None
@@ -87,6 +89,8 @@ class FileStore:
         else:
             self.folder = open_folder(folder.absolute())
         self.direct = accepts_direct_io(self.folder)
+        # Through the page cache a flush is also what keeps files from being memory.
+        self._flushes = not self.direct or (durable and self._remove is None)
         if not self.direct:
             warnings.warn(
                 f"the file system of {self.folder} has no direct reads: block files are read "
@@ -115,7 +119,7 @@ class FileStore:
         return True
 
     def put(self, key: str, num_bytes: int, parts: Iterable[Tensor]) -> None:
-        """Write a file, synchronously to the disk, unless there is one; a damaged one is replaced.
+        """Write a file, past the page cache, unless there is one; a damaged one is replaced.
 
         Raises PlacementError where the disk is full or fails, and leaves no partial file.
         """
@@ -134,7 +138,8 @@ class FileStore:
             self._write(partial, key, num_bytes, parts)
             with self._explained(key, file_bytes):
                 partial.replace(self.path(key))
-                _flush_folder(self.folder)
+                if self._flushes:
+                    _flush_folder(self.folder)
         finally:
             partial.unlink(missing_ok=True)
             os.close(lock)
@@ -219,7 +224,7 @@ class FileStore:
             self._files.pop(key, None)
 
     def _write(self, path: Path, key: str, num_bytes: int, parts: Iterable[Tensor]) -> None:
-        """Write the payload, then the header, and flush both to the disk."""
+        """Write the payload, then the header."""
         start = header_bytes(num_bytes)
         with self._explained(key, start + num_bytes):
             descriptor = os.open(path, os.O_WRONLY | (os.O_DIRECT if self.direct else 0))
@@ -236,7 +241,8 @@ class FileStore:
             header[:] = pack_header(key, num_bytes, checksums)
             with self._explained(key, start + num_bytes):
                 _write_all(descriptor, header, 0)
-                os.fsync(descriptor)
+                if self._flushes:
+                    os.fsync(descriptor)
                 drop_cached_pages(descriptor)
         finally:
             os.close(descriptor)

@@ -96,7 +96,7 @@ class KeptRecords:
         reasons: list[InputError] = []
         for folder in record_folders(self._checkpoint):
             try:
-                self._store = FileStore(folder)
+                self._store = FileStore(folder, durable=False)
             except InputError as error:
                 reasons.append(error)
                 continue
