@@ -137,8 +137,7 @@ class CheckpointSource:
     def identity(self, name: str) -> str:
         """Return a key (hex) for a tensor's values: another one as soon as its file was written to.
 
-        Made from the file's device, inode, size and times, its header, and the name: data isn't
-        read.
+        Made from the file's inode, size and times, its header, and the name: data isn't read.
         """
         entry = self._entry(name)
         text = f"{entry.identity}|{self.resolve(name)}"

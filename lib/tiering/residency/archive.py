@@ -65,7 +65,7 @@ class Archive:
         """Say whether a payload needn't be made from the originals as they are now."""
         if self._records is None or not payload.lossy:
             return False
-        return self._records.find(self.key(payload)) is not None
+        return self._records.has(self.key(payload))
 
     def pieces(self, payload: Payload) -> Iterator[Piece]:
         """Yield what goes into a payload that isn't stored, kept or from the originals."""

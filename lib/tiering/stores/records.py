@@ -37,39 +37,46 @@ class KeptRecords:
     def __init__(self, checkpoint: Path, checkpoint_bytes: int) -> None:
         self._checkpoint = checkpoint.absolute()
         self._limit = checkpoint_bytes
-        self._off = os.environ.get(RECORDS_VARIABLE) == ""
+        self._keeps = os.environ.get(RECORDS_VARIABLE) != ""
         self._store: FileStore | None = None
         self._used: set[Path] = set()
         self._total_bytes = 0
         """Of the files in the folder, as far as this process knows."""
 
+    def has(self, key: str) -> bool:
+        """Say whether a payload is kept, by this process or one before."""
+        if self._keeps:
+            self._open()
+        return self.find(key) is not None
+
     def find(self, key: str) -> BlockFile | None:
-        """Return the file of a payload; None where it isn't kept. For any thread."""
-        store = self._open()
-        if store is not None:
+        """Return the file of a payload that was asked for with ``has`` or ``keep`` before; None
+        where it isn't kept. For any thread.
+        """
+        if self._store is not None:
             with contextlib.suppress(PlacementError):
-                return store.find(key)
+                return self._store.find(key)
         return None
 
     def keep(self, key: str, num_bytes: int, make: Callable[[], Iterable[Tensor]]) -> bool:
         """See to it that a payload is kept, from the parts that ``make`` returns where it isn't;
         returns whether it is. Where it can't be nothing is kept from then on, which is said once.
         """
-        store = self._open()
-        if store is None:
+        if self.has(key):
+            assert self._store is not None
+            with contextlib.suppress(OSError):  # another user's
+                os.utime(self._store.path(key))
+        elif self._keeps:
+            assert self._store is not None
+            try:
+                self._make_room(self._store, header_bytes(num_bytes) + num_bytes)
+                self._store.put(key, num_bytes, make())
+            except (PlacementError, OSError) as error:
+                self._stop(error)
+                return False
+        else:
             return False
-        path, file = store.path(key), self.find(key)
-        try:
-            if file is not None and file.num_bytes == num_bytes:
-                with contextlib.suppress(OSError):  # another user's
-                    os.utime(path)
-            else:
-                self._make_room(store, header_bytes(num_bytes) + num_bytes)
-                store.put(key, num_bytes, make())
-        except (PlacementError, OSError) as error:
-            self._stop(error)
-            return False
-        self._used.add(path)
+        self._used.add(self._store.path(key))
         return True
 
     def read_into(self, key: str, start: int, out: Tensor) -> None:
@@ -85,14 +92,13 @@ class KeptRecords:
 
     def close(self) -> None:
         """Close the files."""
-        self._off = True
         if self._store is not None:
             self._store.close()
 
-    def _open(self) -> FileStore | None:
-        """Return the store of the first folder that can be written; None where there is none."""
-        if self._off or self._store is not None:
-            return None if self._off else self._store
+    def _open(self) -> None:
+        """Open the first folder that can be written, or keep nothing."""
+        if self._store is not None:
+            return
         reasons: list[InputError] = []
         for folder in record_folders(self._checkpoint):
             try:
@@ -103,9 +109,8 @@ class KeptRecords:
             with contextlib.suppress(OSError):
                 (folder / ".gitignore").write_text("*\n")
             self._total_bytes = sum(_file_sizes(folder).values())
-            return self._store
+            return
         self._stop(reasons[-1])
-        return None
 
     def _make_room(self, store: FileStore, num_bytes: int) -> None:
         """Remove what was used longest ago where there would be too much; PlacementError where
@@ -127,7 +132,7 @@ class KeptRecords:
                 self._total_bytes -= sizes[path]
 
     def _stop(self, error: Exception) -> None:
-        self._off = True
+        self._keeps = False
         warnings.warn(
             f"records of {self._checkpoint} are not kept for the next load, which will make them "
             f"anew: {error} (${RECORDS_VARIABLE} names another folder, or none)",
