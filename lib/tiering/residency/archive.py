@@ -1,14 +1,21 @@
 """What lies in the stores: payloads written once, read whole, in shards, or by rows."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from ...errors import PlacementError
 from ...vocabulary import Tier
-from ..payload.contents import Piece, content_key, part_view, payload_bytes, payload_pieces
+from ..payload.contents import (
+    Piece,
+    content_key,
+    flat_bytes,
+    part_view,
+    payload_bytes,
+    payload_pieces,
+)
 from ..payload.layout import Payload, Shard
 from ..payload.parts import Part
 from ..stores import CHUNK_BYTES, DeviceStore, KeptRecords, Store, aligned_buffer
@@ -67,23 +74,37 @@ class Archive:
             return False
         return self._records.has(self.key(payload))
 
-    def pieces(self, payload: Payload) -> Iterator[Piece]:
-        """Yield what goes into a payload that isn't stored, kept or from the originals."""
+    def pieces(self, payload: Payload) -> Generator[Piece]:
+        """Yield what goes into a payload that isn't stored, kept or from the originals; to be
+        closed.
+        """
+        if self._records is None or not payload.lossy:
+            yield from payload_pieces(payload, self._originals.read)
+            return
         key = self.key(payload)
-        if self._keep(payload, key):
-            assert self._records is not None
+        if self._records.has(key):
             try:
                 for shard in payload.shards:
                     yield from _pieces_of(self._read_kept(key, shard), payload, shard)
                 return
             except PlacementError as error:
                 warnings.warn(f"{error}; they are made anew", stacklevel=2)
-        yield from payload_pieces(payload, self._originals.read)
+        places = [each.offset for each in (payload.shards if payload.by_rows else payload.parts)]
+        with self._records.adding(key, payload.num_bytes) as add:
+            pieces = payload_pieces(payload, self._originals.read)
+            for place, piece in zip(places, pieces, strict=True):
+                add(place, flat_bytes(piece[2]))
+                yield piece
 
     def key(self, payload: Payload) -> str:
         """Return the key of a payload that is made from the originals as they are now."""
         names = [part.parameter for part in payload.parts]
         return content_key(payload, {name: self._originals.identity(name) for name in names})
+
+    def finish(self) -> None:
+        """Wait until what is kept of records is in its files."""
+        if self._records is not None:
+            self._records.finish()
 
     def keep_only(self, wanted: set[Stored]) -> None:
         """Free the payloads that nothing refers to any more."""

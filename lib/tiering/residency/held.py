@@ -5,6 +5,7 @@ stored before they leave memory, unless a checkpoint has them: detach gives them
 precision is made from them.
 """
 
+import contextlib
 import weakref
 from functools import partial
 
@@ -200,7 +201,8 @@ class HeldGroup:
             self.weights.take_over()
         elif self.stored is None and not self._is_stored_by(plan):
             self._keep_native()
-            self.weights.make(self.archive.pieces(payload))
+            with contextlib.closing(self.archive.pieces(payload)) as pieces:
+                self.weights.make(pieces)
         else:
             if self.stored is None:
                 self.stored = self.archive.put(payload, Tier.SSD)

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
+import numpy
 from torch import Tensor
 
 from ...errors import PlacementError
@@ -271,12 +272,14 @@ class FileStore:
 def _pieces(parts: Iterable[Tensor]) -> Iterator[memoryview]:
     """Cut the parts into pieces of PIECE_BYTES, all in one aligned buffer, one after the other."""
     buffer = aligned_buffer(PIECE_BYTES)
+    target = buffer.numpy()
     filled = 0
     for part in parts:
-        taken = 0
+        source, taken = part.numpy(), 0
         while taken < len(part):
             count = min(len(part) - taken, PIECE_BYTES - filled)
-            buffer[filled : filled + count].copy_(part[taken : taken + count])
+            # Not torch's copy: it would wake threads, of which other cores are busy.
+            numpy.copyto(target[filled : filled + count], source[taken : taken + count])
             taken, filled = taken + count, filled + count
             if filled == PIECE_BYTES:
                 yield byte_view(buffer)

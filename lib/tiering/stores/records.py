@@ -10,7 +10,7 @@ aren't found. The files take no more room than the checkpoint; the least recentl
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import InputError, PlacementError
 from ...files import cache_folder
 from ...units import GIB, format_bytes
+from .behind import WriteBehind
 from .block_file import BlockFile, header_bytes
 from .file import SUFFIX, FileStore
 
@@ -39,6 +40,7 @@ class KeptRecords:
         self._limit = checkpoint_bytes
         self._keeps = os.environ.get(RECORDS_VARIABLE) != ""
         self._store: FileStore | None = None
+        self._writer: WriteBehind | None = None
         self._used: set[Path] = set()
         self._total_bytes = 0
         """Of the files in the folder, as far as this process knows."""
@@ -47,7 +49,14 @@ class KeptRecords:
         """Say whether a payload is kept, by this process or one before."""
         if self._keeps:
             self._open()
-        return self.find(key) is not None
+        if self._store is None or self.find(key) is None:
+            return False
+        path = self._store.path(key)
+        if path not in self._used:
+            self._used.add(path)
+            with contextlib.suppress(OSError):  # another user's
+                os.utime(path)
+        return True
 
     def find(self, key: str) -> BlockFile | None:
         """Return the file of a payload that was asked for with ``has`` or ``keep`` before; None
@@ -63,21 +72,38 @@ class KeptRecords:
         returns whether it is. Where it can't be nothing is kept from then on, which is said once.
         """
         if self.has(key):
-            assert self._store is not None
-            with contextlib.suppress(OSError):  # another user's
-                os.utime(self._store.path(key))
-        elif self._keeps:
-            assert self._store is not None
-            try:
-                self._make_room(self._store, header_bytes(num_bytes) + num_bytes)
-                self._store.put(key, num_bytes, make())
-            except (PlacementError, OSError) as error:
-                self._stop(error)
-                return False
-        else:
+            return True
+        if not self._make_room(key, num_bytes):
             return False
-        self._used.add(self._store.path(key))
+        assert self._store is not None
+        try:
+            self._store.put(key, num_bytes, make())
+        except (PlacementError, OSError) as error:
+            self._stop(error)
+            return False
         return True
+
+    @contextlib.contextmanager
+    def adding(self, key: str, num_bytes: int) -> Iterator[Callable[[int, Tensor], None]]:
+        """Keep a payload while it is used: yields what takes its parts like ``WriteBehind.put``.
+        ``finish`` waits, and says where it could not be kept.
+        """
+        if self._writer is not None and self._writer.failed:
+            self.finish()
+        if not self._make_room(key, num_bytes):
+            yield lambda offset, data: None
+            return
+        assert self._writer is not None
+        with self._writer.put(key, num_bytes) as add:
+            yield add
+
+    def finish(self) -> None:
+        """Wait until what was added is kept."""
+        error = None if self._writer is None else self._writer.finish()
+        if isinstance(error, PlacementError | OSError):
+            self._stop(error)
+        elif error is not None:
+            raise error
 
     def read_into(self, key: str, start: int, out: Tensor) -> None:
         """Read like a store; PlacementError where the bytes are not sound, which aren't kept
@@ -92,6 +118,8 @@ class KeptRecords:
 
     def close(self) -> None:
         """Close the files."""
+        if self._writer is not None:
+            self._writer.close()
         if self._store is not None:
             self._store.close()
 
@@ -108,34 +136,44 @@ class KeptRecords:
                 continue
             with contextlib.suppress(OSError):
                 (folder / ".gitignore").write_text("*\n")
+            self._writer = WriteBehind(self._store)
             self._total_bytes = sum(_file_sizes(folder).values())
             return
         self._stop(reasons[-1])
 
-    def _make_room(self, store: FileStore, num_bytes: int) -> None:
-        """Remove what was used longest ago where there would be too much; PlacementError where
-        the disk is nearly full.
+    def _make_room(self, key: str, num_bytes: int) -> bool:
+        """Remove what was used longest ago where there would be too much; returns whether a payload
+        may be kept.
         """
-        if store.capacity_bytes() < num_bytes + _SPARE_BYTES:
-            raise PlacementError(
-                f"the disk of {store.folder} has {format_bytes(store.capacity_bytes())} free, and "
+        if self._keeps:
+            self._open()
+        if not self._keeps:
+            return False
+        assert self._store is not None
+        file_bytes, free_bytes = header_bytes(num_bytes) + num_bytes, self._store.capacity_bytes()
+        if free_bytes < file_bytes + _SPARE_BYTES:
+            self._stop(
+                f"{format_bytes(free_bytes)} of the disk are free, of which "
                 f"{format_bytes(_SPARE_BYTES)} are left to others"
             )
-        self._total_bytes += num_bytes
-        if self._total_bytes <= self._limit:
-            return
-        sizes = _file_sizes(store.folder)
-        self._total_bytes = sum(sizes.values()) + num_bytes
-        for path in sizes:
-            if self._total_bytes > self._limit and path not in self._used:
-                store.remove(path.stem)
-                self._total_bytes -= sizes[path]
+            return False
+        self._used.add(self._store.path(key))
+        self._total_bytes += file_bytes
+        if self._total_bytes > self._limit:
+            sizes = _file_sizes(self._store.folder)
+            self._total_bytes = sum(sizes.values()) + file_bytes
+            for path in sizes:
+                if self._total_bytes > self._limit and path not in self._used:
+                    with contextlib.suppress(OSError):  # another user's
+                        path.unlink(missing_ok=True)
+                        self._total_bytes -= sizes[path]
+        return True
 
-    def _stop(self, error: Exception) -> None:
+    def _stop(self, reason: object) -> None:
         self._keeps = False
         warnings.warn(
             f"records of {self._checkpoint} are not kept for the next load, which will make them "
-            f"anew: {error} (${RECORDS_VARIABLE} names another folder, or none)",
+            f"anew: {reason} (${RECORDS_VARIABLE} names another folder, or none)",
             stacklevel=2,
         )
 

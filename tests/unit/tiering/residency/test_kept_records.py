@@ -13,6 +13,8 @@ from smallest_budget import smallest
 from torch import Tensor, nn
 
 from lib.checkpoint.source import CheckpointSource
+from lib.codecs.encoded import EncodedWeight
+from lib.codecs.fused import Int4Weight
 from lib.errors import InputError
 from lib.tiering import attach, empty_weights
 from lib.tiering.stores import file
@@ -191,3 +193,21 @@ def test_weights_that_cannot_be_encoded_are_named(checkpoint: Path) -> None:
     with pytest.raises(InputError, match=r"NaN, infinite or too large"):
         compute(checkpoint)
     assert not files(checkpoint)
+
+
+def test_a_load_that_fails_half_way_leaves_whole_files_only(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncodedWeight, "fill", fail)
+        patch.setattr(Int4Weight, "fill", fail)
+        with pytest.raises(MemoryError):
+            compute(checkpoint)
+    assert not list((checkpoint / ".tierhints").glob(".*.partial"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = compute(checkpoint)
+        assert torch.equal(compute(checkpoint), first)
