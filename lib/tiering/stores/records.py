@@ -43,7 +43,7 @@ class KeptRecords:
         self._writer: WriteBehind | None = None
         self._used: set[Path] = set()
         self._total_bytes = 0
-        """Of the files in the folder, as far as this process knows."""
+        """Of the files in the folder and on their way there, as far as this process knows."""
 
     def has(self, key: str) -> bool:
         """Say whether a payload is kept, by this process or one before."""
@@ -160,13 +160,11 @@ class KeptRecords:
         self._used.add(self._store.path(key))
         self._total_bytes += file_bytes
         if self._total_bytes > self._limit:
-            sizes = _file_sizes(self._store.folder)
-            self._total_bytes = sum(sizes.values()) + file_bytes
-            for path in sizes:
+            for path, size in _file_sizes(self._store.folder).items():
                 if self._total_bytes > self._limit and path not in self._used:
                     with contextlib.suppress(OSError):  # another user's
                         path.unlink(missing_ok=True)
-                        self._total_bytes -= sizes[path]
+                        self._total_bytes -= size
         return True
 
     def _stop(self, reason: object) -> None:
