@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lib.checkpoint.source import CheckpointSource
 from lib.codecs.encoded import EncodedWeight
 from lib.codecs.fused import Int4Weight
+from lib.codecs.native import load_native
 from lib.errors import InputError
 from lib.tiering import attach, empty_weights
 from lib.tiering.stores import file
@@ -25,6 +26,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    load_native()  # while its cache is the user's
     monkeypatch.delenv("TIERHINTS_RECORDS")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "model"
