@@ -122,7 +122,8 @@ class File:
         if size < _LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
             raise self._broken(f"its header would have {length} bytes, and the file has {size}")
         self._header = self._read_start(_LENGTH_BYTES, length)
-        self.identity = f"{self._stamp}{xxhash.xxh3_128_hexdigest(self._header)}"
+        # Without the device, whose number may be another after a restart.
+        self.identity = f"{self._stamp[1:]}{xxhash.xxh3_128_hexdigest(self._header)}"
 
     def entries(self) -> dict[str, Entry]:
         """Return the tensors that the header declares, checked against the file's size."""

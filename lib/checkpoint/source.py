@@ -103,6 +103,11 @@ class CheckpointSource:
         """Return the files' own tensors with their dtypes."""
         return {name: entry.dtype for name, entry in self._files.items()}
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(entry.num_bytes for entry in self._files.values())
+
     def first_dtype(self) -> torch.dtype:
         """Return the dtype of the first tensor of plain floats, files and names in order; float32
         where there is none. transformers takes it where config.json names no dtype.
@@ -132,8 +137,7 @@ class CheckpointSource:
     def identity(self, name: str) -> str:
         """Return a key (hex) for a tensor's values: another one as soon as its file was written to.
 
-        Made from the file's device, inode, size and times, its header, and the name: data isn't
-        read.
+        Made from the file's inode, size and times, its header, and the name: data isn't read.
         """
         entry = self._entry(name)
         text = f"{entry.identity}|{self.resolve(name)}"

@@ -70,11 +70,7 @@ def _fit_groups(values: Tensor, size: int, bits: int, first: int) -> tuple[Tenso
     high = torch.cat([part.amax(-1) for part in parts], dim=1).double()
     if not (low.amin() >= -LARGEST_WEIGHT and high.amax() <= LARGEST_WEIGHT):  # so for NaN
         sound = (low >= -LARGEST_WEIGHT) & (high <= LARGEST_WEIGHT)
-        row = first + int((~sound).any(1).nonzero()[0])
-        raise InputError(
-            f"row {row} holds a weight that is NaN, infinite or beyond {LARGEST_WEIGHT:.1e}: mend "
-            "it, or store this weight as it is"
-        )
+        raise unsound_row(first + int((~sound).any(1).nonzero()[0]))
     margin, middle = EDGE_MARGIN.get(bits, 0.0), 1 << (bits - 1)
     below, above = middle + margin, middle - 1 + margin
     scale = (high - low).div_(below + above)
@@ -87,6 +83,14 @@ def _fit_groups(values: Tensor, size: int, bits: int, first: int) -> tuple[Tenso
     short = rounded.double() < scale
     rounded = (rounded.view(torch.int16) + short.to(torch.int16)).view(torch.bfloat16)
     return rounded, zero
+
+
+def unsound_row(row: int) -> InputError:
+    """Make the error for a row with a weight that can't be encoded."""
+    return InputError(
+        f"row {row} holds a weight that is NaN, infinite or beyond {LARGEST_WEIGHT:.1e}: mend it, "
+        "or store this weight as it is"
+    )
 
 
 def group_views(values: Tensor, parameters: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:

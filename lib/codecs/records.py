@@ -1,4 +1,5 @@
-"""The reference codecs: weights to records and back, in torch alone.
+"""The reference codecs: weights to records and back, in torch alone; where there is the extension
+(``native``) it encodes, to the same bytes.
 
 Each group of a row's weights keeps a scale ``s`` and a zero ``z`` and b-bit codes ``q``:
 
@@ -26,8 +27,16 @@ from torch import Tensor
 from ..errors import InputError, PlacementError
 from ..vocabulary import Precision
 from .layout import PLANE_BITS, Codec, Plane, RecordLayout, default_codec
+from .native import load_native
 from .planes import unpack_planes
-from .quantize import LARGEST_WEIGHT, SMALLEST_SCALE, Workspace, group_views, quantize_rows
+from .quantize import (
+    LARGEST_WEIGHT,
+    SMALLEST_SCALE,
+    Workspace,
+    group_views,
+    quantize_rows,
+    unsound_row,
+)
 
 __all__ = [
     "LARGEST_WEIGHT",
@@ -94,14 +103,17 @@ def encode_from(
     if out is not None:
         record.zero_()  # the gaps between the sections
     shard_rows = min(max(1, SHARD_WEIGHTS // layout.cols), layout.rows)
-    work = None if layout.codec.is_raw else Workspace(layout, shard_rows)
+    native = not layout.codec.is_raw and load_native().library is not None
+    work = None if native or layout.codec.is_raw else Workspace(layout, shard_rows)
     all_sections = section_views(record, layout)
     for start in range(0, layout.rows, shard_rows):
         end = min(start + shard_rows, layout.rows)
         rows = read_rows(start, end).detach().to("cpu")
         assert rows.shape == (end - start, layout.cols), "read_rows gave another shape"
         sections = [view[start:end] for view in all_sections]
-        if work is None:
+        if native:
+            _encode_rows(rows, record, layout, first=start)
+        elif work is None:
             _cast_rows(rows, sections[0], layout.codec.precision, first=start)
         else:
             quantize_rows(rows, sections, layout, work, first=start)
@@ -238,6 +250,15 @@ def section_views(record: Tensor, layout: RecordLayout) -> list[Tensor]:
         return [raw_view(record, layout)]
     planes = [plane_view(record, layout, plane) for plane in layout.planes]
     return [*planes, *parameter_views(record, layout)]
+
+
+def _encode_rows(rows: Tensor, record: Tensor, layout: RecordLayout, *, first: int) -> None:
+    """Do what ``quantize_rows`` does, in the extension."""
+    codec = layout.codec
+    shape = layout.rows, layout.cols, codec.group_size, codec.bits
+    bad = torch.ops.tierhints.encode_rows(rows, record, first, *shape)
+    if bad >= 0:
+        raise unsound_row(bad)
 
 
 def _cast_rows(rows: Tensor, target: Tensor, precision: Precision, *, first: int) -> None:

@@ -175,7 +175,8 @@ def _parser() -> argparse.ArgumentParser:
         "--spill-dir",
         type=Path,
         metavar="DIR",
-        help="folder of the SSD tier, kept for the next run (default: a temporary one)",
+        help="folder of the SSD tier, kept for the next run (default: a temporary one, and "
+        "compressed weights in .tierhints beside the model's)",
     )
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", required=True, metavar="TEXT", help="what to continue; -: stdin")

@@ -19,7 +19,7 @@ from .residency.archive import Archive
 from .residency.originals import Originals
 from .residency.stand_ins import plain_tensors
 from .runtime import Runtime
-from .stores import STORES, DeviceStore, Store, StoreOptions
+from .stores import STORES, DeviceStore, KeptRecords, Store, StoreOptions
 from .transfer.charges import Charges
 from .transfer.emulation import EmulatedTime, EmulatedTransport
 from .transfer.readers import ReaderTransport
@@ -56,8 +56,9 @@ def attach(
     *What it may take.* ``budget`` bounds each tier (weights, slots and working memory together);
     without an accelerator HBM is the machine's RAM. ``weights`` is the safetensors checkpoint of a
     model on the meta device (``load(folder)``, or built inside ``empty_weights()``), which is then
-    never in memory as a whole. ``spill_dir`` holds the SSD tier and keeps it for the next run
-    (default: a temporary folder on a disk).
+    never in memory as a whole; compressed weights made from it are kept beside it for the
+    next run ($TIERHINTS_RECORDS names another folder; empty: nowhere). ``spill_dir`` holds the SSD
+    tier, and them, and keeps it for the next run (default: a temporary folder on a disk).
 
     *What it may cost.* ``precision`` None keeps outputs bit for bit; "int4" and the like compress
     every matrix, but none below its floor; without ``weights`` the originals go to the SSD, for
@@ -97,7 +98,10 @@ def attach(
     )
     planned.check_weights()
     folder = Path(spill_dir) if spill_dir is not None else None
-    stores = _Stores(StoreOptions(device=planned.device, folder=folder), mode)
+    records = None
+    if planned.checkpoint is not None and folder is None:
+        records = KeptRecords(planned.checkpoint.path, planned.checkpoint.num_bytes)
+    stores = _Stores(StoreOptions(device=planned.device, folder=folder, records=records), mode)
     charges: Charges = Charges()
     transport: Transport = ReaderTransport(stores, planned.device)
     if planned.emulation is not None:
@@ -108,7 +112,7 @@ def attach(
     keeper = PlanKeeper(
         planned,
         originals,
-        Archive(stores, originals, lasting=folder is not None),
+        Archive(stores, originals, records, lasting=folder is not None),
         transport=transport,
         charges=charges,
     )

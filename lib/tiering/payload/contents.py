@@ -22,6 +22,11 @@ read.
 Reader = Callable[[str, int | None, int | None], Tensor]
 """Reads a parameter's native weights, or rows [start, end) of them, to host memory."""
 
+Piece = tuple[Part, int, Tensor, RecordLayout | None]
+"""(part, first row, record, its layout), or the whole weights of a part that is not encoded,
+without a layout.
+"""
+
 
 def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
     """Yield the payload as uint8 tensors in order; holds a record or 8 MiB of weights at a time."""
@@ -30,7 +35,7 @@ def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
         for shard in payload.shards:
             yield from _padding(shard.offset - end)
             if shard.record is None:
-                yield _flat_bytes(read(payload.parts[0].parameter, shard.start, shard.end))
+                yield flat_bytes(read(payload.parts[0].parameter, shard.start, shard.end))
             else:
                 yield _encode_shard(payload, shard, shard.record, read)
             end = shard.offset + shard.data_bytes
@@ -41,19 +46,15 @@ def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
                 yield _encode_part(payload, part, part.record, read)
             elif part.is_contiguous:
                 for start, stop in _row_steps(part):
-                    yield _flat_bytes(read(part.parameter, start, stop))
+                    yield flat_bytes(read(part.parameter, start, stop))
             else:
-                yield _flat_bytes(read(part.parameter, None, None))
+                yield flat_bytes(read(part.parameter, None, None))
             end = part.offset + part.num_bytes
     yield from _padding(payload.num_bytes - end)
 
 
-def payload_pieces(
-    payload: Payload, read: Reader
-) -> Iterator[tuple[Part, int, Tensor, RecordLayout | None]]:
-    """Yield what goes into a payload: (part, first row, record, its layout), or the whole weights
-    of a part that is not encoded, without a layout.
-    """
+def payload_pieces(payload: Payload, read: Reader) -> Iterator[Piece]:
+    """Yield what goes into a payload."""
     if payload.by_rows:
         part = payload.parts[0]
         for shard in payload.shards:
@@ -99,7 +100,7 @@ def _padding(num_bytes: int) -> Iterator[Tensor]:
         yield torch.zeros(num_bytes, dtype=torch.uint8)
 
 
-def _flat_bytes(weights: Tensor) -> Tensor:
+def flat_bytes(weights: Tensor) -> Tensor:
     """View dense weights as bytes in memory order."""
     flat = weights.as_strided((weights.numel(),), (1,), weights.storage_offset())
     return flat.view(torch.uint8)

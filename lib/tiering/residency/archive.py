@@ -1,15 +1,24 @@
 """What lies in the stores: payloads written once, read whole, in shards, or by rows."""
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from ...errors import PlacementError
 from ...vocabulary import Tier
-from ..payload.contents import content_key, part_view, payload_bytes
+from ..payload.contents import (
+    Piece,
+    content_key,
+    flat_bytes,
+    part_view,
+    payload_bytes,
+    payload_pieces,
+)
 from ..payload.layout import Payload, Shard
 from ..payload.parts import Part
-from ..stores import CHUNK_BYTES, DeviceStore, Store, aligned_buffer
+from ..stores import CHUNK_BYTES, DeviceStore, KeptRecords, Store, aligned_buffer
 from .originals import Originals
 
 _PIECE_BYTES = 4 * CHUNK_BYTES
@@ -20,15 +29,23 @@ Stored = tuple[Tier, str]
 
 
 class Archive:
-    """Payloads of one model in the stores of the tiers."""
+    """Payloads of one model in the stores of the tiers. ``records``: the compressed ones are kept
+    there, too, and made once.
+    """
 
     def __init__(
-        self, stores: Mapping[Tier, Store], originals: Originals, *, lasting: bool
+        self,
+        stores: Mapping[Tier, Store],
+        originals: Originals,
+        records: KeptRecords | None = None,
+        *,
+        lasting: bool,
     ) -> None:
         self.lasting = lasting
         """The SSD tier is kept for the next run."""
         self._stores = stores
         self._originals = originals
+        self._records = records
         self._kept: set[Stored] = set()
 
     def put(self, payload: Payload, tier: Tier, before: Stored | None = None) -> Stored:
@@ -42,7 +59,7 @@ class Archive:
             parts: Iterator[Tensor] = (buffer for buffer, _ in self.shards(before, payload))
         else:
             key = self.key(payload)
-            parts = payload_bytes(payload, self._originals.read)
+            parts = self._make(payload, key)
         store.put(key, payload.num_bytes, parts)
         self._kept.add((tier, key))
         return tier, key
@@ -51,10 +68,43 @@ class Archive:
         """Say whether a payload is there already, as the originals are now."""
         return self._stores[tier].has(self.key(payload))
 
+    def is_kept(self, payload: Payload) -> bool:
+        """Say whether a payload needn't be made from the originals as they are now."""
+        if self._records is None or not payload.lossy:
+            return False
+        return self._records.has(self.key(payload))
+
+    def pieces(self, payload: Payload) -> Generator[Piece]:
+        """Yield what goes into a payload that isn't stored, kept or from the originals; to be
+        closed.
+        """
+        if self._records is None or not payload.lossy:
+            yield from payload_pieces(payload, self._originals.read)
+            return
+        key = self.key(payload)
+        if self._records.has(key):
+            try:
+                for shard in payload.shards:
+                    yield from _pieces_of(self._read_kept(key, shard), payload, shard)
+                return
+            except PlacementError as error:
+                warnings.warn(f"{error}; they are made anew", stacklevel=2)
+        places = [each.offset for each in (payload.shards if payload.by_rows else payload.parts)]
+        with self._records.adding(key, payload.num_bytes) as add:
+            pieces = payload_pieces(payload, self._originals.read)
+            for place, piece in zip(places, pieces, strict=True):
+                add(place, flat_bytes(piece[2]))
+                yield piece
+
     def key(self, payload: Payload) -> str:
         """Return the key of a payload that is made from the originals as they are now."""
         names = [part.parameter for part in payload.parts]
         return content_key(payload, {name: self._originals.identity(name) for name in names})
+
+    def finish(self) -> None:
+        """Wait until what is kept of records is in its files."""
+        if self._records is not None:
+            self._records.finish()
 
     def keep_only(self, wanted: set[Stored]) -> None:
         """Free the payloads that nothing refers to any more."""
@@ -198,6 +248,26 @@ class Archive:
         self._stores[stored[0]].read_into(stored[1], shard.offset, buffer[: shard.num_bytes])
         return buffer[: shard.data_bytes]
 
+    def _make(self, payload: Payload, key: str) -> Iterator[Tensor]:
+        """Return the bytes of a payload that isn't stored, kept or from the originals."""
+        if self._keep(payload, key):
+            return (self._read_kept(key, shard) for shard in payload.shards)
+        return payload_bytes(payload, self._originals.read)
+
+    def _keep(self, payload: Payload, key: str) -> bool:
+        """See to it that a compressed payload is kept; returns whether it is."""
+        if self._records is None or not payload.lossy:
+            return False
+        return self._records.keep(
+            key, payload.num_bytes, lambda: payload_bytes(payload, self._originals.read)
+        )
+
+    def _read_kept(self, key: str, shard: Shard) -> Tensor:
+        assert self._records is not None
+        buffer = aligned_buffer(shard.num_bytes)
+        self._records.read_into(key, shard.offset, buffer)
+        return buffer
+
     def memory_bytes(self) -> int:
         """Measure the payloads that lie in memory."""
         return sum(
@@ -208,3 +278,18 @@ class Archive:
         """Close the stores."""
         for store in self._stores.values():
             store.close()
+        if self._records is not None:
+            self._records.close()
+
+
+def _pieces_of(buffer: Tensor, payload: Payload, shard: Shard) -> Iterator[Piece]:
+    """Yield the pieces of a shard; raw weights in memory of their own."""
+    if payload.by_rows:
+        yield payload.parts[0], shard.start, buffer[: shard.data_bytes], shard.record
+        return
+    for part in payload.parts:
+        if part.record is None:
+            view = part_view(buffer, part)
+            yield part, 0, torch.empty_like(view).copy_(view), None
+        else:
+            yield part, 0, buffer[part.offset : part.offset + part.num_bytes], part.record

@@ -5,6 +5,7 @@ stored before they leave memory, unless a checkpoint has them: detach gives them
 precision is made from them.
 """
 
+import contextlib
 import weakref
 from functools import partial
 
@@ -185,6 +186,8 @@ class HeldGroup:
         tier = plan.placements[self.name].tier
         if tier is self.tier or self.stored is not None or not self._originals.from_checkpoint:
             return False
+        if self.archive.is_kept(self.payload):
+            return False
         if tier is not Tier.HBM:
             return not self.archive.has(self.payload, tier)
         return not (self._is_stored_by(plan) and self.archive.has(self.payload, Tier.SSD))
@@ -198,7 +201,8 @@ class HeldGroup:
             self.weights.take_over()
         elif self.stored is None and not self._is_stored_by(plan):
             self._keep_native()
-            self.weights.encode()
+            with contextlib.closing(self.archive.pieces(payload)) as pieces:
+                self.weights.make(pieces)
         else:
             if self.stored is None:
                 self.stored = self.archive.put(payload, Tier.SSD)

@@ -100,6 +100,7 @@ class Residency:
             if before not in (None, group.stored):
                 self._sweep()
             progress(group.payload.num_bytes)
+        self._archive.finish()
         steps = [step.block for step in schedule if not step.lookup]
         self.memory.adopt(plan, [unit for name in steps for unit in self.groups[name].units])
         self._sweep()

@@ -14,7 +14,7 @@ from torch._C import DisableTorchFunctionSubclass
 
 from ...codecs.kernels import CompressedWeight, EncodedWeight, empty_weight
 from ...errors import PlacementError
-from ..payload.contents import part_view, payload_pieces
+from ..payload.contents import Piece, part_view
 from ..payload.layout import Payload
 from ..payload.parts import Part
 from .archive import Archive, Stored
@@ -125,12 +125,12 @@ class GroupWeights:
                     weight.fill(0, source, part.record)
                     self._reside(part, weight)
 
-    def encode(self) -> None:
-        """Make compressed weights from the originals, without a file."""
+    def make(self, pieces: Iterable[Piece]) -> None:
+        """Make compressed weights from what goes into their payload."""
         copy = not self._originals.from_checkpoint  # not a part of larger memory
         made: dict[str, CompressedWeight] = {}
         plain: list[tuple[Part, Tensor]] = []
-        for part, start, data, record in payload_pieces(self.payload, self._originals.read):
+        for part, start, data, record in pieces:
             if record is None:
                 plain.append((part, data.to(self._memory.device, copy=copy)))
                 continue

@@ -20,6 +20,7 @@ from .folders import MEMORY_FILESYSTEMS, default_spill_folder, filesystem_type
 from .host import HostStore, MemoryStore
 from .limits import available_memory, memory_limit, total_memory
 from .numa import NumaStore, far_nodes, memory_nodes
+from .records import KeptRecords
 
 __all__ = [
     "CHUNK_BYTES",
@@ -30,6 +31,7 @@ __all__ = [
     "DeviceStore",
     "FileStore",
     "HostStore",
+    "KeptRecords",
     "MemoryStore",
     "NumaStore",
     "Store",

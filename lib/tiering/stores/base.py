@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 from ...errors import PlacementError
 from ...registry import Registry
 from ...vocabulary import Tier
+
+if TYPE_CHECKING:
+    from .records import KeptRecords
 
 CHUNK_BYTES = 256 * 2**10
 """Bytes that one checksum covers. A read starts at a multiple of it."""
@@ -33,11 +36,13 @@ NUM_READERS = 2
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOptions:
     """What ``attach`` knows when a store is opened. ``device``: where the model computes;
-    ``folder``: the ``spill_dir``, None where none was given.
+    ``folder``: the ``spill_dir``, None where none was given; ``records``: a checkpoint's, kept in
+    files that needn't be written again.
     """
 
     device: torch.device
     folder: Path | None = None
+    records: "KeptRecords | None" = None
 
     @property
     def pinned(self) -> bool:

@@ -2,7 +2,8 @@
 
 Keys say what is in a payload, so a folder may be shared by models and by runs, and what an earlier
 run wrote is used again. A file is written under another name, flushed, and renamed: there is never
-half of one under its own name, and of two writers the last one wins with the same bytes.
+half of one under its own name, and of two writers the last one wins with the same bytes. Where
+nobody needs it after a power failure it isn't flushed: its checksums would tell.
 """
 
 import contextlib
@@ -16,8 +17,9 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
+import numpy
 from torch import Tensor
 
 from ...errors import PlacementError
@@ -49,6 +51,10 @@ from .folders import (
     remove_temporary_folder,
 )
 
+if TYPE_CHECKING:
+    from .records import KeptRecords
+
+SUFFIX = ".block"
 _KEY = re.compile(r"[0-9a-f]{1,128}")
 _MOST_OPEN_FILES = 4096
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -58,7 +64,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class FileStore:
     """A folder of block files, which stays for the next run; ``temporary``, or with ``folder``
     None, a new one inside it, removed when the store is closed, at exit, or by the next such store
-    after the process was killed.
+    after the process was killed. ``durable``: what is put survives a power failure.
 
     Reads by several threads run at the same time: no lock is held while the disk works, and bytes
     go straight into the caller's memory. Raises InputError where the folder can't be written or is
@@ -67,7 +73,14 @@ class FileStore:
 
     tier: ClassVar[Tier] = Tier.SSD
 
-    def __init__(self, folder: Path | None, *, temporary: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        temporary: bool = False,
+        durable: bool = True,
+        records: "KeptRecords | None" = None,
+    ) -> None:
         self._remove = None
         if folder is None or temporary:
             self.folder, lock = make_temporary_folder((folder or default_spill_folder()).absolute())
@@ -77,12 +90,16 @@ class FileStore:
         else:
             self.folder = open_folder(folder.absolute())
         self.direct = accepts_direct_io(self.folder)
+        # Through the page cache a flush is also what keeps files from being memory.
+        self._flushes = not self.direct or (durable and self._remove is None)
         if not self.direct:
             warnings.warn(
                 f"the file system of {self.folder} has no direct reads: block files are read "
                 "through the page cache, and dropped from it at once",
                 stacklevel=2,
             )
+        self._records = records
+        """What is kept there is read there, and not written here."""
         self._files: dict[str, BlockFile] = {}
         """Open files, the least recently used first."""
         self._max_open = _max_open_files()
@@ -92,18 +109,18 @@ class FileStore:
     @classmethod
     def open(cls, options: StoreOptions) -> Self:
         """Make a store in the spill folder, or in a temporary one."""
-        return cls(options.folder)
+        return cls(options.folder, records=options.records)
 
     def has(self, key: str) -> bool:
         """Say whether there is a file with a sound header for the key."""
         try:
-            self._find(key)
+            self.find(key)
         except PlacementError:
             return False
         return True
 
     def put(self, key: str, num_bytes: int, parts: Iterable[Tensor]) -> None:
-        """Write a file, synchronously to the disk, unless there is one; a damaged one is replaced.
+        """Write a file, past the page cache, unless there is one; a damaged one is replaced.
 
         Raises PlacementError where the disk is full or fails, and leaves no partial file.
         """
@@ -121,21 +138,21 @@ class FileStore:
         try:
             self._write(partial, key, num_bytes, parts)
             with self._explained(key, file_bytes):
-                partial.replace(self._path(key))
-                _flush_folder(self.folder)
+                partial.replace(self.path(key))
+                if self._flushes:
+                    _flush_folder(self.folder)
         finally:
             partial.unlink(missing_ok=True)
             os.close(lock)
-        with self._lock:
-            self._files.pop(key, None)
+        self._forget(key)
 
     def num_bytes(self, key: str) -> int:
         """Return a payload's length, from its header."""
-        return self._find(key).num_bytes
+        return self.find(key).num_bytes
 
     def read_into(self, key: str, start: int, out: Tensor) -> None:
         """Read and check bytes, straight into the tensor's memory."""
-        file = self._find(key)
+        file = self.find(key)
         check_range(file.num_bytes, start, out)
         assert out.data_ptr() % SECTOR_BYTES == 0, "direct reads need page-aligned memory"
         try:
@@ -151,10 +168,15 @@ class FileStore:
 
     def free(self, key: str) -> None:
         """Close a file, and remove it where the folder is temporary: no other is ours alone."""
-        with self._lock:
-            self._files.pop(key, None)
         if self._remove is not None:
-            self._path(key).unlink(missing_ok=True)
+            self.remove(key)
+        else:
+            self._forget(key)
+
+    def remove(self, key: str) -> None:
+        """Close a file, and remove it."""
+        self._forget(key)
+        self.path(key).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close all files; a temporary folder is removed."""
@@ -168,12 +190,15 @@ class FileStore:
         """Return the free bytes of the disk."""
         return shutil.disk_usage(self.folder).free
 
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
+        """Return where a payload's file is, or would be."""
         assert _KEY.fullmatch(key), key
-        return self.folder / f"{key}.block"
+        return self.folder / f"{key}{SUFFIX}"
 
-    def _find(self, key: str) -> BlockFile:
-        """Return the open file of a key; opens it outside the lock if need be."""
+    def find(self, key: str) -> BlockFile:
+        """Return the open file of a key; opens it outside the lock if need be. Raises
+        PlacementError where there is none, or none that is sound.
+        """
         with self._lock:
             file = self._files.pop(key, None)
             if file is not None:
@@ -181,7 +206,9 @@ class FileStore:
                 return file
         if self._closed:
             raise lost(key)
-        path = self._path(key)
+        if self._records is not None and (kept := self._records.find(key)) is not None:
+            return kept
+        path = self.path(key)
         try:
             file = BlockFile(path, key, direct=self.direct)
         except Damage as damage:
@@ -193,8 +220,12 @@ class FileStore:
                 del self._files[next(iter(self._files))]
             return self._files.setdefault(key, file)
 
+    def _forget(self, key: str) -> None:
+        with self._lock:
+            self._files.pop(key, None)
+
     def _write(self, path: Path, key: str, num_bytes: int, parts: Iterable[Tensor]) -> None:
-        """Write the payload, then the header, and flush both to the disk."""
+        """Write the payload, then the header."""
         start = header_bytes(num_bytes)
         with self._explained(key, start + num_bytes):
             descriptor = os.open(path, os.O_WRONLY | (os.O_DIRECT if self.direct else 0))
@@ -211,7 +242,8 @@ class FileStore:
             header[:] = pack_header(key, num_bytes, checksums)
             with self._explained(key, start + num_bytes):
                 _write_all(descriptor, header, 0)
-                os.fsync(descriptor)
+                if self._flushes:
+                    os.fsync(descriptor)
                 drop_cached_pages(descriptor)
         finally:
             os.close(descriptor)
@@ -240,12 +272,14 @@ class FileStore:
 def _pieces(parts: Iterable[Tensor]) -> Iterator[memoryview]:
     """Cut the parts into pieces of PIECE_BYTES, all in one aligned buffer, one after the other."""
     buffer = aligned_buffer(PIECE_BYTES)
+    target = buffer.numpy()
     filled = 0
     for part in parts:
-        taken = 0
+        source, taken = part.numpy(), 0
         while taken < len(part):
             count = min(len(part) - taken, PIECE_BYTES - filled)
-            buffer[filled : filled + count].copy_(part[taken : taken + count])
+            # Not torch's copy: it would wake threads, of which other cores are busy.
+            numpy.copyto(target[filled : filled + count], source[taken : taken + count])
             taken, filled = taken + count, filled + count
             if filled == PIECE_BYTES:
                 yield byte_view(buffer)

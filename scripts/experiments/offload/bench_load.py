@@ -6,8 +6,9 @@ In turns: the checkpoint's files are read with direct reads, and a new process b
 (``load``), attaches it at a precision and computes one token, its files dropped from the page cache
 before. Importing Python packages comes before that and is timed by itself. The ratio is of the
 second to the first: 1 is the disk's speed; "cpu" is processor time of the three stages.
-``--spill-dir`` keeps records between runs, and ``--in-memory`` has transformers load the model, so
-that attach writes its originals to the disk.
+Each precision is loaded twice: what is "again" finds the records that the load before it has kept,
+in a folder beside the model's. ``--no-records`` keeps none, and ``--in-memory`` has transformers
+load the model, so that attach writes its originals to the disk.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
 
 from lib.commands.cli import Parser, add_json_flag, emit, run_main
 from lib.errors import InputError
+from lib.tiering.stores.records import RECORDS_VARIABLE
 from lib.units import GB, MIB
 from lib.vocabulary import Precision
 from scripts.experiments.offload.host import describe_machine
@@ -49,23 +52,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds}: at least 1")
     precisions = [_parse_precision(name) for name in args.precisions.split(",")]
+    keeps = not (args.in_memory or args.no_records)
     jobs = [precision for precision in precisions for _ in range(args.rounds)]
-    runs: dict[Precision, list[Fields]] = {}
-    for precision in tqdm(jobs, disable=not sys.stderr.isatty(), unit="run"):
-        read_seconds = sum(read_directly(file) for file in files)
-        run = start_worker(args, precision)
-        seconds = sum(run[stage] for stage in STAGES)
-        run |= {"read": read_seconds, "total": seconds, "ratio": seconds / read_seconds}
-        runs.setdefault(precision, []).append(run)
+    runs: dict[tuple[Precision, bool], list[Fields]] = {}
+    for precision in tqdm(jobs, disable=not sys.stderr.isatty(), unit="round"):
+        with tempfile.TemporaryDirectory(dir=args.model.parent, prefix=".bench-load-") as folder:
+            for again in (False, True) if keeps else (False,):
+                read_seconds = sum(read_directly(file) for file in files)
+                run = start_worker(args, precision, records=folder if keeps else "")
+                seconds = sum(run[stage] for stage in STAGES)
+                run |= {"read": read_seconds, "total": seconds, "ratio": seconds / read_seconds}
+                runs.setdefault((precision, again), []).append(run)
     num_bytes = sum(file.stat().st_size for file in files)
     document = {
         "model": str(args.model),
         "file_bytes": num_bytes,
         "rounds": args.rounds,
         "in_memory": args.in_memory,
-        "spill_dir": args.spill_dir is not None,
+        "records": keeps,
         "machine": describe_machine("cpu", args.threads or os.cpu_count() or 1, None),
-        "results": [summarize(precision, found, num_bytes) for precision, found in runs.items()],
+        "results": [summarize(*case, found, num_bytes) for case, found in runs.items()],
     }
     emit(format_table(document["results"]), document, args.json)
     return 0
@@ -84,15 +90,17 @@ def read_directly(path: Path) -> float:
         os.close(descriptor)
 
 
-def start_worker(args: argparse.Namespace, precision: Precision) -> Fields:
-    """Run one load in a process of its own; returns the seconds of each stage."""
+def start_worker(args: argparse.Namespace, precision: Precision, *, records: str) -> Fields:
+    """Run one load in a process of its own; returns the seconds of each stage. ``records``: the
+    folder in which they are kept; empty: nowhere.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "scripts.experiments.offload.bench_load"]
     command += ["--model", str(args.model)]
     command += ["--worker", str(precision)]
     command += ["--in-memory"] if args.in_memory else []
-    command += ["--spill-dir", str(args.spill_dir)] if args.spill_dir else []
     command += ["--threads", str(args.threads)] if args.threads else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, RECORDS_VARIABLE: records}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"the run at {precision} failed: {done.stderr.strip()[-500:]}")
     result: Fields = json.loads(done.stdout.splitlines()[-1])
@@ -132,7 +140,6 @@ def run_once(args: argparse.Namespace) -> Fields:
             weights=None if args.in_memory else args.model,
             precision=args.worker,
             budget={"HBM": None, "SSD": None},
-            spill_dir=args.spill_dir,
         )
         start = lap("attach", start)
         model(ids).logits[0, -1].argmax().item()
@@ -142,11 +149,12 @@ def run_once(args: argparse.Namespace) -> Fields:
     return times
 
 
-def summarize(precision: Precision, runs: Sequence[Fields], num_bytes: int) -> Fields:
+def summarize(precision: Precision, again: bool, runs: Sequence[Fields], num_bytes: int) -> Fields:
     """Return the medians of the runs at one precision."""
     median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     return {
         "precision": str(precision),
+        "again": again,
         "seconds": {key: median[key] for key in ("imports", *STAGES, "total", "processor", "read")},
         "read_gb_s": num_bytes / median["read"] / GB,
         "load_gb_s": num_bytes / median["total"] / GB,
@@ -158,13 +166,14 @@ def summarize(precision: Precision, runs: Sequence[Fields], num_bytes: int) -> F
 def format_table(results: Sequence[Fields]) -> str:
     """Return one line per precision: medians, in seconds."""
     lines = [
-        f"{'precision':<10}{'load':>7}{'attach':>8}{'token':>7}{'total':>7}{'cpu':>7}"
+        f"{'precision':<12}{'load':>7}{'attach':>8}{'token':>7}{'total':>7}{'cpu':>7}"
         f"{'read file':>11}{'ratio':>7}   (seconds, medians; imports before)"
     ]
     for result in results:
         seconds = result["seconds"]
+        name = result["precision"] + " again" * result["again"]
         lines.append(
-            f"{result['precision']:<10}{seconds['load']:>7.2f}{seconds['attach']:>8.2f}"
+            f"{name:<12}{seconds['load']:>7.2f}{seconds['attach']:>8.2f}"
             f"{seconds['first_token']:>7.2f}{seconds['total']:>7.2f}"
             f"{seconds['processor']:>7.2f}{seconds['read']:>11.2f}"
             f"{result['ratio']:>7.2f}   ({seconds['imports']:.1f})"
@@ -189,9 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
-    parser.add_argument(
-        "--spill-dir", type=Path, metavar="DIR", help="keep records there (default: nowhere)"
-    )
+    parser.add_argument("--no-records", action="store_true", help="keep none for a second load")
     parser.add_argument(
         "--in-memory", action="store_true", help="load the model with transformers first"
     )

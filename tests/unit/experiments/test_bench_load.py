@@ -18,8 +18,9 @@ def test_each_precision_gets_its_stages_and_a_ratio(
     capsys: pytest.CaptureFixture[str],
     in_memory: bool,
 ) -> None:
-    def run_here(args: Any, precision: Any) -> Any:
+    def run_here(args: Any, precision: Any, *, records: str) -> Any:
         args.worker = str(precision)
+        monkeypatch.setenv("TIERHINTS_RECORDS", records)
         return bench_load.run_once(args)
 
     tiny_llama().save_pretrained(tmp_path)
@@ -28,9 +29,11 @@ def test_each_precision_gets_its_stages_and_a_ratio(
     assert bench_load.main(flags + ["--in-memory"] * in_memory) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["file_bytes"] == (tmp_path / "model.safetensors").stat().st_size
-    for result, precision in zip(document["results"], ("int8", "fp32"), strict=True):
+    turns = (False,) if in_memory else (False, True)
+    cases = [(precision, again) for precision in ("int8", "fp32") for again in turns]
+    for result, case in zip(document["results"], cases, strict=True):
         seconds = result["seconds"]
-        assert result["precision"] == precision and len(result["ratios"]) == 2
+        assert (result["precision"], result["again"]) == case and len(result["ratios"]) == 2
         assert min(seconds["load"], seconds["attach"], seconds["first_token"], seconds["read"]) > 0
 
 
