@@ -1,0 +1,458 @@
+"""The operators of ``ops`` on CUDA: Triton kernels that compute from the bytes of a record.
+
+Imported only where a CUDA device is in use (whose builds of torch bring Triton) or its interpreter.
+In the narrowest plane that is read a row has ``piece`` bytes, each with a code of every *piece* of
+the row: byte j with those of columns j, piece + j, 2 piece + j... A program unpacks a block of such
+bytes in registers, all pieces of it, so each byte is loaded once. Within a piece ``run`` columns
+share a group, the largest power of two that divides both group and piece: scales and zeros are
+loaded for runs, whatever the shape.
+
+- ``_multiply_few``: up to ``FEW_ROWS`` activation rows; products and sums in fp32.
+- ``_multiply_tiles``: more. Tensor cores take weights and activations in bf16 where the activations
+  are bf16, else in tf32, which holds fp16 exactly (compute capability 8.0 or later); sums are fp32.
+- ``_decode``: lookups and expansion, in fp32 until the result is cast.
+
+Block sizes were chosen by reading what the compiler makes of them: no GPU has measured them.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import HEADER_BYTES, PLANE_BITS, Codec, RecordLayout
+
+FEW_ROWS = 4
+"""Activation rows up to which fp32 arithmetic keeps up with memory."""
+_TILE_ROWS, _TILE_PIECE = 64, 64
+_MOST_COLUMNS = 128
+"""Activation rows of a tile, at most."""
+_PRECISIONS = {sum(bits): precision for precision, bits in PLANE_BITS.items()}
+_HEADER = tl.constexpr(HEADER_BYTES)
+_MAGIC = tl.constexpr(0x4B000000)
+"""2**23 in float32: or-ed with a code it is 2**23 + code. GPUs convert integers slowly."""
+_MAGIC_VALUE = tl.constexpr(float(2**23))
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a kernel is compiled for: how codes are joined and scaled.
+
+    ``first``: bits of the first plane; ``rest``: of each of the ``num_rest`` others. The first one
+    spreads the pieces over ``vectors`` bytes, one after another. A weight is code * s * ``dropped``
+    + z + s * ``low``. ``group``: columns that share s and z, 0: all.
+    """
+
+    first: int
+    rest: int
+    num_rest: int
+    group: int
+    dropped: int
+    low: float
+
+    @property
+    def pieces(self) -> int:
+        """Codes in a byte of the narrowest plane."""
+        return 8 // (self.rest or self.first)
+
+    @property
+    def vectors(self) -> int:
+        """Bytes of the first plane for a byte of the narrowest."""
+        return self.pieces * self.first // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A layout as kernels take it: ``places`` are the integers that they all share."""
+
+    form: Form
+    rows: int
+    cols: int
+    piece: int
+    places: tuple[int, ...]
+
+    def runs(self, block: int) -> tuple[int, int]:
+        """Cut so many bytes of a piece into runs of one group: their number, their length."""
+        form = self.form
+        run = min(gcd(form.group, self.piece), block) if form.group else block
+        return block // run, run
+
+
+@cache
+def _describe(rows: int, cols: int, group_size: int, stored_bits: int, bits: int) -> Record:
+    codec = Codec(_PRECISIONS[stored_bits], group_size)
+    layout: RecordLayout = codec.layout(rows, cols).prefix(_PRECISIONS[bits])
+    first, *rest = layout.planes
+    dropped = 1 << layout.dropped_bits
+    form = Form(
+        first=first.bits,
+        rest=rest[0].bits if rest else 0,
+        num_rest=len(rest),
+        group=group_size,
+        dropped=dropped,
+        low=(dropped - 1) / 2 - (1 << (stored_bits - 1)),
+    )
+    offsets = [plane.offset for plane in layout.planes]
+    offsets += [0] * (3 - len(offsets))
+    piece = layout.planes[-1].row_bytes
+    places = (rows, cols, layout.num_groups, piece, layout.zeros_offset, *offsets)
+    return Record(form=form, rows=rows, cols=cols, piece=piece, places=places)
+
+
+def linear(
+    x: Tensor,
+    record: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    cols: int,
+    group_size: int,
+    stored_bits: int,
+    bits: int,
+    scratch_bytes: int,
+) -> Tensor:
+    """Return ``x @ weight.T + bias`` in the dtype of ``x``: ``ops.linear``, without scratch."""
+    described = _describe(rows, cols, group_size, stored_bits, bits)
+    form, piece = described.form, described.piece
+    flat = x.reshape(-1, cols).contiguous()
+    y = flat.new_empty(len(flat), rows)
+    if not len(flat):
+        return y.view(*x.shape[:-1], rows)
+    with torch.cuda.device_of(record):
+        if len(flat) <= FEW_ROWS:
+            block, block_rows = _few_block(piece, len(flat))
+            grid = (triton.cdiv(rows, block_rows),)
+            sizes = (form, len(flat), block_rows, *described.runs(block))
+            _multiply_few[grid](flat, record, bias, y, *described.places, *sizes)
+        else:
+            block = min(_TILE_PIECE, max(16, triton.next_power_of_2(piece)))
+            columns = min(_MOST_COLUMNS, max(16, triton.next_power_of_2(len(flat))))
+            grid = (triton.cdiv(len(flat), columns), triton.cdiv(rows, _TILE_ROWS))
+            sizes = (form, columns, _TILE_ROWS, *described.runs(block))
+            # The interpreter has no bf16, nor needs it.
+            halves = x.is_cuda and x.dtype == torch.bfloat16
+            operand = tl.bfloat16 if halves else tl.float32
+            _multiply_tiles[grid](
+                flat,
+                record,
+                bias,
+                y,
+                len(flat),
+                *described.places,
+                *sizes,
+                operand,
+                num_warps=8 if columns == _MOST_COLUMNS else 4,
+            )
+    return y.view(*x.shape[:-1], rows)
+
+
+def rows(
+    ids: Tensor,
+    record: Tensor,
+    rows: int,
+    cols: int,
+    group_size: int,
+    stored_bits: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Decode the rows of ``ids``, (*ids.shape, cols) of ``dtype``: ``ops.rows``."""
+    described = _describe(rows, cols, group_size, stored_bits, bits)
+    return _decode_into(record, described, ids.reshape(-1), 0, ids.numel(), dtype).view(
+        *ids.shape, cols
+    )
+
+
+def decode(
+    record: Tensor,
+    rows: int,
+    cols: int,
+    group_size: int,
+    stored_bits: int,
+    bits: int,
+    start: int,
+    end: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Decode rows [start, end), (n, cols) of ``dtype``: ``ops.decode``."""
+    described = _describe(rows, cols, group_size, stored_bits, bits)
+    return _decode_into(record, described, None, start, end - start, dtype)
+
+
+def _decode_into(
+    record: Tensor,
+    described: Record,
+    ids: Tensor | None,
+    start: int,
+    num_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Decode rows from ``start`` on, or those of ``ids``, into new memory."""
+    out = torch.empty(num_rows, described.cols, dtype=dtype, device=record.device)
+    if not num_rows:
+        return out
+    block, block_rows = _few_block(described.piece, 1)
+    grid = (triton.cdiv(num_rows, block_rows), triton.cdiv(described.piece, block))
+    sizes = (described.form, block_rows, *described.runs(block))
+    with torch.cuda.device_of(record):
+        _decode[grid](ids, start, num_rows, record, out, *described.places, *sizes)
+    return out
+
+
+def _few_block(piece: int, x_rows: int) -> tuple[int, int]:
+    """Choose the bytes of a piece, and the rows, that four warps unpack at once.
+
+    16 bytes for a thread, fewer where more sums are kept, in blocks that waste little of a row.
+    """
+    block = next(
+        (size for size in (512, 256, 128) if -(-piece // size) * size <= 1.25 * piece), 64
+    )
+    return block, max(1, 2048 // block // triton.next_power_of_2(x_rows))
+
+
+@triton.jit
+def _bytes(plane: tl.tensor, start: tl.tensor, j: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    return tl.load(plane + start + j, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def _weights(
+    first: tl.tensor,
+    second: tl.tensor,
+    third: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    column: tl.tensor,
+    num_groups: tl.tensor,
+    place: tl.constexpr,
+    index: tl.constexpr,
+    FORM: tl.constexpr,
+) -> tl.tensor:
+    """Decode a piece of a block, fp32 (rows, runs, run).
+
+    It is at ``place`` in the bytes of the first plane, at ``index`` in those of the others.
+    ``column``: the first of each run, (1, runs, 1). ``scales``, ``zeros``: each row's, (rows, 1,
+    1).
+    """
+    code = (first >> (8 - FORM.first * (place + 1))) & ((1 << FORM.first) - 1)
+    if FORM.num_rest > 0:
+        part = (second >> (8 - FORM.rest * (index + 1))) & ((1 << FORM.rest) - 1)
+        code = (code << FORM.rest) | part
+    if FORM.num_rest > 1:
+        part = (third >> (8 - FORM.rest * (index + 1))) & ((1 << FORM.rest) - 1)
+        code = (code << FORM.rest) | part
+    value = (code | _MAGIC).to(tl.float32, bitcast=True) - _MAGIC_VALUE
+    group = column * 0
+    if FORM.group:
+        group = column // FORM.group
+    exists = group < num_groups
+    scale = tl.load(scales + group, mask=exists, other=0.0).to(tl.float32)
+    zero = tl.load(zeros + group, mask=exists, other=0.0).to(tl.float32)
+    return value * (scale * FORM.dropped) + (zero + scale * FORM.low)
+
+
+@triton.jit
+def _multiply_few(
+    x: tl.tensor,
+    record: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    num_groups: tl.tensor,
+    piece: tl.tensor,
+    zeros_at: tl.tensor,
+    first_at: tl.tensor,
+    second_at: tl.tensor,
+    third_at: tl.tensor,
+    FORM: tl.constexpr,
+    X_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    RUN: tl.constexpr,
+) -> None:
+    """Multiply a block of weight rows by ``X_ROWS`` activation rows, a block of bytes at a time."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    held = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
+    scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
+    zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
+    run = tl.arange(0, RUNS)[None, :, None] * RUN
+    in_run = tl.arange(0, RUN)[None, None, :]
+    sums = ()
+    for _ in tl.static_range(X_ROWS):
+        sums = sums + (tl.zeros((BLOCK_ROWS, RUNS, RUN), tl.float32),)
+    for start in range(0, piece, RUNS * RUN):
+        j = start + run + in_run
+        inside = j < piece
+        second = j
+        third = j
+        if FORM.num_rest > 0:
+            second = _bytes(record + second_at, held * piece, j, inside)
+        if FORM.num_rest > 1:
+            third = _bytes(record + third_at, held * piece, j, inside)
+        for vector in tl.static_range(FORM.vectors):
+            row_start = held * (FORM.vectors * piece) + vector * piece
+            first = _bytes(record + first_at, row_start, j, inside)
+            for place in tl.static_range(8 // FORM.first):
+                index: tl.constexpr = place * FORM.vectors + vector
+                weights = _weights(
+                    first,
+                    second,
+                    third,
+                    scales,
+                    zeros,
+                    index * piece + start + run,
+                    num_groups,
+                    place,
+                    index,
+                    FORM,
+                )
+                column = index * piece + j
+                wanted = inside & (column < cols)
+                added = ()
+                for m in tl.static_range(X_ROWS):
+                    values = tl.load(x + m * cols + column, mask=wanted, other=0.0)
+                    added = added + (sums[m] + weights * values.to(tl.float32),)
+                sums = added
+    for m in tl.static_range(X_ROWS):
+        total = tl.sum(tl.sum(sums[m], 2), 1)
+        if bias is not None:
+            total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+        tl.store(y + m * rows + row, total.to(y.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def _multiply_tiles(
+    x: tl.tensor,
+    record: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    x_rows: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    num_groups: tl.tensor,
+    piece: tl.tensor,
+    zeros_at: tl.tensor,
+    first_at: tl.tensor,
+    second_at: tl.tensor,
+    third_at: tl.tensor,
+    FORM: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    RUN: tl.constexpr,
+    OPERAND: tl.constexpr,
+) -> None:
+    """Multiply a block of weight rows by a block of activation rows, y transposed."""
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    m = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
+    held = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
+    x_start = tl.minimum(m, x_rows - 1).to(tl.int64)[None, :] * cols
+    scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
+    zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
+    run = tl.arange(0, RUNS)[None, :, None] * RUN
+    in_run = tl.arange(0, RUN)[None, None, :]
+    flat = tl.arange(0, RUNS * RUN)[:, None]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_X), tl.float32)
+    for start in range(0, piece, RUNS * RUN):
+        j = start + run + in_run
+        inside = j < piece
+        second = j
+        third = j
+        if FORM.num_rest > 0:
+            second = _bytes(record + second_at, held * piece, j, inside)
+        if FORM.num_rest > 1:
+            third = _bytes(record + third_at, held * piece, j, inside)
+        for vector in tl.static_range(FORM.vectors):
+            row_start = held * (FORM.vectors * piece) + vector * piece
+            first = _bytes(record + first_at, row_start, j, inside)
+            for place in tl.static_range(8 // FORM.first):
+                index: tl.constexpr = place * FORM.vectors + vector
+                weights = _weights(
+                    first,
+                    second,
+                    third,
+                    scales,
+                    zeros,
+                    index * piece + start + run,
+                    num_groups,
+                    place,
+                    index,
+                    FORM,
+                )
+                weights = tl.reshape(weights, (BLOCK_ROWS, RUNS * RUN))
+                column = index * piece + start + flat
+                wanted = (start + flat < piece) & (column < cols)
+                values = tl.load(x + x_start + column, mask=wanted, other=0.0)
+                total = tl.dot(weights.to(OPERAND), values.to(OPERAND), total)
+    if bias is not None:
+        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    target = y + m.to(tl.int64)[None, :] * rows + row[:, None]
+    kept = (row < rows)[:, None] & (m < x_rows)[None, :]
+    tl.store(target, total.to(y.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _decode(
+    ids: tl.tensor,
+    start_row: tl.tensor,
+    num_rows: tl.tensor,
+    record: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    num_groups: tl.tensor,
+    piece: tl.tensor,
+    zeros_at: tl.tensor,
+    first_at: tl.tensor,
+    second_at: tl.tensor,
+    third_at: tl.tensor,
+    FORM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    RUNS: tl.constexpr,
+    RUN: tl.constexpr,
+) -> None:
+    """Decode a block of bytes of a block of rows, to where they belong in ``out``."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    kept = (row < num_rows)[:, None, None]
+    held = tl.minimum(row, num_rows - 1).to(tl.int64) + start_row
+    if ids is not None:
+        held = tl.load(ids + held).to(tl.int64)
+    held = held[:, None, None]
+    scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
+    zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
+    run = tl.arange(0, RUNS)[None, :, None] * RUN
+    in_run = tl.arange(0, RUN)[None, None, :]
+    target = out + row.to(tl.int64)[:, None, None] * cols
+    start = tl.program_id(1) * (RUNS * RUN)
+    j = start + run + in_run
+    inside = j < piece
+    second = j
+    third = j
+    if FORM.num_rest > 0:
+        second = _bytes(record + second_at, held * piece, j, inside)
+    if FORM.num_rest > 1:
+        third = _bytes(record + third_at, held * piece, j, inside)
+    for vector in tl.static_range(FORM.vectors):
+        row_start = held * (FORM.vectors * piece) + vector * piece
+        first = _bytes(record + first_at, row_start, j, inside)
+        for place in tl.static_range(8 // FORM.first):
+            index: tl.constexpr = place * FORM.vectors + vector
+            weights = _weights(
+                first,
+                second,
+                third,
+                scales,
+                zeros,
+                index * piece + start + run,
+                num_groups,
+                place,
+                index,
+                FORM,
+            )
+            column = index * piece + j
+            wanted = kept & inside & (column < cols)
+            tl.store(target + column, weights.to(out.dtype.element_ty), mask=wanted)
