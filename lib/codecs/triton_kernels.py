@@ -28,9 +28,14 @@ from .layout import HEADER_BYTES, PLANE_BITS, Codec, RecordLayout
 
 FEW_ROWS = 4
 """Activation rows up to which fp32 arithmetic keeps up with memory."""
-_TILE_ROWS, _TILE_PIECE = 64, 64
-_MOST_COLUMNS = 128
-"""Activation rows of a tile, at most."""
+TILE_ERROR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-9}
+"""Weights are rounded to bf16, or cut to tf32, and so are fp32 activations."""
+_FEW_WEIGHTS = 8192
+"""Weights that a program of four warps unpacks at once for one row: 64 a thread."""
+_TILE_ROWS, _MOST_TILE_COLUMNS, _TILE_WEIGHTS = 64, 64, 256
+"""Weight rows and, at most, activation rows of a tile, and weights of a row unpacked at once. More
+spill registers on Ampere; so many take less than its 99 KiB of shared memory, in fp32 too.
+"""
 _PRECISIONS = {sum(bits): precision for precision, bits in PLANE_BITS.items()}
 _HEADER = tl.constexpr(HEADER_BYTES)
 _MAGIC = tl.constexpr(0x4B000000)
@@ -44,7 +49,8 @@ class Form:
 
     ``first``: bits of the first plane; ``rest``: of each of the ``num_rest`` others. The first one
     spreads the pieces over ``vectors`` bytes, one after another. A weight is code * s * ``dropped``
-    + z + s * ``low``. ``group``: columns that share s and z, 0: all.
+    + z + s * ``low``. ``group``: columns that share s and z, 0: all. ``align`` divides a piece's
+    bytes: the compiler loads so many at once.
     """
 
     first: int
@@ -53,6 +59,7 @@ class Form:
     group: int
     dropped: int
     low: float
+    align: int
 
     @property
     def pieces(self) -> int:
@@ -87,6 +94,7 @@ def _describe(rows: int, cols: int, group_size: int, stored_bits: int, bits: int
     codec = Codec(_PRECISIONS[stored_bits], group_size)
     layout: RecordLayout = codec.layout(rows, cols).prefix(_PRECISIONS[bits])
     first, *rest = layout.planes
+    piece = layout.planes[-1].row_bytes
     dropped = 1 << layout.dropped_bits
     form = Form(
         first=first.bits,
@@ -95,11 +103,12 @@ def _describe(rows: int, cols: int, group_size: int, stored_bits: int, bits: int
         group=group_size,
         dropped=dropped,
         low=(dropped - 1) / 2 - (1 << (stored_bits - 1)),
+        align=gcd(piece, 16),
     )
     offsets = [plane.offset for plane in layout.planes]
     offsets += [0] * (3 - len(offsets))
-    piece = layout.planes[-1].row_bytes
-    places = (rows, cols, layout.num_groups, piece, layout.zeros_offset, *offsets)
+    units = piece // form.align
+    places = (rows, cols, layout.num_groups, units, layout.zeros_offset, *offsets)
     return Record(form=form, rows=rows, cols=cols, piece=piece, places=places)
 
 
@@ -114,27 +123,29 @@ def linear(
     bits: int,
     scratch_bytes: int,
 ) -> Tensor:
-    """Return ``x @ weight.T + bias`` in the dtype of ``x``: ``ops.linear``, without scratch."""
+    """Return ``x @ weight.T + bias`` in the dtype of ``x``: ``ops.linear``, without its scratch.
+
+    Its error is that of rounding the result, and of the sum of the magnitudes of what is added up
+    2**-20 (up to ``FEW_ROWS`` activation rows) or ``TILE_ERROR`` (more).
+    """
     described = _describe(rows, cols, group_size, stored_bits, bits)
     form, piece = described.form, described.piece
     flat = x.reshape(-1, cols).contiguous()
     y = flat.new_empty(len(flat), rows)
     if not len(flat):
         return y.view(*x.shape[:-1], rows)
-    with torch.cuda.device_of(record):
+    with torch.cuda.device(record.get_device()):
         if len(flat) <= FEW_ROWS:
-            block, block_rows = _few_block(piece, len(flat))
-            grid = (triton.cdiv(rows, block_rows),)
+            block, block_rows = _few_block(form, piece, len(flat))
+            grid = (triton.cdiv(rows, block_rows), 1)
             sizes = (form, len(flat), block_rows, *described.runs(block))
             _multiply_few[grid](flat, record, bias, y, *described.places, *sizes)
         else:
-            block = min(_TILE_PIECE, max(16, triton.next_power_of_2(piece)))
-            columns = min(_MOST_COLUMNS, max(16, triton.next_power_of_2(len(flat))))
+            # Triton's interpreter can't multiply in bf16.
+            halves = x.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret
+            columns, block = _tile_block(form, piece, len(flat))
             grid = (triton.cdiv(len(flat), columns), triton.cdiv(rows, _TILE_ROWS))
             sizes = (form, columns, _TILE_ROWS, *described.runs(block))
-            # The interpreter has no bf16, nor needs it.
-            halves = x.is_cuda and x.dtype == torch.bfloat16
-            operand = tl.bfloat16 if halves else tl.float32
             _multiply_tiles[grid](
                 flat,
                 record,
@@ -143,13 +154,13 @@ def linear(
                 len(flat),
                 *described.places,
                 *sizes,
-                operand,
-                num_warps=8 if columns == _MOST_COLUMNS else 4,
+                tl.bfloat16 if halves else tl.float32,
+                num_stages=2,
             )
     return y.view(*x.shape[:-1], rows)
 
 
-def rows(
+def look_up(
     ids: Tensor,
     record: Tensor,
     rows: int,
@@ -159,11 +170,14 @@ def rows(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Decode the rows of ``ids``, (*ids.shape, cols) of ``dtype``: ``ops.rows``."""
+    """Decode the rows of ``ids``, (*ids.shape, cols) of ``dtype``: ``ops.rows``.
+
+    An id outside the matrix gives NaN, and reads nothing.
+    """
     described = _describe(rows, cols, group_size, stored_bits, bits)
-    return _decode_into(record, described, ids.reshape(-1), 0, ids.numel(), dtype).view(
-        *ids.shape, cols
-    )
+    flat = ids.reshape(-1).contiguous()
+    out = _decode_into(record, described, flat, 0, len(flat), dtype)
+    return out.view(*ids.shape, cols)
 
 
 def decode(
@@ -194,28 +208,65 @@ def _decode_into(
     out = torch.empty(num_rows, described.cols, dtype=dtype, device=record.device)
     if not num_rows:
         return out
-    block, block_rows = _few_block(described.piece, 1)
+    block, block_rows = _few_block(described.form, described.piece, 1)
     grid = (triton.cdiv(num_rows, block_rows), triton.cdiv(described.piece, block))
     sizes = (described.form, block_rows, *described.runs(block))
-    with torch.cuda.device_of(record):
+    with torch.cuda.device(record.get_device()):
         _decode[grid](ids, start, num_rows, record, out, *described.places, *sizes)
     return out
 
 
-def _few_block(piece: int, x_rows: int) -> tuple[int, int]:
-    """Choose the bytes of a piece, and the rows, that four warps unpack at once.
-
-    16 bytes for a thread, fewer where more sums are kept, in blocks that waste little of a row.
+def _few_block(form: Form, piece: int, x_rows: int) -> tuple[int, int]:
+    """Choose the bytes of a piece, and the rows, that four warps unpack at once: few enough that
+    codes and sums stay in registers, in blocks that waste little of a row.
     """
-    block = next(
-        (size for size in (512, 256, 128) if -(-piece // size) * size <= 1.25 * piece), 64
-    )
-    return block, max(1, 2048 // block // triton.next_power_of_2(x_rows))
+    size = _FEW_WEIGHTS // form.pieces // triton.next_power_of_2(x_rows)
+    block = next((n for n in (512, 256, 128) if -(-piece // n) * n <= 1.25 * piece), 64)
+    return block, max(1, size // block)
+
+
+def _tile_block(form: Form, piece: int, x_rows: int) -> tuple[int, int]:
+    """Choose the activation rows, and the bytes of a piece, of a tile."""
+    columns = min(_MOST_TILE_COLUMNS, max(16, triton.next_power_of_2(x_rows)))
+    block = min(64, _TILE_WEIGHTS // form.pieces, triton.next_power_of_2(piece))
+    return columns, max(16, block)
 
 
 @triton.jit
 def _bytes(plane: tl.tensor, start: tl.tensor, j: tl.tensor, inside: tl.tensor) -> tl.tensor:
     return tl.load(plane + start + j, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def _rest(
+    record: tl.tensor,
+    second_at: tl.tensor,
+    third_at: tl.tensor,
+    start: tl.tensor,
+    j: tl.tensor,
+    inside: tl.tensor,
+    FORM: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Load a block of the planes behind the first; of those that aren't read anything will do."""
+    second = j
+    third = j
+    if FORM.num_rest > 0:
+        second = _bytes(record + second_at, start, j, inside)
+    if FORM.num_rest > 1:
+        third = _bytes(record + third_at, start, j, inside)
+    return second, third
+
+
+@triton.jit
+def _move(
+    packed: tl.tensor, here: tl.constexpr, there: tl.constexpr, BITS: tl.constexpr
+) -> tl.tensor:
+    """Move some bits of each byte from a place to another: a shift and a mask."""
+    if here > there:
+        packed >>= here - there
+    if here < there:
+        packed <<= there - here
+    return packed & (((1 << BITS) - 1) << there)
 
 
 @triton.jit
@@ -237,14 +288,13 @@ def _weights(
     ``column``: the first of each run, (1, runs, 1). ``scales``, ``zeros``: each row's, (rows, 1,
     1).
     """
-    code = (first >> (8 - FORM.first * (place + 1))) & ((1 << FORM.first) - 1)
+    below: tl.constexpr = FORM.rest * FORM.num_rest
+    code = _MAGIC | _move(first, 8 - FORM.first * (place + 1), below, FORM.first)
     if FORM.num_rest > 0:
-        part = (second >> (8 - FORM.rest * (index + 1))) & ((1 << FORM.rest) - 1)
-        code = (code << FORM.rest) | part
+        code |= _move(second, 8 - FORM.rest * (index + 1), below - FORM.rest, FORM.rest)
     if FORM.num_rest > 1:
-        part = (third >> (8 - FORM.rest * (index + 1))) & ((1 << FORM.rest) - 1)
-        code = (code << FORM.rest) | part
-    value = (code | _MAGIC).to(tl.float32, bitcast=True) - _MAGIC_VALUE
+        code |= _move(third, 8 - FORM.rest * (index + 1), 0, FORM.rest)
+    value = code.to(tl.float32, bitcast=True) - _MAGIC_VALUE
     group = column * 0
     if FORM.group:
         group = column // FORM.group
@@ -263,7 +313,7 @@ def _multiply_few(
     rows: tl.tensor,
     cols: tl.tensor,
     num_groups: tl.tensor,
-    piece: tl.tensor,
+    units: tl.tensor,
     zeros_at: tl.tensor,
     first_at: tl.tensor,
     second_at: tl.tensor,
@@ -275,29 +325,27 @@ def _multiply_few(
     RUN: tl.constexpr,
 ) -> None:
     """Multiply a block of weight rows by ``X_ROWS`` activation rows, a block of bytes at a time."""
+    VECTORS: tl.constexpr = FORM.vectors
+    PLACES: tl.constexpr = 8 // FORM.first
+    piece = units * FORM.align
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     held = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
     scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     run = tl.arange(0, RUNS)[None, :, None] * RUN
     in_run = tl.arange(0, RUN)[None, None, :]
-    sums = ()
+    sums: tl.tuple = ()
     for _ in tl.static_range(X_ROWS):
         sums = sums + (tl.zeros((BLOCK_ROWS, RUNS, RUN), tl.float32),)
     for start in range(0, piece, RUNS * RUN):
         j = start + run + in_run
         inside = j < piece
-        second = j
-        third = j
-        if FORM.num_rest > 0:
-            second = _bytes(record + second_at, held * piece, j, inside)
-        if FORM.num_rest > 1:
-            third = _bytes(record + third_at, held * piece, j, inside)
-        for vector in tl.static_range(FORM.vectors):
-            row_start = held * (FORM.vectors * piece) + vector * piece
+        second, third = _rest(record, second_at, third_at, held * piece, j, inside, FORM)
+        for vector in tl.static_range(VECTORS):
+            row_start = held * (VECTORS * piece) + vector * piece
             first = _bytes(record + first_at, row_start, j, inside)
-            for place in tl.static_range(8 // FORM.first):
-                index: tl.constexpr = place * FORM.vectors + vector
+            for place in tl.static_range(PLACES):
+                index = place * VECTORS + vector
                 weights = _weights(
                     first,
                     second,
@@ -312,7 +360,7 @@ def _multiply_few(
                 )
                 column = index * piece + j
                 wanted = inside & (column < cols)
-                added = ()
+                added: tl.tuple = ()
                 for m in tl.static_range(X_ROWS):
                     values = tl.load(x + m * cols + column, mask=wanted, other=0.0)
                     added = added + (sums[m] + weights * values.to(tl.float32),)
@@ -334,7 +382,7 @@ def _multiply_tiles(
     rows: tl.tensor,
     cols: tl.tensor,
     num_groups: tl.tensor,
-    piece: tl.tensor,
+    units: tl.tensor,
     zeros_at: tl.tensor,
     first_at: tl.tensor,
     second_at: tl.tensor,
@@ -347,6 +395,9 @@ def _multiply_tiles(
     OPERAND: tl.constexpr,
 ) -> None:
     """Multiply a block of weight rows by a block of activation rows, y transposed."""
+    VECTORS: tl.constexpr = FORM.vectors
+    PLACES: tl.constexpr = 8 // FORM.first
+    piece = units * FORM.align
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     held = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
@@ -360,17 +411,12 @@ def _multiply_tiles(
     for start in range(0, piece, RUNS * RUN):
         j = start + run + in_run
         inside = j < piece
-        second = j
-        third = j
-        if FORM.num_rest > 0:
-            second = _bytes(record + second_at, held * piece, j, inside)
-        if FORM.num_rest > 1:
-            third = _bytes(record + third_at, held * piece, j, inside)
-        for vector in tl.static_range(FORM.vectors):
-            row_start = held * (FORM.vectors * piece) + vector * piece
+        second, third = _rest(record, second_at, third_at, held * piece, j, inside, FORM)
+        for vector in tl.static_range(VECTORS):
+            row_start = held * (VECTORS * piece) + vector * piece
             first = _bytes(record + first_at, row_start, j, inside)
-            for place in tl.static_range(8 // FORM.first):
-                index: tl.constexpr = place * FORM.vectors + vector
+            for place in tl.static_range(PLACES):
+                index = place * VECTORS + vector
                 weights = _weights(
                     first,
                     second,
@@ -405,7 +451,7 @@ def _decode(
     rows: tl.tensor,
     cols: tl.tensor,
     num_groups: tl.tensor,
-    piece: tl.tensor,
+    units: tl.tensor,
     zeros_at: tl.tensor,
     first_at: tl.tensor,
     second_at: tl.tensor,
@@ -416,11 +462,18 @@ def _decode(
     RUN: tl.constexpr,
 ) -> None:
     """Decode a block of bytes of a block of rows, to where they belong in ``out``."""
+    VECTORS: tl.constexpr = FORM.vectors
+    PLACES: tl.constexpr = 8 // FORM.first
+    piece = units * FORM.align
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     kept = (row < num_rows)[:, None, None]
     held = tl.minimum(row, num_rows - 1).to(tl.int64) + start_row
+    known = held >= 0
     if ids is not None:
         held = tl.load(ids + held).to(tl.int64)
+        known = (held >= 0) & (held < rows)
+        held = tl.where(known, held, 0)
+    known = known[:, None, None]
     held = held[:, None, None]
     scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
@@ -430,17 +483,12 @@ def _decode(
     start = tl.program_id(1) * (RUNS * RUN)
     j = start + run + in_run
     inside = j < piece
-    second = j
-    third = j
-    if FORM.num_rest > 0:
-        second = _bytes(record + second_at, held * piece, j, inside)
-    if FORM.num_rest > 1:
-        third = _bytes(record + third_at, held * piece, j, inside)
-    for vector in tl.static_range(FORM.vectors):
-        row_start = held * (FORM.vectors * piece) + vector * piece
+    second, third = _rest(record, second_at, third_at, held * piece, j, inside, FORM)
+    for vector in tl.static_range(VECTORS):
+        row_start = held * (VECTORS * piece) + vector * piece
         first = _bytes(record + first_at, row_start, j, inside)
-        for place in tl.static_range(8 // FORM.first):
-            index: tl.constexpr = place * FORM.vectors + vector
+        for place in tl.static_range(PLACES):
+            index = place * VECTORS + vector
             weights = _weights(
                 first,
                 second,
@@ -455,4 +503,5 @@ def _decode(
             )
             column = index * piece + j
             wanted = kept & inside & (column < cols)
+            weights = tl.where(known, weights, float("nan"))
             tl.store(target + column, weights.to(out.dtype.element_ty), mask=wanted)
