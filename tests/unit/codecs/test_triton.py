@@ -19,7 +19,7 @@ from lib.codecs.records import decode, encode
 
 triton = pytest.importorskip("triton", reason="Triton isn't installed (the dev extra has it)")
 
-from lib.codecs import triton_kernels  # noqa: E402
+from lib.codecs import triton_kernels, triton_ops  # noqa: E402
 
 PRECISIONS = {sum(bits): precision for precision, bits in PLANE_BITS.items()}
 READ_OF_STORED = [
@@ -66,14 +66,14 @@ def make(
 def check_linear(
     record: Tensor, described: Described, weights: Tensor, x: Tensor, bias: Tensor | None
 ) -> None:
-    y = triton_kernels.linear(x, record, bias, *described, 0)
+    y = triton_ops.linear(x, record, bias, *described, 0)
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], len(weights))
     expected = x.double() @ weights.t()
     room = x.double().abs() @ weights.abs().t()
     if bias is not None:
         expected, room = expected + bias.double(), room + bias.double().abs()
-    few = x[..., 0].numel() <= triton_kernels.FEW_ROWS
-    bound = ROUNDING[x.dtype] + (2.0**-20 if few else triton_kernels.TILE_ERROR[x.dtype])
+    few = x[..., 0].numel() <= triton_ops.FEW_ROWS
+    bound = ROUNDING[x.dtype] + (2.0**-20 if few else triton_ops.TILE_ERROR[x.dtype])
     assert ((y.double() - expected).abs() <= bound * room).all(), (described, x.shape)
 
 
@@ -81,14 +81,14 @@ def check_linear(
 @pytest.mark.parametrize("bits,stored", READ_OF_STORED)
 def test_it_computes_what_the_reference_decodes(bits: int, stored: int, device: str) -> None:
     record, described, weights = make((5, 100), 32, bits, stored, device)
-    for num_rows in (2, triton_kernels.FEW_ROWS + 1):
+    for num_rows in (2, triton_ops.FEW_ROWS + 1):
         x = torch.randn(num_rows, 100, device=device)
         check_linear(record, described, weights, x, None)
     largest = weights.abs().max()
-    some = triton_kernels.decode(record, *described, 2, 5, torch.float32)
+    some = triton_ops.decode(record, *described, 2, 5, torch.float32)
     assert (some - weights[2:]).abs().max() <= 2.0**-22 * largest
     ids = torch.tensor([[4, 0, 2], [0, 0, 1]], device=device)
-    found = triton_kernels.look_up(ids, record, *described, torch.float32)
+    found = triton_ops.look_up(ids, record, *described, torch.float32)
     assert (found - weights[ids]).abs().max() <= 2.0**-22 * largest
 
 
@@ -106,7 +106,7 @@ def test_any_shape_and_group(
         x = torch.randn(*leading, shape[1], device=device)
         check_linear(record, described, weights, x, torch.randn(shape[0], device=device))
     empty = torch.empty(2, 0, dtype=torch.int64, device=device)
-    found = triton_kernels.look_up(empty, record, *described, torch.float32)
+    found = triton_ops.look_up(empty, record, *described, torch.float32)
     assert found.shape == (2, 0, shape[1])
 
 
@@ -114,10 +114,10 @@ def test_any_shape_and_group(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_comes_back(dtype: torch.dtype, device: str) -> None:
     record, described, weights = make((5, 100), 64, 6, 6, device)
-    for num_rows in (1, triton_kernels.FEW_ROWS + 1):
+    for num_rows in (1, triton_ops.FEW_ROWS + 1):
         x = torch.randn(num_rows, 100, device=device).to(dtype)
         check_linear(record, described, weights, x, torch.randn(5, device=device).to(dtype))
-    rows = triton_kernels.decode(record, *described, 0, 5, dtype)
+    rows = triton_ops.decode(record, *described, 0, 5, dtype)
     error = (rows.double() - weights).abs()
     assert rows.dtype == dtype and (error <= ROUNDING[dtype] * weights.abs() + 2.0**-22).all()
 
@@ -136,7 +136,7 @@ def test_views_are_multiplied_as_they_are_seen(device: str) -> None:
 def test_an_id_outside_the_matrix_reads_nothing(device: str) -> None:
     record, described, weights = make((19, 64), 32, 4, 4, device)
     ids = torch.tensor([19, -1, 18, 1 << 40], device=device)
-    found = triton_kernels.look_up(ids, record, *described, torch.float32)
+    found = triton_ops.look_up(ids, record, *described, torch.float32)
     assert found[[0, 1, 3]].isnan().all() and not found[2].isnan().any()
 
 
@@ -204,15 +204,15 @@ def test_kernels_compile_without_a_gpu(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu(capability))
     kernels = {}
-    for name in ("_multiply_few", "_multiply_tiles", "_decode"):
+    for name in ("multiply_few", "multiply_tiles", "decode_rows"):
         kernels[name] = Compiled(getattr(triton_kernels, name))
         monkeypatch.setattr(triton_kernels, name, kernels[name])
     record, described, _ = make(shape, 64, bits, bits, "cpu")
     for num_rows in (2, 64):
         x = torch.randn(num_rows, shape[1], dtype=dtype)
-        triton_kernels.linear(x, record, torch.zeros(shape[0], dtype=dtype), *described, 0)
-    triton_kernels.look_up(torch.tensor([0]), record, *described, dtype)
-    triton_kernels.decode(record, *described, 0, 1, dtype)
+        triton_ops.linear(x, record, torch.zeros(shape[0], dtype=dtype), *described, 0)
+    triton_ops.look_up(torch.tensor([0]), record, *described, dtype)
+    triton_ops.decode(record, *described, 0, 1, dtype)
     shared = [kernel.shared_bytes for kernel in kernels.values()]
     assert [len(launches) for launches in shared] == [1, 1, 2]
     assert max(map(max, shared)) <= SHARED_BYTES[capability]
