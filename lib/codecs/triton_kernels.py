@@ -2,9 +2,10 @@
 
 In the narrowest plane that is read a row has ``piece`` bytes, each with a code of every *piece* of
 the row: byte j with those of columns j, piece + j, 2 piece + j... A program unpacks a block of such
-bytes in registers, all pieces of it, so each byte is loaded once. Blocks are (rows, runs, run):
-within a piece ``run`` columns share a group, the largest power of two that divides both group and
-piece, so scales and zeros are loaded for runs, whatever the shape.
+bytes in registers, all pieces of it, so each byte is loaded once; planes are joined in words, four
+codes at a time. Blocks are (rows, runs, run): within a piece ``run`` columns share a group, the
+largest power of two that divides both group and piece, so scales and zeros are loaded for runs,
+whatever the shape.
 
 Integers that are 1 become constants when Triton compiles: they have no methods of tensors.
 """
@@ -52,8 +53,10 @@ class Form:
 
 
 @triton.jit
-def _bytes(plane: tl.tensor, start: tl.tensor, j: tl.tensor, inside: tl.tensor) -> tl.tensor:
-    return tl.load(plane + start + j, mask=inside, other=0).to(tl.int32)
+def _words(record: tl.tensor, plane_at: tl.tensor, word: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    """Load four bytes of a plane at once; ``word``: where they are in it."""
+    plane = (record + plane_at).to(tl.pointer_type(tl.uint32))
+    return tl.load(plane + word, mask=inside, other=0)
 
 
 @triton.jit
@@ -61,18 +64,17 @@ def _rest(
     record: tl.tensor,
     second_at: tl.tensor,
     third_at: tl.tensor,
-    start: tl.tensor,
-    j: tl.tensor,
+    word: tl.tensor,
     inside: tl.tensor,
     FORM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Load a block of the planes behind the first; of those that aren't read anything will do."""
-    second = j
-    third = j
+    second = word
+    third = word
     if FORM.num_rest > 0:
-        second = _bytes(record + second_at, start, j, inside)
+        second = _words(record, second_at, word, inside)
     if FORM.num_rest > 1:
-        third = _bytes(record + third_at, start, j, inside)
+        third = _words(record, third_at, word, inside)
     return second, third
 
 
@@ -80,12 +82,18 @@ def _rest(
 def _move(
     packed: tl.tensor, here: tl.constexpr, there: tl.constexpr, BITS: tl.constexpr
 ) -> tl.tensor:
-    """Move some bits of each byte from a place to another: a shift and a mask."""
+    """Move some bits of each byte of words from a place to another: a shift and a mask."""
     if here > there:
         packed >>= here - there
     if here < there:
         packed <<= there - here
-    return packed & (((1 << BITS) - 1) << there)
+    return packed & ((((1 << BITS) - 1) << there) * 0x01010101)
+
+
+@triton.jit
+def _value(code: tl.tensor) -> tl.tensor:
+    """Return the lowest byte in fp32."""
+    return ((code & 255) | _MAGIC).to(tl.float32, bitcast=True) - _MAGIC_VALUE
 
 
 @triton.jit
@@ -101,19 +109,21 @@ def _weights(
     index: tl.constexpr,
     FORM: tl.constexpr,
 ) -> tl.tensor:
-    """Decode a piece of a block, fp32 (rows, runs, run).
+    """Decode a piece of a block of words, fp32 (rows, runs, run).
 
     It is at ``place`` in the bytes of the first plane, at ``index`` in those of the others.
     ``column``: the first of each run, (1, runs, 1). ``scales``, ``zeros``: each row's, (rows, 1,
     1).
     """
     below: tl.constexpr = FORM.rest * FORM.num_rest
-    code = _MAGIC | _move(first, 8 - FORM.first * (place + 1), below, FORM.first)
+    code = _move(first, 8 - FORM.first * (place + 1), below, FORM.first)
     if FORM.num_rest > 0:
         code |= _move(second, 8 - FORM.rest * (index + 1), below - FORM.rest, FORM.rest)
     if FORM.num_rest > 1:
         code |= _move(third, 8 - FORM.rest * (index + 1), 0, FORM.rest)
-    value = code.to(tl.float32, bitcast=True) - _MAGIC_VALUE
+    even = tl.join(_value(code), _value(code >> 16))
+    odd = tl.join(_value(code >> 8), _value(code >> 24))
+    value = tl.join(even, odd).reshape(code.shape[0], code.shape[1], 4 * code.shape[2])
     group = column * 0
     if FORM.group:
         group = column // FORM.group
@@ -142,11 +152,16 @@ def multiply_few(
     BLOCK_ROWS: tl.constexpr,
     RUNS: tl.constexpr,
     RUN: tl.constexpr,
+    LANE: tl.constexpr,
 ) -> None:
-    """Multiply a block of weight rows by ``X_ROWS`` activation rows, a block of bytes at a time."""
+    """Multiply a block of weight rows by ``X_ROWS`` activation rows, a block of bytes at a time.
+
+    ``LANE``: activations in 16 bytes.
+    """
     VECTORS: tl.constexpr = FORM.vectors
     PLACES: tl.constexpr = 8 // FORM.first
     piece = units * FORM.align
+    words = units * (FORM.align // 4)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     held = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
     scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
@@ -157,12 +172,15 @@ def multiply_few(
     for _ in tl.static_range(X_ROWS):
         sums = sums + (tl.zeros((BLOCK_ROWS, RUNS, RUN), tl.float32),)
     for start in range(0, piece, RUNS * RUN):
-        j = start + run + in_run
-        inside = j < piece
-        second, third = _rest(record, second_at, third_at, held * piece, j, inside, FORM)
+        word = start // 4 + run // 4 + tl.arange(0, RUN // 4)[None, None, :]
+        # A thread takes as many columns of weights as a load of activations gives it, or layouts
+        # differ, and weights go from one to the other through shared memory.
+        word = tl.max_contiguous(word, [1, 1, LANE // 4])
+        kept_word = word < words
+        second, third = _rest(record, second_at, third_at, held * words + word, kept_word, FORM)
         for vector in tl.static_range(VECTORS):
-            row_start = held * (VECTORS * piece) + vector * piece
-            first = _bytes(record + first_at, row_start, j, inside)
+            row_start = (held * VECTORS + vector) * words
+            first = _words(record, first_at, row_start + word, kept_word)
             for place in tl.static_range(PLACES):
                 index = place * VECTORS + vector
                 weights = _weights(
@@ -177,10 +195,10 @@ def multiply_few(
                     index,
                     FORM,
                 )
-                # Loaded for every row, as weights lie: else the weights are moved to where one row of
-                # activations lies, through shared memory.
-                column = tl.broadcast_to(index * piece + j, (BLOCK_ROWS, RUNS, RUN))
-                wanted = inside & (column < cols)
+                # Activations are loaded for every row, for the same reason.
+                j = tl.broadcast_to(start + run + in_run, (BLOCK_ROWS, RUNS, RUN))
+                column = index * piece + j
+                wanted = (j < piece) & (column < cols)
                 added: tl.tuple = ()
                 for m in tl.static_range(X_ROWS):
                     values = tl.load(x + m * cols + column, mask=wanted, other=0.0)
@@ -219,6 +237,7 @@ def multiply_tiles(
     VECTORS: tl.constexpr = FORM.vectors
     PLACES: tl.constexpr = 8 // FORM.first
     piece = units * FORM.align
+    words = units * (FORM.align // 4)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     held = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
@@ -226,16 +245,15 @@ def multiply_tiles(
     scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     run = tl.arange(0, RUNS)[None, :, None] * RUN
-    in_run = tl.arange(0, RUN)[None, None, :]
     flat = tl.arange(0, RUNS * RUN)[:, None]
     total = tl.zeros((BLOCK_ROWS, BLOCK_X), tl.float32)
     for start in range(0, piece, RUNS * RUN):
-        j = start + run + in_run
-        inside = j < piece
-        second, third = _rest(record, second_at, third_at, held * piece, j, inside, FORM)
+        word = start // 4 + run // 4 + tl.arange(0, RUN // 4)[None, None, :]
+        kept_word = word < words
+        second, third = _rest(record, second_at, third_at, held * words + word, kept_word, FORM)
         for vector in tl.static_range(VECTORS):
-            row_start = held * (VECTORS * piece) + vector * piece
-            first = _bytes(record + first_at, row_start, j, inside)
+            row_start = (held * VECTORS + vector) * words
+            first = _words(record, first_at, row_start + word, kept_word)
             for place in tl.static_range(PLACES):
                 index = place * VECTORS + vector
                 weights = _weights(
@@ -286,6 +304,7 @@ def decode_rows(
     VECTORS: tl.constexpr = FORM.vectors
     PLACES: tl.constexpr = 8 // FORM.first
     piece = units * FORM.align
+    words = units * (FORM.align // 4)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     kept = (row < num_rows)[:, None, None]
     held = tl.minimum(row, num_rows - 1).to(tl.int64) + start_row
@@ -299,15 +318,15 @@ def decode_rows(
     scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     run = tl.arange(0, RUNS)[None, :, None] * RUN
-    in_run = tl.arange(0, RUN)[None, None, :]
     target = out + row.to(tl.int64)[:, None, None] * cols
     start = tl.program_id(1) * (RUNS * RUN)
-    j = start + run + in_run
-    inside = j < piece
-    second, third = _rest(record, second_at, third_at, held * piece, j, inside, FORM)
+    j = start + run + tl.arange(0, RUN)[None, None, :]
+    word = start // 4 + run // 4 + tl.arange(0, RUN // 4)[None, None, :]
+    kept_word = word < words
+    second, third = _rest(record, second_at, third_at, held * words + word, kept_word, FORM)
     for vector in tl.static_range(VECTORS):
-        row_start = held * (VECTORS * piece) + vector * piece
-        first = _bytes(record + first_at, row_start, j, inside)
+        row_start = (held * VECTORS + vector) * words
+        first = _words(record, first_at, row_start + word, kept_word)
         for place in tl.static_range(PLACES):
             index = place * VECTORS + vector
             weights = _weights(
@@ -323,6 +342,6 @@ def decode_rows(
                 FORM,
             )
             column = index * piece + j
-            wanted = kept & inside & (column < cols)
+            wanted = kept & (j < piece) & (column < cols)
             weights = tl.where(known, weights, float("nan"))
             tl.store(target + column, weights.to(out.dtype.element_ty), mask=wanted)

@@ -102,8 +102,9 @@ def linear(
         if len(flat) <= FEW_ROWS:
             block, block_rows = _few_block(form, piece, len(flat))
             grid = (triton.cdiv(rows, block_rows), 1)
+            lane = 16 // x.element_size()
             sizes = (form, len(flat), block_rows, *described.runs(block))
-            kernels.multiply_few[grid](flat, record, bias, y, *described.places, *sizes)
+            kernels.multiply_few[grid](flat, record, bias, y, *described.places, *sizes, lane)
         else:
             # Triton's interpreter can't multiply in bf16.
             halves = x.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret
