@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .expansion import Expansion, finish_linear
+from .expansion import Expansion
 from .interface import Use
 from .layout import RecordLayout
 from .scratch import Scratch
@@ -72,19 +72,23 @@ class EncodedWeight:
         """Return ``x @ weight.T + bias`` in the dtype of ``x``."""
         if self._expansion is not None:
             return self._expansion.linear(x, bias)
-        scratch_bytes = self._scratch.num_bytes
-        return torch.ops.tierhints.linear(x, self._record, bias, *self._layout, scratch_bytes)
+        y: Tensor = torch.ops.tierhints.linear(
+            x, self._record, bias, *self._layout, self._scratch.num_bytes
+        )
+        return y
 
     def rows(self, ids: Tensor) -> Tensor:
         """Decode the rows of ``ids`` and no others."""
         if self._expansion is not None:
             return self._expansion.rows(ids)
-        return torch.ops.tierhints.rows(ids, self._record, *self._layout, self.dtype)
+        found: Tensor = torch.ops.tierhints.rows(ids, self._record, *self._layout, self.dtype)
+        return found
 
     def expand(self, start_row: int, end_row: int) -> Tensor:
         """Decode some rows into new memory."""
         if self._expansion is not None:
             return self._expansion.expand(start_row, end_row)
-        return torch.ops.tierhints.decode(
+        weights: Tensor = torch.ops.tierhints.decode(
             self._record, *self._layout, start_row, end_row, self.dtype
         )
+        return weights

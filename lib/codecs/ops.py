@@ -1,10 +1,12 @@
 """The operators ``torch.ops.tierhints``: products with records, lookups in them, their decoding.
 
 torch.compile, torch.export and opcheck see them through their fakes. On a CPU the C++ extension
-(``native``) computes them, and where it can't be had the reference in torch alone (``expansion``).
+(``native``) computes them, on CUDA Triton (``triton_ops``), and where those can't be had the
+reference in torch alone (``expansion``).
 """
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -17,14 +19,13 @@ from .native import load_native
 from .scratch import Scratch
 
 _LAYOUT = "int rows, int cols, int group_size, int stored_bits, int bits"
-_LIBRARY = torch.library.Library("tierhints", "DEF")  # noqa: TOR901
+_torch: Any = torch.library  # whose functions aren't typed
+_LIBRARY = _torch.Library("tierhints", "DEF")
 _LIBRARY.define(
     f"linear(Tensor x, Tensor record, Tensor? bias, {_LAYOUT}, int scratch_bytes) -> Tensor"
 )
 _LIBRARY.define(f"rows(Tensor ids, Tensor record, {_LAYOUT}, ScalarType dtype) -> Tensor")
-_LIBRARY.define(
-    f"decode(Tensor record, {_LAYOUT}, int start, int end, ScalarType dtype) -> Tensor"
-)
+_LIBRARY.define(f"decode(Tensor record, {_LAYOUT}, int start, int end, ScalarType dtype) -> Tensor")
 _PRECISIONS = {sum(bits): precision for precision, bits in PLANE_BITS.items()}
 _EXPANSION_BYTES = 2**20
 """Scratch of the reference, where the operator has none."""
@@ -41,23 +42,41 @@ def layout_arguments(layout: RecordLayout) -> LayoutArguments:
 
 @cache
 def prepare(device_type: str) -> str:
-    """Have the operators computed on a kind of device; returns by what: "native" or "reference".
-    Says once, in a warning, why the slow one is in use.
+    """Have the operators computed on a kind of device; returns by what: "native" (C++), "triton" or
+    "reference". Says once, in a warning, why the slow one is in use.
     """
+    reason = ""
     if device_type == "cpu":
         native = load_native()
         if native.library is not None:
             return "native"
+        reason = native.reason
+    elif device_type == "cuda":
+        try:
+            from . import triton_ops
+        except ImportError as error:
+            reason = f"Triton can't be imported ({error})"
+        else:
+            _register(triton_ops.linear, triton_ops.look_up, triton_ops.decode, "CUDA")
+            return "triton"
+    if reason:
         warnings.warn(
-            f"compressed weights compute slowly here, in torch alone: {native.reason}",
+            f"compressed weights compute slowly here, in torch alone: {reason}",
             RuntimeWarning,
             stacklevel=3,
         )
-    key = device_type.upper()
-    _LIBRARY.impl("linear", _linear, key)
-    _LIBRARY.impl("rows", _rows, key)
-    _LIBRARY.impl("decode", _decode, key)
+    _register(_linear, _rows, _decode, device_type.upper())
     return "reference"
+
+
+def _register(
+    linear: Callable[..., Tensor],
+    rows: Callable[..., Tensor],
+    decode: Callable[..., Tensor],
+    key: str,
+) -> None:
+    for name, function in (("linear", linear), ("rows", rows), ("decode", decode)):
+        _LIBRARY.impl(name, function, key)
 
 
 def _open(
@@ -117,17 +136,18 @@ def _scratch_bytes(cols: int) -> int:
     return max(_EXPANSION_BYTES, 32 * cols + 4096)
 
 
-@torch.library.register_fake("tierhints::linear")
-def _(x: Tensor, record: Tensor, bias: Tensor | None, rows: int, *others: int) -> Tensor:
+def _fake_linear(x: Tensor, record: Tensor, bias: Tensor | None, rows: int, *others: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
-@torch.library.register_fake("tierhints::rows")
-def _(ids: Tensor, record: Tensor, rows: int, cols: int, *others: Any) -> Tensor:
+def _fake_rows(ids: Tensor, record: Tensor, rows: int, cols: int, *others: Any) -> Tensor:
     return record.new_empty(*ids.shape, cols, dtype=others[-1])
 
 
-@torch.library.register_fake("tierhints::decode")
-def _(record: Tensor, rows: int, cols: int, *others: Any) -> Tensor:
+def _fake_decode(record: Tensor, rows: int, cols: int, *others: Any) -> Tensor:
     start, end, dtype = others[-3:]
     return record.new_empty(end - start, cols, dtype=dtype)
+
+
+for _name, _fake in (("linear", _fake_linear), ("rows", _fake_rows), ("decode", _fake_decode)):
+    _torch.register_fake(f"tierhints::{_name}", _fake)

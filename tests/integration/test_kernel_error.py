@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.blocks import parameter_digest
-from lib.codecs import expansion, kernels, ops
+from lib.codecs import expansion, kernels
 from lib.evaluation.kernel_error import measure_kernels
 
 

@@ -1,7 +1,7 @@
 """The operators of ``tierhints`` in C++ for a CPU, built once with the user's compiler.
 
 A build takes half a minute and is kept in the user's cache folder, under a name that says what it
-was made of: sources, flags, torch. Nothing of Python is linked, so any Python of that torch loads it.
+was made of: sources, flags, torch. Nothing of Python is linked: any Python with its torch loads it.
 """
 
 import fcntl
@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,8 @@ def load_native() -> Native:
             if compiler is None:
                 return Native(None, "no C++ compiler (install g++, or name one in $CXX)")
             _build(compiler, library)
-        torch.ops.load_library(str(library))
+        operators: Any = torch.ops  # its methods aren't typed
+        operators.load_library(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         return Native(None, f"it could not be built: {_first_error(output)}")

@@ -315,7 +315,9 @@ def test_without_bf16_units_many_rows_are_multiplied_in_fp32(
     record, layout = encode(torch.randn(200, 128) * 0.02, codec), codec.layout(200, 128)
     decoded, x = decode(record, layout), torch.randn(40, 128)
     weights: list[CompressedWeight | Expansion] = [
-        Int8Weight(layout, dtype=torch.float32, device=torch.device("cpu"), scratch=Scratch(1 << 17)),
+        Int8Weight(
+            layout, dtype=torch.float32, device=torch.device("cpu"), scratch=Scratch(1 << 17)
+        ),
         Expansion(record, layout, dtype=torch.float32, scratch=Scratch(1 << 17)),
     ]
     for weight in weights:
