@@ -1,12 +1,14 @@
 """The calls of a model's modules under a plan, surrounded without a trace after ``remove``.
 
-Around every module that computes with weights a context acquires its groups and releases them
-again. The model, and each part of it that may be called by itself, begins and ends the forward.
+Around every module whose weights move a context acquires its groups and releases them again; what
+resides in fast memory runs as it is. The model, and each part of it that may be called by itself,
+begins and ends the forward.
 """
 
 import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,18 +17,20 @@ import torch
 from torch import nn
 
 from ...errors import PlacementError
-from ...policy.plan import Step
+from ...policy.plan import Step, replace_uses
 from ..residency.casting import UnkeptCopies, autocast_dtype
 from ..residency.held import HeldGroup
 from ..residency.residency import Residency
 from ..residency.stand_ins import NO_GRADIENTS, requires_grad
 from ..telemetry import Recorder
 from .calls import Calls
+from .direct import DirectForwards
 from .fast_path import EncoderPaths
 from .group_hook import GroupHook
 from .guards import Guards
 from .managed import attached
 from .progress import PassBar, count_passes
+from .tracing import raise_compiling, refuse_tracing
 
 
 class Supervisor(Protocol):
@@ -74,19 +78,60 @@ class Forwards:
         self._part: nn.Module | None = None
         """The submodule whose call by itself is the present forward; None: the model's."""
         self._process = os.getpid()
+        self._copies: dict[torch.dtype, _Copies] = {}
         self._thread: threading.Thread | None = None
         self._bar = PassBar()
         self._calls = Calls()
+        self._direct = DirectForwards()
         self._memory = residency.memory
-        self._install()
+        self._hooked: frozenset[str] = residency.hooked
+        """The groups whose uses are traced."""
+        self._hooks_changed = False
+        """They are others than when the present forward began."""
+        self.moves = bool(self._hooked)
+        """Weights come and go: a compiled graph would keep them."""
+        for module in model.modules():
+            attached.add(module)
+        self._guards = Guards(model, self._save_state, self.refuse_compiling)
+        self._surround()
+        self._direct.follow(model, residency.groups.values())
 
     def remove(self) -> None:
         """Let the model run as before."""
         self._calls.remove()
+        self._direct.remove()
+        self._drop_compiled_calls()
         for module in self._model.modules():
             attached.discard(module)
         self._guards.remove()
         self._bar.close()
+
+    def follow_plan(self) -> None:
+        """Surround the calls of the modules whose weights move now, and no others."""
+        self._direct.follow(self._model, self._residency.groups.values())
+        hooked = self._residency.hooked
+        if hooked == self._hooked:
+            return
+        self._calls.remove()
+        self._hooked, self._hooks_changed, self.moves = hooked, True, bool(hooked)
+        self._copies.clear()
+        self._surround()
+        if self.moves and self._drop_compiled_calls():
+            warnings.warn(
+                "weights come and go from here on: what model.compile() has compiled runs as it is",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def is_mine(self) -> bool:
+        """A forward runs in this thread."""
+        return self._thread is threading.current_thread()
+
+    def refuse_compiling(self) -> None:
+        """Raise PlacementError where weights come and go."""
+        if self.moves:
+            raise_compiling()
 
     def note_use(self, group: str) -> None:
         """Trace a use of weights outside the modules that own them."""
@@ -103,9 +148,15 @@ class Forwards:
     def expected(self) -> tuple[Step, ...]:
         """The uses of the present forward so far, and those of groups that it hasn't used yet."""
         named = {step.block for step in self.trace}
-        return (*self.trace, *(step for step in self.schedule if step.block not in named))
+        left = [step for step in self.schedule if step.block not in named]
+        return self._in_order([*self.trace, *(step for step in left if step.block in self._hooked)])
 
-    def _install(self) -> None:
+    def _in_order(self, uses: Sequence[Step]) -> tuple[Step, ...]:
+        """Return uses that were traced, and between them those that are expected of the others."""
+        traced = {*self._hooked, *(step.block for step in uses)}
+        return replace_uses(self.schedule, uses, traced)
+
+    def _surround(self) -> None:
         users: dict[str, list[HeldGroup]] = {}
         for group in self._residency.groups.values():
             for module_name in group.payload.group.modules:
@@ -116,7 +167,7 @@ class Forwards:
             hook = GroupHook(self, module, groups)
             if isinstance(module, nn.TransformerEncoderLayer):
                 encoders.add_layer(module, hook.hold)
-            else:
+            elif any(group.name in self._hooked for group in groups):
                 self._calls.surround(module, hook)
         encoders.add_others(self._model)
         # Each part may be called by itself: a base model, an encoder, a layer.
@@ -126,9 +177,13 @@ class Forwards:
         self._calls.surround(self._model, _Part(self, None))
         if callable(getattr(self._model, "generate", None)):
             self._calls.run_within(self._model, self._generation, method="generate")
-        for module in self._model.modules():
-            attached.add(module)
-        self._guards = Guards(self._model, self._save_state)
+
+    def _drop_compiled_calls(self) -> bool:
+        """Undo what model.compile() has set since attach; returns whether there was any."""
+        set_here = [
+            vars(module).pop("_compiled_call_impl", None) for module in self._model.modules()
+        ]
+        return any(call is not None for call in set_here)
 
     def enter(self, call: object, part: nn.Module | None) -> None:
         """Begin a forward of the model (None), or of a part where none runs: it ends with the
@@ -136,7 +191,7 @@ class Forwards:
         """
         with self.lock:
             self._refuse_other_threads()
-            if part is None or self._thread is not threading.current_thread():
+            if part is None or not self.is_mine:
                 self._begin(call, part)
 
     def leave(self, call: object, failure: BaseException | None) -> None:
@@ -177,18 +232,22 @@ class Forwards:
         self._end_leftovers()
         self.trace = []
         streamed = self._supervisor.begin_forward()
+        self._hooks_changed = False
         self._call, self._part = call, part
         self._thread = threading.current_thread()
         self._residency.begin_forward()
         self._recorder.forwards += 1
         self._bar.begin(streamed)
-        if autocast_dtype(self._memory.device) is not None:
-            self._unkept = UnkeptCopies().__enter__()
+        if (dtype := autocast_dtype(self._memory.device)) is not None:
+            copies = self._resident_copies(dtype)
+            self._recorder.book_moment(copies.largest_bytes)
+            self._unkept = UnkeptCopies(copies.num_bytes).__enter__()
 
     def _end(self, failure: BaseException | None) -> None:
         self._thread = self._call = None
         if self._unkept is not None:
             self._unkept.__exit__()
+            self._memory.give_back_copies(self._unkept.num_bytes)
         self._end_leftovers()
         if failure is None:
             self.schedule = self._expected_schedule()
@@ -196,9 +255,11 @@ class Forwards:
         self._supervisor.end_forward(failure)
 
     def _expected_schedule(self) -> tuple[Step, ...]:
-        """Expect what this forward used; the forward of a part says nothing of the other blocks."""
-        if self._part is None:
-            return tuple(self.trace) or self.schedule
+        """Expect what this forward used; that of a part says nothing of the other blocks, nor does
+        one in the midst of which hooks were made of their uses before.
+        """
+        if self._part is None and self.trace and not self._hooks_changed:
+            return self._in_order(self.trace)
         return self.expected
 
     def acquire(self, call: object, hook: GroupHook) -> None:
@@ -224,6 +285,17 @@ class Forwards:
                 for other in others:
                     self._recorder.count_call(other)
                 self._bar.update(moved_bytes)
+
+    def _resident_copies(self, dtype: torch.dtype) -> "_Copies":
+        """Return what autocast's copies take of the weights that no hook books."""
+        if dtype not in self._copies:
+            sizes = [
+                group.copy_bytes(dtype)
+                for name, group in self._residency.groups.items()
+                if name not in self._hooked
+            ]
+            self._copies[dtype] = _Copies(sum(sizes), max(sizes, default=0))
+        return self._copies[dtype]
 
     def _enter_casting(self, hook: GroupHook) -> UnkeptCopies | None:
         """Keep autocast, where it is on, from keeping copies; those of this module are booked."""
@@ -273,7 +345,7 @@ class Forwards:
     def check_idle(self) -> None:
         """Refuse to move weights from under a forward, raising PlacementError."""
         self._refuse_other_threads()
-        if self._thread is threading.current_thread():
+        if self.is_mine:
             raise PlacementError("weights can't be moved during a forward: wait for its end")
         self._end_leftovers()
 
@@ -320,12 +392,30 @@ class _Use:
     unkept: UnkeptCopies | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """What copies of weights take: one after the other, and the largest."""
+
+    num_bytes: int
+    largest_bytes: int
+
+
 class _Part:
     """Begins and ends forwards around the calls of the model (None), or of a part of it."""
 
     def __init__(self, forwards: Forwards, module: nn.Module | None) -> None:
         self._forwards = forwards
         self._module = module
+
+    def passes(self) -> bool:
+        """Say that the part is called within a forward, or compiled where nothing moves."""
+        if torch.compiler.is_dynamo_compiling():
+            self._forwards.refuse_compiling()
+            return True
+        if self._module is not None and self._forwards.is_mine:
+            return True
+        refuse_tracing()
+        return False
 
     def enter(self, call: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._module is None and torch.is_grad_enabled() and requires_grad((args, kwargs)):

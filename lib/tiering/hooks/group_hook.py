@@ -10,6 +10,7 @@ from torch import nn
 from ...errors import PlacementError
 from ..residency.held import HeldGroup
 from ..residency.stand_ins import NO_GRADIENTS, requires_grad
+from .tracing import refuse_tracing
 
 if TYPE_CHECKING:
     from .forwards import Forwards
@@ -26,6 +27,11 @@ class GroupHook:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(group.name for group in self.groups)})"
+
+    def passes(self) -> bool:
+        """Never: the weights come for each call."""
+        refuse_tracing()
+        return False
 
     def enter(self, call: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bring the weights into fast memory; begin a forward where none runs."""

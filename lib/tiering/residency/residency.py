@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from ...blocks import storage_bytes
 from ...errors import PlacementError
@@ -44,6 +45,9 @@ class Residency:
         self._archive = archive
         self._originals = originals
         self._emulated = emulated
+        self._compressed: list[nn.Parameter] = []
+        """The parameters of groups that reside in fast memory compressed."""
+        self._versions: list[int] = []
 
     # -- placing -----------------------------------------------------------------------------------
 
@@ -103,6 +107,13 @@ class Residency:
         steps = [step.block for step in schedule if not step.lookup]
         self.memory.adopt(plan, [unit for name in steps for unit in self.groups[name].units])
         self._sweep()
+        self._compressed = [
+            group.weights.parameter(part)
+            for group in self.groups.values()
+            if group.payload.lossy and not group.units
+            for part in group.payload.parts
+        ]
+        self._versions = self._read_versions()
         trim_heap()
         measured = self.resident_bytes()
         if not self._emulated and measured > plan.fast_bytes:
@@ -132,18 +143,38 @@ class Residency:
         """Weights were trainable when they were given."""
         return self._originals.trains
 
+    @property
+    def moving(self) -> list[HeldGroup]:
+        """The groups that move under the present plan; the others reside in fast memory."""
+        return [group for group in self.groups.values() if group.units]
+
+    @property
+    def hooked(self) -> frozenset[str]:
+        """Name the groups whose uses must be told: those that move, and in emulation all, since
+        what resides may be charged for as well.
+        """
+        groups = self.groups.values() if self._emulated else self.moving
+        return frozenset(group.name for group in groups)
+
     def lossy_parameters(self) -> set[int]:
         """Return the identities of the parameters whose weights are not those that were given."""
         return {name for group in self.groups.values() for name in group.weights.lossy}
 
     def end_holds(self) -> None:
         """Give back what an interrupted forward still holds."""
-        for group in self.groups.values():
+        for group in self.moving:
             group.end_holds()
         self.memory.prefetcher.end_holds()
 
     def begin_forward(self) -> None:
-        """Say that the schedule starts from its beginning; parameters get the flags for it."""
+        """Say that the schedule starts from its beginning; parameters get the flags for it.
+
+        Raises PlacementError where something was written to compressed weights, which have no
+        hooks that would notice it.
+        """
+        if self._read_versions() != self._versions:
+            for group in self.groups.values():
+                group.refuse_written()
         self._originals.match_grad_mode()
         self.memory.prefetcher.begin_forward()
 
@@ -209,6 +240,10 @@ class Residency:
             )
         self.memory.transport.close()
         self._archive.close()
+
+    def _read_versions(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return [parameter._version for parameter in self._compressed]
 
     def _sweep(self) -> None:
         """Free what nothing refers to any more."""
