@@ -258,7 +258,9 @@ class Forwards:
         """Expect what this forward used; that of a part says nothing of the other blocks, nor does
         one in the midst of which hooks were made of their uses before.
         """
-        if self._part is None and self.trace and not self._hooks_changed:
+        if not self.trace:
+            return self.schedule
+        if self._part is None and not self._hooks_changed:
             return self._in_order(self.trace)
         return self.expected
 

@@ -45,6 +45,8 @@ class Residency:
         self._archive = archive
         self._originals = originals
         self._emulated = emulated
+        self.moving: list[HeldGroup] = []
+        """The groups that move under the present plan; the others reside in fast memory."""
         self._compressed: list[nn.Parameter] = []
         """The parameters of groups that reside in fast memory compressed."""
         self._versions: list[int] = []
@@ -107,6 +109,7 @@ class Residency:
         steps = [step.block for step in schedule if not step.lookup]
         self.memory.adopt(plan, [unit for name in steps for unit in self.groups[name].units])
         self._sweep()
+        self.moving = [group for group in self.groups.values() if group.units]
         self._compressed = [
             group.weights.parameter(part)
             for group in self.groups.values()
@@ -142,11 +145,6 @@ class Residency:
     def trains(self) -> bool:
         """Weights were trainable when they were given."""
         return self._originals.trains
-
-    @property
-    def moving(self) -> list[HeldGroup]:
-        """The groups that move under the present plan; the others reside in fast memory."""
-        return [group for group in self.groups.values() if group.units]
 
     @property
     def hooked(self) -> frozenset[str]:

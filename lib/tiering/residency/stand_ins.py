@@ -238,7 +238,9 @@ def _own_operation(
 
 def multiply(ops: WeightOps, x: Tensor, bias: Tensor | None) -> Tensor:
     """Compute a product in the dtype in which torch would, under autocast too."""
-    return ops.linear(cast_input(x), None if bias is None else cast_input(bias))
+    if torch._C._is_any_autocast_enabled():
+        x, bias = cast_input(x), None if bias is None else cast_input(bias)
+    return ops.linear(x, bias)
 
 
 def _ops(weight: Any) -> WeightOps | None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from smallest_budget import smallest
 from tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from lib.codecs.kernels import KERNELS, register_kernel
+from lib.codecs.records import RecordLayout, decode
 from lib.errors import PlacementError
 from lib.tiering import attach
 from lib.tiering.residency.stand_ins import OffloadedParameter
@@ -86,6 +89,7 @@ def test_a_resident_compressed_layer_computes_what_its_weight_does(
     precision: str, tmp_path: Path
 ) -> None:
     model = layers()
+    least = smallest(model, precision)
     with torch.no_grad():
         expected = model(X)
         with attach(model, budget=ALL, precision=precision, spill_dir=tmp_path) as runtime:
@@ -100,7 +104,7 @@ def test_a_resident_compressed_layer_computes_what_its_weight_does(
             assert torch.equal(torch.func.functional_call(model, weights, X), model[1:](X))
             plain = F.linear(X, model[0].weight + 0.0, model[0].bias)
             assert torch.allclose(torch.func.vmap(model[0])(X), plain, atol=1e-5)
-            runtime.budget = {"HBM": runtime.plan.fast_bytes * 3 // 4, "SSD": None}
+            runtime.budget = {"HBM": least, "SSD": None}
             assert with_forwards(model) != ["0", "2"]
             assert (model(X) - found).abs().max() < 0.1
             runtime.budget = ALL
@@ -115,7 +119,7 @@ def test_an_embedding_and_its_tied_head_look_up_and_multiply_at_once(
     config = GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=80, n_positions=8)
     model = GPT2LMHeadModel(config).eval()
     with attach(model, budget=ALL, precision="int8", spill_dir=tmp_path):
-        assert len(with_forwards(model)) == 6
+        assert len(with_forwards(model)) == 7
         expected = logits(model)
         asked: list[Any] = []
         ask = OffloadedParameter.__torch_function__.__func__  # type: ignore[attr-defined]
@@ -147,6 +151,42 @@ def test_gradients_of_a_resident_compressed_layer_are_refused(tmp_path: Path) ->
             model[0](X.clone().requires_grad_(True))
 
 
+class Decoded:
+    """A kernel of plain operations, which a compiler can trace."""
+
+    name = "decoded"
+    linear_error, decoding_error, looks_up = 0.1, 0.1, True
+
+    def __init__(self, layout: RecordLayout, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = (layout.rows, layout.cols), dtype
+        self.values = torch.zeros(self.shape)
+        self.num_bytes = self.planned_bytes(layout)
+
+    @classmethod
+    def supports(cls, layout: RecordLayout, uses: object, device: object) -> bool:
+        return True
+
+    @classmethod
+    def planned_bytes(cls, layout: RecordLayout) -> int:
+        return 4 * layout.rows * layout.cols
+
+    @classmethod
+    def allocate(cls, layout: RecordLayout, *, dtype: torch.dtype, **options: Any) -> "Decoded":
+        return cls(layout, dtype)
+
+    def fill(self, start_row: int, record: Tensor, layout: RecordLayout) -> None:
+        self.values[start_row : start_row + layout.rows] = decode(record, layout)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.values, bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.values[ids]
+
+    def expand(self, start_row: int, end_row: int) -> Tensor:
+        return self.values[start_row:end_row].clone()
+
+
 def compiled(model: nn.Module, **options: Any) -> Any:
     torch._dynamo.reset()
     return torch.compile(model, backend="eager", fullgraph=True, **options)
@@ -164,6 +204,26 @@ def test_a_resident_model_compiles_until_weights_move(tmp_path: Path) -> None:
         assert torch.equal(logits(model), expected)
         runtime.budget = ALL
         assert torch.equal(logits(call), expected)
+    assert torch.equal(logits(call), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*stay as they are")
+def test_a_compressed_resident_model_compiles_without_breaks(tmp_path: Path) -> None:
+    model = tiny_llama().eval()
+    expected = logits(model)
+    with KERNELS.restored():
+        register_kernel(Decoded)
+        least = smallest(model, "int8")
+        with attach(model, budget=ALL, precision="int8", spill_dir=tmp_path) as runtime:
+            rounded = logits(model)
+            call = compiled(model)
+            for _ in range(2):
+                assert torch.equal(logits(call), rounded)
+            runtime.budget = {"HBM": least, "SSD": None}
+            with pytest.raises(PlacementError, match=r"torch\.compile"):
+                logits(call)
+            runtime.budget = ALL
+            assert torch.equal(logits(call), rounded)
     assert torch.equal(logits(call), expected)
 
 
