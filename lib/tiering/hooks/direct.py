@@ -105,7 +105,7 @@ class _Direct:
         """Return the weight to compute with; None where only the class's own forward can."""
         weight = self._resident.get(self._name)
         if torch.compiler.is_dynamo_compiling():
-            return weight
+            return None if torch.compiler.is_exporting() else weight
         ordinary = (
             type(x) is Tensor
             and self._parameters["weight"] is self._parameter

@@ -129,8 +129,8 @@ class Forwards:
         return self._thread is threading.current_thread()
 
     def refuse_compiling(self) -> None:
-        """Raise PlacementError where weights come and go."""
-        if self.moves:
+        """Raise PlacementError where weights come and go, and for an export, which is for good."""
+        if self.moves or torch.compiler.is_exporting():
             raise_compiling()
 
     def note_use(self, group: str) -> None:
