@@ -78,26 +78,31 @@ class Forwards:
         self._part: nn.Module | None = None
         """The submodule whose call by itself is the present forward; None: the model's."""
         self._process = os.getpid()
-        self._copies: dict[torch.dtype, _Copies] = {}
         self._thread: threading.Thread | None = None
         self._bar = PassBar()
         self._calls = Calls()
+        self._hooks: list[GroupHook] = []
+        """Of the modules that have them under some plans."""
+        self._hook_calls = Calls()
         self._direct = DirectForwards()
         self._memory = residency.memory
-        self._hooked: frozenset[str] = residency.hooked
+        self._hooked: frozenset[str] = frozenset()
         """The groups whose uses are traced."""
         self._hooks_changed = False
         """They are others than when the present forward began."""
-        self.moves = bool(self._hooked)
+        self._has_traced_all = False
+        """A forward has shown the uses of all blocks, and whether the model enters autocast."""
+        self.moves = False
         """Weights come and go: a compiled graph would keep them."""
         for module in model.modules():
             attached.add(module)
         self._guards = Guards(model, self._save_state, self.refuse_compiling)
         self._surround()
-        self._direct.follow(model, residency.groups.values())
+        self.follow_plan()
 
     def remove(self) -> None:
         """Let the model run as before."""
+        self._hook_calls.remove()
         self._calls.remove()
         self._direct.remove()
         self._drop_compiled_calls()
@@ -107,15 +112,24 @@ class Forwards:
         self._bar.close()
 
     def follow_plan(self) -> None:
-        """Surround the calls of the modules whose weights move now, and no others."""
-        self._direct.follow(self._model, self._residency.groups.values())
-        hooked = self._residency.hooked
-        if hooked == self._hooked:
-            return
-        self._calls.remove()
-        self._hooked, self._hooks_changed, self.moves = hooked, True, bool(hooked)
-        self._copies.clear()
-        self._surround()
+        """Surround the calls of the modules whose weights move now, and no others.
+
+        In emulation all, since what resides may be charged for as well. Where fast memory is
+        limited all until a forward has shown what is used, and all once autocast makes copies:
+        those of a module are dropped at its end.
+        """
+        residency = self._residency
+        self._direct.follow(self._model, residency.groups.values())
+        self.moves = residency.emulated or bool(residency.moving)
+        watches = self._memory.is_limited and (bool(self.casts) or not self._has_traced_all)
+        every = residency.emulated or watches
+        hooked = frozenset(residency.groups if every else (each.name for each in residency.moving))
+        if hooked != self._hooked:
+            self._hook_calls.remove()
+            self._hooked, self._hooks_changed = hooked, True
+            for hook in self._hooks:
+                if any(group.name in hooked for group in hook.groups):
+                    self._hook_calls.surround(hook.module, hook)
         if self.moves and self._drop_compiled_calls():
             warnings.warn(
                 "weights come and go from here on: what model.compile() has compiled runs as it is",
@@ -127,6 +141,13 @@ class Forwards:
     def is_mine(self) -> bool:
         """A forward runs in this thread."""
         return self._thread is threading.current_thread()
+
+    def is_compiled(self) -> bool:
+        """Say whether torch.compile traces the present call; raises as ``refuse_compiling``."""
+        if not torch.compiler.is_dynamo_compiling():
+            return False
+        self.refuse_compiling()
+        return True
 
     def refuse_compiling(self) -> None:
         """Raise PlacementError where weights come and go, and for an export, which is for good."""
@@ -157,6 +178,7 @@ class Forwards:
         return replace_uses(self.schedule, uses, traced)
 
     def _surround(self) -> None:
+        """Set what every plan needs, and make the hooks of what may move under some."""
         users: dict[str, list[HeldGroup]] = {}
         for group in self._residency.groups.values():
             for module_name in group.payload.group.modules:
@@ -167,8 +189,10 @@ class Forwards:
             hook = GroupHook(self, module, groups)
             if isinstance(module, nn.TransformerEncoderLayer):
                 encoders.add_layer(module, hook.hold)
-            elif any(group.name in self._hooked for group in groups):
-                self._calls.surround(module, hook)
+            elif isinstance(module, nn.MultiheadAttention) or module is self._model:
+                self._calls.surround(module, hook)  # what is around it must stay around it
+            else:
+                self._hooks.append(hook)
         encoders.add_others(self._model)
         # Each part may be called by itself: a base model, an encoder, a layer.
         for name in _containers(users):
@@ -232,25 +256,27 @@ class Forwards:
         self._end_leftovers()
         self.trace = []
         streamed = self._supervisor.begin_forward()
+        if (dtype := autocast_dtype(self._memory.device)) is not None:
+            self._note_cast(dtype)
         self._hooks_changed = False
         self._call, self._part = call, part
         self._thread = threading.current_thread()
         self._residency.begin_forward()
         self._recorder.forwards += 1
         self._bar.begin(streamed)
-        if (dtype := autocast_dtype(self._memory.device)) is not None:
-            copies = self._resident_copies(dtype)
-            self._recorder.book_moment(copies.largest_bytes)
-            self._unkept = UnkeptCopies(copies.num_bytes).__enter__()
+        if autocast_dtype(self._memory.device) is not None:
+            self._unkept = UnkeptCopies().__enter__()
 
     def _end(self, failure: BaseException | None) -> None:
         self._thread = self._call = None
         if self._unkept is not None:
             self._unkept.__exit__()
-            self._memory.give_back_copies(self._unkept.num_bytes)
         self._end_leftovers()
         if failure is None:
             self.schedule = self._expected_schedule()
+            if self._part is None and not self._has_traced_all and not self._hooks_changed:
+                self._has_traced_all = self._hooked == self._residency.groups.keys()
+                self.follow_plan()
             self._memory.prefetcher.end_forward()
         self._supervisor.end_forward(failure)
 
@@ -288,25 +314,19 @@ class Forwards:
                     self._recorder.count_call(other)
                 self._bar.update(moved_bytes)
 
-    def _resident_copies(self, dtype: torch.dtype) -> "_Copies":
-        """Return what autocast's copies take of the weights that no hook books."""
-        if dtype not in self._copies:
-            sizes = [
-                group.copy_bytes(dtype)
-                for name, group in self._residency.groups.items()
-                if name not in self._hooked
-            ]
-            self._copies[dtype] = _Copies(sum(sizes), max(sizes, default=0))
-        return self._copies[dtype]
+    def _note_cast(self, dtype: torch.dtype) -> None:
+        """Have room for the copies of weights in a dtype, and hooks that drop them."""
+        if dtype not in self.casts:
+            self.casts.add(dtype)
+            self._supervisor.leave_room_for_copies(dtype)
+            self.follow_plan()
 
     def _enter_casting(self, hook: GroupHook) -> UnkeptCopies | None:
         """Keep autocast, where it is on, from keeping copies; those of this module are booked."""
         dtype = autocast_dtype(self._memory.device)
         if dtype is None:
             return None
-        if dtype not in self.casts:
-            self.casts.add(dtype)
-            self._supervisor.leave_room_for_copies(dtype)
+        self._note_cast(dtype)
         copied = sum(group.copy_bytes(dtype) for group in hook.groups)
         self._recorder.book_moment(copied)
         return UnkeptCopies(copied).__enter__()
@@ -394,14 +414,6 @@ class _Use:
     unkept: UnkeptCopies | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Copies:
-    """What copies of weights take: one after the other, and the largest."""
-
-    num_bytes: int
-    largest_bytes: int
-
-
 class _Part:
     """Begins and ends forwards around the calls of the model (None), or of a part of it."""
 
@@ -411,10 +423,7 @@ class _Part:
 
     def passes(self) -> bool:
         """Say that the part is called within a forward, or compiled where nothing moves."""
-        if torch.compiler.is_dynamo_compiling():
-            self._forwards.refuse_compiling()
-            return True
-        if self._module is not None and self._forwards.is_mine:
+        if self._forwards.is_compiled() or (self._module is not None and self._forwards.is_mine):
             return True
         refuse_tracing()
         return False

@@ -21,7 +21,7 @@ class GroupHook:
 
     def __init__(self, forwards: "Forwards", module: nn.Module, groups: list[HeldGroup]) -> None:
         self._forwards = forwards
-        self._module = module
+        self.module = module
         self.groups = groups
         self.lookup = isinstance(module, nn.Embedding)
 
@@ -29,13 +29,15 @@ class GroupHook:
         return f"{type(self).__name__}({', '.join(group.name for group in self.groups)})"
 
     def passes(self) -> bool:
-        """Never: the weights come for each call."""
+        """Say that a call is compiled where nothing moves."""
+        if self._forwards.is_compiled():
+            return True
         refuse_tracing()
         return False
 
     def enter(self, call: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bring the weights into fast memory; begin a forward where none runs."""
-        self._forwards.enter(call, self._module)
+        self._forwards.enter(call, self.module)
         self._forwards.acquire(call, self)
         # Also inputs that come from elsewhere: layers that are called one by one.
         if torch.is_grad_enabled() and (

@@ -44,7 +44,7 @@ class Residency:
         self.memory = memory
         self._archive = archive
         self._originals = originals
-        self._emulated = emulated
+        self.emulated = emulated
         self.moving: list[HeldGroup] = []
         """The groups that move under the present plan; the others reside in fast memory."""
         self._compressed: list[nn.Parameter] = []
@@ -119,7 +119,7 @@ class Residency:
         self._versions = self._read_versions()
         trim_heap()
         measured = self.resident_bytes()
-        if not self._emulated and measured > plan.fast_bytes:
+        if not self.emulated and measured > plan.fast_bytes:
             raise PlacementError(
                 f"weights take {measured} bytes of fast memory, and the plan {plan.fast_bytes}: "
                 "please report this, with the model and the budget"
@@ -145,14 +145,6 @@ class Residency:
     def trains(self) -> bool:
         """Weights were trainable when they were given."""
         return self._originals.trains
-
-    @property
-    def hooked(self) -> frozenset[str]:
-        """Name the groups whose uses must be told: those that move, and in emulation all, since
-        what resides may be charged for as well.
-        """
-        groups = self.groups.values() if self._emulated else self.moving
-        return frozenset(group.name for group in groups)
 
     def lossy_parameters(self) -> set[int]:
         """Return the identities of the parameters whose weights are not those that were given."""
@@ -193,7 +185,7 @@ class Residency:
         num_bytes = storage_bytes([*there, *memory.buffers()])
         num_bytes += memory.scratch.num_bytes if memory.scratch is not None else 0
         num_bytes += sum(group.weights.compressed_bytes for group in self.groups.values())
-        if self._emulated:
+        if self.emulated:
             num_bytes += self._archive.memory_bytes()
         return num_bytes
 
