@@ -4,7 +4,7 @@
 memory, ``stored_bytes`` in a tier below.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,3 +152,18 @@ def definition_schedule(needs: Iterable[BlockNeed]) -> tuple[Step, ...]:
         else:
             steps += [Step(need.name)] * need.uses
     return (*steps, *last)
+
+
+def replace_uses(
+    schedule: Iterable[Step], uses: Iterable[Step], traced: Collection[str]
+) -> tuple[Step, ...]:
+    """Return a schedule with other uses of the blocks that are ``traced``, in the places that such
+    blocks have in it; those that are more than these come last.
+    """
+    coming, steps = iter(uses), []
+    for step in schedule:
+        if step.block not in traced:
+            steps.append(step)
+        elif (use := next(coming, None)) is not None:
+            steps.append(use)
+    return (*steps, *coming)

@@ -13,7 +13,7 @@ from ..vocabulary import Tier
 from .drawing import BLUE, DPI, INK, TIER_COLORS, TIER_HATCHES, picture
 from .tables import Document, format_ms, name_clock, tier_rows
 
-_BASELINE_COLOR, _COMPUTE_COLOR, _REST_COLOR = "#555555", "#AAAAAA", "#E4E4E4"
+_BASELINE_COLOR, _COMPUTE_COLOR = "#555555", "#AAAAAA"
 
 
 class Share(NamedTuple):
@@ -98,17 +98,17 @@ def plot_memory(documents: Sequence[Document], path: Path, *, dpi: int = DPI) ->
 
 
 def latency_shares(document: Document) -> list[Share]:
-    """Split a tiered run's mean latency into compute, transfer from each tier, and the rest."""
-    stats = document["tiered"]["stats"]
-    compute = sum(block["compute_seconds"] for block in stats["blocks"].values())
-    shares = [Share("compute in blocks", compute / stats["forwards"] * 1e3, _COMPUTE_COLOR)]
+    """Split a tiered run's mean latency into transfer from each tier, and compute: the rest, since
+    what resides in fast memory has no hooks that would time it.
+    """
+    shares = []
     for row in tier_rows(document):
         if row.transfer_ms:
             tier = Tier(row.tier)
             name = f"transfer from {tier}"
             shares.append(Share(name, row.transfer_ms, TIER_COLORS[tier], TIER_HATCHES[tier]))
-    rest = document["tiered"]["latency_ms"]["mean"] - sum(share.milliseconds for share in shares)
-    return [*shares, Share("rest", max(rest, 0.0), _REST_COLOR)]
+    compute = document["tiered"]["latency_ms"]["mean"] - sum(share.milliseconds for share in shares)
+    return [Share("compute", max(compute, 0.0), _COMPUTE_COLOR), *shares]
 
 
 def _timeline(document: Document) -> tuple[list[float], list[float]]:

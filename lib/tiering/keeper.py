@@ -134,6 +134,8 @@ class PlanKeeper:
                         "or disk and set another budget, or detach"
                     )
                 raise
+            finally:
+                self.forwards.follow_plan()
         self.broken = None
         self.veto.adopt(plan)
         self.plan, self.payloads = plan, payloads
@@ -182,7 +184,8 @@ class PlanKeeper:
         self._unplanned = False
         if (dtype := autocast_dtype(self.memory.device)) is not None:
             self.leave_room_for_copies(dtype)
-        return sum(sum(place.unit_bytes) for place in self.plan.placements.values())
+        places = (self.plan.placements[group.name] for group in self.residency.moving)
+        return sum(sum(place.unit_bytes) for place in places)
 
     def leave_room_for_copies(self, dtype: torch.dtype) -> None:
         """Plan again with room for the copies of weights that autocast computes with.

@@ -21,7 +21,10 @@ _MAX_OPEN_MARKS = 4_096
 
 @dataclass(slots=True, kw_only=True)
 class BlockStats:
-    """One block's share. Seconds are measured, or charged where a virtual clock is used."""
+    """One block's share, while it moves (in emulation always): what resides in fast memory runs as
+    without a runtime, and nothing of that is counted. Seconds are measured, or charged where a
+    virtual clock is used.
+    """
 
     tier: str
     num_bytes: int
@@ -113,8 +116,9 @@ class Recorder:
 
     def leave_all(self) -> None:
         """Leave whatever an interrupted forward was in."""
-        self._mark()
-        del self._owners[1:]
+        if len(self._owners) > 1:
+            self._mark()
+            del self._owners[1:]
 
     def change_resident(self, num_bytes: int) -> None:
         """Book weight bytes that appeared in (or, negative, left) fast memory."""

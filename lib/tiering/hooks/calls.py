@@ -21,6 +21,9 @@ Context = Callable[[tuple[Any, ...], dict[str, Any]], contextlib.AbstractContext
 class Around(Protocol):
     """What is done around each call of a module. ``call`` is a new object for each."""
 
+    def passes(self) -> bool:
+        """Say that this call needs nothing around it; refuses to be traced where it does."""
+
     def enter(self, call: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin; may refuse the call by raising."""
 
@@ -41,7 +44,8 @@ class Calls:
 
         def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                refuse_tracing()  # before anything that a tracer doesn't know
+                if around.passes():  # before anything that a tracer doesn't know
+                    return call(*args, **kwargs)
                 this, failure = object(), None
                 try:  # first: whatever interrupts what follows, it is left
                     around.enter(this, args, kwargs)

@@ -1,12 +1,14 @@
 """The calls of a model's modules under a plan, surrounded without a trace after ``remove``.
 
-Around every module that computes with weights a context acquires its groups and releases them
-again. The model, and each part of it that may be called by itself, begins and ends the forward.
+Around every module whose weights move a context acquires its groups and releases them again; what
+resides in fast memory runs as it is. The model, and each part of it that may be called by itself,
+begins and ends the forward.
 """
 
 import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,18 +17,20 @@ import torch
 from torch import nn
 
 from ...errors import PlacementError
-from ...policy.plan import Step
+from ...policy.plan import Step, replace_uses
 from ..residency.casting import UnkeptCopies, autocast_dtype
 from ..residency.held import HeldGroup
 from ..residency.residency import Residency
 from ..residency.stand_ins import NO_GRADIENTS, requires_grad
 from ..telemetry import Recorder
 from .calls import Calls
+from .direct import DirectForwards
 from .fast_path import EncoderPaths
 from .group_hook import GroupHook
 from .guards import Guards
 from .managed import attached
 from .progress import PassBar, count_passes
+from .tracing import raise_compiling, refuse_tracing
 
 
 class Supervisor(Protocol):
@@ -77,16 +81,78 @@ class Forwards:
         self._thread: threading.Thread | None = None
         self._bar = PassBar()
         self._calls = Calls()
+        self._hooks: list[GroupHook] = []
+        """Of the modules that have them under some plans."""
+        self._hook_calls = Calls()
+        self._direct = DirectForwards()
         self._memory = residency.memory
-        self._install()
+        self._hooked: frozenset[str] = frozenset()
+        """The groups whose uses are traced."""
+        self._hooks_changed = False
+        """They are others than when the present forward began."""
+        self._has_traced_all = False
+        """A forward has shown the uses of all blocks, and whether the model enters autocast."""
+        self.moves = False
+        """Weights come and go: a compiled graph would keep them."""
+        for module in model.modules():
+            attached.add(module)
+        self._guards = Guards(model, self._save_state, self.refuse_compiling)
+        self._surround()
+        self.follow_plan()
 
     def remove(self) -> None:
         """Let the model run as before."""
+        self._hook_calls.remove()
         self._calls.remove()
+        self._direct.remove()
+        self._drop_compiled_calls()
         for module in self._model.modules():
             attached.discard(module)
         self._guards.remove()
         self._bar.close()
+
+    def follow_plan(self) -> None:
+        """Surround the calls of the modules whose weights move now, and no others.
+
+        In emulation all, since what resides may be charged for as well. Where fast memory is
+        limited all until a forward has shown what is used, and all once autocast makes copies:
+        those of a module are dropped at its end.
+        """
+        residency = self._residency
+        self._direct.follow(self._model, residency.groups.values())
+        self.moves = residency.emulated or bool(residency.moving)
+        watches = self._memory.is_limited and (bool(self.casts) or not self._has_traced_all)
+        every = residency.emulated or watches
+        hooked = frozenset(residency.groups if every else (each.name for each in residency.moving))
+        if hooked != self._hooked:
+            self._hook_calls.remove()
+            self._hooked, self._hooks_changed = hooked, True
+            for hook in self._hooks:
+                if any(group.name in hooked for group in hook.groups):
+                    self._hook_calls.surround(hook.module, hook)
+        if self.moves and self._drop_compiled_calls():
+            warnings.warn(
+                "weights come and go from here on: what model.compile() has compiled runs as it is",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    @property
+    def is_mine(self) -> bool:
+        """A forward runs in this thread."""
+        return self._thread is threading.current_thread()
+
+    def is_compiled(self) -> bool:
+        """Say whether torch.compile traces the present call; raises as ``refuse_compiling``."""
+        if not torch.compiler.is_dynamo_compiling():
+            return False
+        self.refuse_compiling()
+        return True
+
+    def refuse_compiling(self) -> None:
+        """Raise PlacementError where weights come and go, and for an export, which is for good."""
+        if self.moves or torch.compiler.is_exporting():
+            raise_compiling()
 
     def note_use(self, group: str) -> None:
         """Trace a use of weights outside the modules that own them."""
@@ -103,9 +169,16 @@ class Forwards:
     def expected(self) -> tuple[Step, ...]:
         """The uses of the present forward so far, and those of groups that it hasn't used yet."""
         named = {step.block for step in self.trace}
-        return (*self.trace, *(step for step in self.schedule if step.block not in named))
+        left = [step for step in self.schedule if step.block not in named]
+        return self._in_order([*self.trace, *(step for step in left if step.block in self._hooked)])
 
-    def _install(self) -> None:
+    def _in_order(self, uses: Sequence[Step]) -> tuple[Step, ...]:
+        """Return uses that were traced, and between them those that are expected of the others."""
+        traced = {*self._hooked, *(step.block for step in uses)}
+        return replace_uses(self.schedule, uses, traced)
+
+    def _surround(self) -> None:
+        """Set what every plan needs, and make the hooks of what may move under some."""
         users: dict[str, list[HeldGroup]] = {}
         for group in self._residency.groups.values():
             for module_name in group.payload.group.modules:
@@ -116,8 +189,10 @@ class Forwards:
             hook = GroupHook(self, module, groups)
             if isinstance(module, nn.TransformerEncoderLayer):
                 encoders.add_layer(module, hook.hold)
+            elif isinstance(module, nn.MultiheadAttention) or module is self._model:
+                self._calls.surround(module, hook)  # what is around it must stay around it
             else:
-                self._calls.surround(module, hook)
+                self._hooks.append(hook)
         encoders.add_others(self._model)
         # Each part may be called by itself: a base model, an encoder, a layer.
         for name in _containers(users):
@@ -126,9 +201,13 @@ class Forwards:
         self._calls.surround(self._model, _Part(self, None))
         if callable(getattr(self._model, "generate", None)):
             self._calls.run_within(self._model, self._generation, method="generate")
-        for module in self._model.modules():
-            attached.add(module)
-        self._guards = Guards(self._model, self._save_state)
+
+    def _drop_compiled_calls(self) -> bool:
+        """Undo what model.compile() has set since attach; returns whether there was any."""
+        set_here = [
+            vars(module).pop("_compiled_call_impl", None) for module in self._model.modules()
+        ]
+        return any(call is not None for call in set_here)
 
     def enter(self, call: object, part: nn.Module | None) -> None:
         """Begin a forward of the model (None), or of a part where none runs: it ends with the
@@ -136,7 +215,7 @@ class Forwards:
         """
         with self.lock:
             self._refuse_other_threads()
-            if part is None or self._thread is not threading.current_thread():
+            if part is None or not self.is_mine:
                 self._begin(call, part)
 
     def leave(self, call: object, failure: BaseException | None) -> None:
@@ -177,6 +256,9 @@ class Forwards:
         self._end_leftovers()
         self.trace = []
         streamed = self._supervisor.begin_forward()
+        if (dtype := autocast_dtype(self._memory.device)) is not None:
+            self._note_cast(dtype)
+        self._hooks_changed = False
         self._call, self._part = call, part
         self._thread = threading.current_thread()
         self._residency.begin_forward()
@@ -192,13 +274,20 @@ class Forwards:
         self._end_leftovers()
         if failure is None:
             self.schedule = self._expected_schedule()
+            if self._part is None and not self._has_traced_all and not self._hooks_changed:
+                self._has_traced_all = self._hooked == self._residency.groups.keys()
+                self.follow_plan()
             self._memory.prefetcher.end_forward()
         self._supervisor.end_forward(failure)
 
     def _expected_schedule(self) -> tuple[Step, ...]:
-        """Expect what this forward used; the forward of a part says nothing of the other blocks."""
-        if self._part is None:
-            return tuple(self.trace) or self.schedule
+        """Expect what this forward used; that of a part says nothing of the other blocks, nor does
+        one in the midst of which hooks were made of their uses before.
+        """
+        if not self.trace:
+            return self.schedule
+        if self._part is None and not self._hooks_changed:
+            return self._in_order(self.trace)
         return self.expected
 
     def acquire(self, call: object, hook: GroupHook) -> None:
@@ -225,14 +314,19 @@ class Forwards:
                     self._recorder.count_call(other)
                 self._bar.update(moved_bytes)
 
+    def _note_cast(self, dtype: torch.dtype) -> None:
+        """Have room for the copies of weights in a dtype, and hooks that drop them."""
+        if dtype not in self.casts:
+            self.casts.add(dtype)
+            self._supervisor.leave_room_for_copies(dtype)
+            self.follow_plan()
+
     def _enter_casting(self, hook: GroupHook) -> UnkeptCopies | None:
         """Keep autocast, where it is on, from keeping copies; those of this module are booked."""
         dtype = autocast_dtype(self._memory.device)
         if dtype is None:
             return None
-        if dtype not in self.casts:
-            self.casts.add(dtype)
-            self._supervisor.leave_room_for_copies(dtype)
+        self._note_cast(dtype)
         copied = sum(group.copy_bytes(dtype) for group in hook.groups)
         self._recorder.book_moment(copied)
         return UnkeptCopies(copied).__enter__()
@@ -273,7 +367,7 @@ class Forwards:
     def check_idle(self) -> None:
         """Refuse to move weights from under a forward, raising PlacementError."""
         self._refuse_other_threads()
-        if self._thread is threading.current_thread():
+        if self.is_mine:
             raise PlacementError("weights can't be moved during a forward: wait for its end")
         self._end_leftovers()
 
@@ -326,6 +420,13 @@ class _Part:
     def __init__(self, forwards: Forwards, module: nn.Module | None) -> None:
         self._forwards = forwards
         self._module = module
+
+    def passes(self) -> bool:
+        """Say that the part is called within a forward, or compiled where nothing moves."""
+        if self._forwards.is_compiled() or (self._module is not None and self._forwards.is_mine):
+            return True
+        refuse_tracing()
+        return False
 
     def enter(self, call: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._module is None and torch.is_grad_enabled() and requires_grad((args, kwargs)):

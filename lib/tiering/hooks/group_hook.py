@@ -10,6 +10,7 @@ from torch import nn
 from ...errors import PlacementError
 from ..residency.held import HeldGroup
 from ..residency.stand_ins import NO_GRADIENTS, requires_grad
+from .tracing import refuse_tracing
 
 if TYPE_CHECKING:
     from .forwards import Forwards
@@ -20,16 +21,23 @@ class GroupHook:
 
     def __init__(self, forwards: "Forwards", module: nn.Module, groups: list[HeldGroup]) -> None:
         self._forwards = forwards
-        self._module = module
+        self.module = module
         self.groups = groups
         self.lookup = isinstance(module, nn.Embedding)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(group.name for group in self.groups)})"
 
+    def passes(self) -> bool:
+        """Say that a call is compiled where nothing moves."""
+        if self._forwards.is_compiled():
+            return True
+        refuse_tracing()
+        return False
+
     def enter(self, call: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bring the weights into fast memory; begin a forward where none runs."""
-        self._forwards.enter(call, self._module)
+        self._forwards.enter(call, self.module)
         self._forwards.acquire(call, self)
         # Also inputs that come from elsewhere: layers that are called one by one.
         if torch.is_grad_enabled() and (

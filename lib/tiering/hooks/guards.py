@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ...errors import PlacementError
-from .tracing import raise_compiling, raise_traced, refuse_fx
+from .tracing import raise_traced, refuse_fx
 
 SaveState = Callable[[nn.Module, Callable[..., None], dict[str, Any], str, bool], None]
 """Writes one module's part of a state_dict by its own method: destination, prefix, keep_vars."""
@@ -21,13 +21,16 @@ SaveState = Callable[[nn.Module, Callable[..., None], dict[str, Any], str, bool]
 class Guards:
     """What is set on all modules of a model until ``remove``."""
 
-    def __init__(self, model: nn.Module, save_state: SaveState) -> None:
+    def __init__(
+        self, model: nn.Module, save_state: SaveState, refuse_compiling: Callable[[], None]
+    ) -> None:
         self._replaced: list[tuple[nn.Module, dict[str, Any]]] = []
         for module in model.modules():
             own = vars(module)
             guards = {
                 **{name: guard(module) for name, guard in _GUARDS.items()},
                 "_save_to_state_dict": partial(save_state, module, module._save_to_state_dict),
+                "compile": partial(_compile, module, refuse_compiling),
                 "_parameters": _Parameters(module._parameters),
             }
             self._replaced.append((module, {name: own.get(name, _NOTHING) for name in guards}))
@@ -113,8 +116,11 @@ def _refuse_script() -> NoReturn:
     raise_traced("torch.jit.script")
 
 
-def _refuse_compile(*args: Any, **kwargs: Any) -> None:
-    raise_compiling()
+def _compile(
+    module: nn.Module, refuse_compiling: Callable[[], None], *args: Any, **kwargs: Any
+) -> None:
+    refuse_compiling()
+    type(module).compile(module, *args, **kwargs)
 
 
 _GUARDS: dict[str, Callable[[nn.Module], Any]] = {
@@ -128,6 +134,5 @@ _GUARDS: dict[str, Callable[[nn.Module], Any]] = {
     "__deepcopy__": lambda module: _refuse_copy,
     "__reduce_ex__": lambda module: _refuse_copy,
     "__prepare_scriptable__": lambda module: _refuse_script,
-    "compile": lambda module: _refuse_compile,
     "named_modules": lambda module: partial(_named_modules, module.named_modules),
 }

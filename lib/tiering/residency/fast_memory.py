@@ -88,6 +88,11 @@ class FastMemory:
         self._freed_copies = 0
         """What was freed of autocast's copies and not given back to the system yet."""
 
+    @property
+    def is_limited(self) -> bool:
+        """The plan has a limit for it."""
+        return self._limit is not None
+
     def free_slots(self) -> None:
         """Wait for what is on its way, and have no slots until ``adopt``."""
         self.prefetcher.drain()

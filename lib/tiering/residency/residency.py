@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
+from torch import nn
 
 from ...blocks import storage_bytes
 from ...errors import PlacementError
@@ -43,7 +44,12 @@ class Residency:
         self.memory = memory
         self._archive = archive
         self._originals = originals
-        self._emulated = emulated
+        self.emulated = emulated
+        self.moving: list[HeldGroup] = []
+        """The groups that move under the present plan; the others reside in fast memory."""
+        self._compressed: list[nn.Parameter] = []
+        """The parameters of groups that reside in fast memory compressed."""
+        self._versions: list[int] = []
 
     # -- placing -----------------------------------------------------------------------------------
 
@@ -104,9 +110,17 @@ class Residency:
         steps = [step.block for step in schedule if not step.lookup]
         self.memory.adopt(plan, [unit for name in steps for unit in self.groups[name].units])
         self._sweep()
+        self.moving = [group for group in self.groups.values() if group.units]
+        self._compressed = [
+            group.weights.parameter(part)
+            for group in self.groups.values()
+            if group.payload.lossy and not group.units
+            for part in group.payload.parts
+        ]
+        self._versions = self._read_versions()
         trim_heap()
         measured = self.resident_bytes()
-        if not self._emulated and measured > plan.fast_bytes:
+        if not self.emulated and measured > plan.fast_bytes:
             raise PlacementError(
                 f"weights take {measured} bytes of fast memory, and the plan {plan.fast_bytes}: "
                 "please report this, with the model and the budget"
@@ -139,12 +153,19 @@ class Residency:
 
     def end_holds(self) -> None:
         """Give back what an interrupted forward still holds."""
-        for group in self.groups.values():
+        for group in self.moving:
             group.end_holds()
         self.memory.prefetcher.end_holds()
 
     def begin_forward(self) -> None:
-        """Say that the schedule starts from its beginning; parameters get the flags for it."""
+        """Say that the schedule starts from its beginning; parameters get the flags for it.
+
+        Raises PlacementError where something was written to compressed weights, which have no
+        hooks that would notice it.
+        """
+        if self._read_versions() != self._versions:
+            for group in self.groups.values():
+                group.refuse_written()
         self._originals.match_grad_mode()
         self.memory.prefetcher.begin_forward()
 
@@ -165,7 +186,7 @@ class Residency:
         num_bytes = storage_bytes([*there, *memory.buffers()])
         num_bytes += memory.scratch.num_bytes if memory.scratch is not None else 0
         num_bytes += sum(group.weights.compressed_bytes for group in self.groups.values())
-        if self._emulated:
+        if self.emulated:
             num_bytes += self._archive.memory_bytes()
         return num_bytes
 
@@ -210,6 +231,10 @@ class Residency:
             )
         self.memory.transport.close()
         self._archive.close()
+
+    def _read_versions(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return [parameter._version for parameter in self._compressed]
 
     def _sweep(self) -> None:
         """Free what nothing refers to any more."""

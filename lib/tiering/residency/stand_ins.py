@@ -212,11 +212,11 @@ def _own_operation(
         named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
         weight, x, bias = named["weight"], named["input"], named.get("bias")
         if (ops := _ops(weight)) and not weight._tierhints_away.transposed and _is_plain(x):
-            return weight, lambda: _linear(ops, x, bias)
+            return weight, lambda: multiply(ops, x, bias)
     elif func is torch.addmm and not kwargs and len(args) == 3:
         bias, x, weight = args
         if (ops := _ops(weight)) and weight._tierhints_away.transposed and _is_plain(x):
-            return weight, lambda: _linear(ops, x, bias)
+            return weight, lambda: multiply(ops, x, bias)
     elif func is F.embedding:
         named = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False))
         named |= kwargs
@@ -236,9 +236,11 @@ def _own_operation(
     return None
 
 
-def _linear(ops: WeightOps, x: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(ops: WeightOps, x: Tensor, bias: Tensor | None) -> Tensor:
     """Compute a product in the dtype in which torch would, under autocast too."""
-    return ops.linear(cast_input(x), None if bias is None else cast_input(bias))
+    if torch._C._is_any_autocast_enabled():
+        x, bias = cast_input(x), None if bias is None else cast_input(bias)
+    return ops.linear(x, bias)
 
 
 def _ops(weight: Any) -> WeightOps | None:

@@ -36,7 +36,7 @@ class GroupWeights:
         self._originals = originals
         self._memory = memory
         self._make_away = make_away
-        self._compressed: dict[str, CompressedWeight] = {}
+        self.compressed: dict[str, CompressedWeight] = {}
         """Those that reside in fast memory, by parameter."""
         self._versions: list[int] = []
 
@@ -60,12 +60,12 @@ class GroupWeights:
         """Let the parameters be plain ones with the weights that were given."""
         for part, given in weights:
             set_weights(self.parameter(part), given)
-        self._compressed.clear()
+        self.compressed.clear()
 
     @property
     def compressed_bytes(self) -> int:
         """Bytes of compressed weights in fast memory."""
-        return sum(weight.num_bytes for weight in self._compressed.values())
+        return sum(weight.num_bytes for weight in self.compressed.values())
 
     @property
     def requires_grad(self) -> bool:
@@ -159,7 +159,7 @@ class GroupWeights:
 
     def hide(self, ops: WeightOps | None = None) -> None:
         """Take the weights from the parameters; ``ops`` compute what they can meanwhile."""
-        self._compressed.clear()
+        self.compressed.clear()
         for part in self.payload.parts:
             self.take_away(part, ops)
 
@@ -176,7 +176,7 @@ class GroupWeights:
             f"weights of {self.payload.group.name} could not be restored ({reason}): free memory "
             "and detach the runtime again, or reload the model"
         )
-        self._compressed.clear()
+        self.compressed.clear()
         for part in self.payload.parts:
             if all_parts or self.is_away(part):
                 shape = self._originals.shapes[part.parameter]
@@ -188,7 +188,7 @@ class GroupWeights:
             return [self.parameter(part)._version for part in self.payload.parts]
 
     def _reside(self, part: Part, weight: CompressedWeight) -> None:
-        self._compressed[part.parameter] = weight
+        self.compressed[part.parameter] = weight
         self.take_away(part, weight)
 
     def _allocate(self, part: Part) -> CompressedWeight:

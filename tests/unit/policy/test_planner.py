@@ -25,6 +25,7 @@ from lib.policy import (
     make_plan,
     smallest_budget,
 )
+from lib.policy.plan import replace_uses
 from lib.units import parse_bytes
 from lib.vocabulary import State, Tier
 
@@ -281,3 +282,15 @@ def test_no_resident_set_is_much_faster_than_the_plan(
     assert fast is not None
     seconds = make_plan(needs, schedule, budget, machine, 0).predicted.seconds
     assert seconds <= best_seconds(needs, schedule, fast, machine) * CLOSE
+
+
+def test_uses_that_were_traced_take_the_places_of_those_expected() -> None:
+    def order(uses: str) -> str:
+        traced = [Step(name) for name in uses]
+        found = replace_uses([Step(name) for name in "aXbXcYd"], traced, {"X", "Y"})
+        return "".join(step.block for step in found)
+
+    assert order("XXY") == "aXbXcYd"
+    assert order("YX") == "aYbXcd"
+    assert order("YXXXY") == "aYbXcXdXY"
+    assert order("") == "abcd"

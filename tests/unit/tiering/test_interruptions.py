@@ -199,13 +199,14 @@ def test_a_base_model_called_by_itself_is_one_forward(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["", "transformer"])
-def test_torch_compile_of_an_attached_model_is_refused_when_it_runs(
+def test_torch_compile_of_a_model_whose_weights_move_is_refused_when_it_runs(
     part: str, tmp_path: Path
 ) -> None:
     model = tiny_gpt2().eval()
     with torch.no_grad():
         want = model(IDS).logits
-        with attach(model, budget={"HBM": None, "SSD": None}, spill_dir=tmp_path):
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        with attach(model, budget={"HBM": total * 2 // 3, "SSD": None}, spill_dir=tmp_path):
             compiled = torch.compile(model.get_submodule(part), backend="eager")
             with pytest.raises(PlacementError, match="can't trace a model whose weights"):
                 compiled(IDS)

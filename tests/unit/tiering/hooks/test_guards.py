@@ -143,14 +143,53 @@ TRACERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+COMPILERS = ("torch.compile", "torch.compile, whole", "a compiled function")
+RESIDENT = ("resident", "compressed")
+TRACES = [
+    (tracer, what, place)
+    for tracer in TRACERS
+    for what, place in CASES
+    if what not in UNTRACED
+    and (what, place) != ("a layer", "resident")
+    and not (tracer in COMPILERS and place in RESIDENT)
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("what", "place"), [case for case in CASES if case[0] not in UNTRACED])
-@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize(("tracer", "what", "place"), TRACES)
 def test_traces_are_refused(tracer: str, what: str, place: str, tmp_path: Path) -> None:
     model, runtime, before = attached(place, tmp_path)
     with torch.no_grad(), pytest.raises(PlacementError, match=r"detach"):
         TRACERS[tracer](WHOLE[what](model))
     check_unharmed(model, runtime, before)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "place"),
+    [*((name, "resident") for name in COMPILERS), ("torch.compile", "compressed")],
+)
+def test_what_resides_compiles(compiler: str, place: str, tmp_path: Path) -> None:
+    model, runtime, before = attached(place, tmp_path)
+    with torch.no_grad():
+        found = TRACERS[compiler](model)
+    assert torch.equal(found, before + 1 if compiler == "a compiled function" else before)
+    check_unharmed(model, runtime, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_of_a_layer_in_memory_computes_no_other_numbers_once_it_is_away(
+    tmp_path: Path,
+) -> None:
+    model, runtime, _ = attached("resident", tmp_path)
+    with torch.no_grad():
+        expected, traced = model[0](X), torch.jit.trace(model[0], X)
+        assert torch.equal(traced(X), expected)
+        runtime.budget = {"HBM": runtime.plan.fast_bytes * 2 // 3, "SSD": None}
+        assert torch.equal(model[0](X), expected)
+        with pytest.raises(RuntimeError):
+            traced(X)
+        runtime.detach()
+        assert torch.equal(traced(X), expected)
 
 
 def test_fake_tensors_and_a_compiled_call_are_refused(tmp_path: Path) -> None:
@@ -232,7 +271,7 @@ def test_what_leaves_the_weights_alone_works(call: str, place: str, tmp_path: Pa
 def test_what_was_set_on_a_module_before_attach_is_there_after_detach(tmp_path: Path) -> None:
     model = layers()
     model[0].compile = "mine"  # type: ignore[assignment]
-    with attach(model, budget=EVERYTHING, spill_dir=tmp_path):
+    with attach(model, {"0": "SSD", "1.0": "SSD"}, spill_dir=tmp_path):
         with pytest.raises(PlacementError):
             model[0].compile()
     assert model[0].compile == "mine"

@@ -153,7 +153,8 @@ def test_a_runtime_holds_no_more_after_many_forwards(
                 model[3].weight.sum()  # between two forwards
             sizes.append(grown(runtime, set()))
         assert sizes[0] == sizes[1] == sizes[2]
-        assert runtime.stats().forwards == 180
+        # A layer that resides is none by itself.
+        assert runtime.stats().forwards == (90 if clock is None else 180)
 
 
 def test_a_tier_without_a_spec_is_refused() -> None:
