@@ -98,7 +98,7 @@ class Decoder:
         return seconds
 
 
-def lookups(model: Any) -> set[nn.Module]:
+def lookups(model: Any) -> set[nn.Embedding]:
     """Return the embeddings of which a step takes rows only: those that aren't the head, too."""
     head = model.get_output_embeddings()
     return {
@@ -111,11 +111,11 @@ def lookups(model: Any) -> set[nn.Module]:
 def measure_sizes(model: Any) -> Sizes:
     """Return the bytes of a model's matrices, those of torchao's tensors by their parts."""
     matrices = {id(weight): weight for weight in model.parameters() if weight.dim() > 1}
-    held = sum(tensor_bytes(weight) for weight in matrices.values())
+    held = sum(map(tensor_bytes, matrices.values()))
     looked_up = {id(module.weight): module.weight for module in lookups(model)}
     return Sizes(
         held_bytes=held,
-        read_bytes=held - sum(tensor_bytes(weight) for weight in looked_up.values()),
+        read_bytes=held - sum(map(tensor_bytes, looked_up.values())),
     )
 
 
@@ -124,4 +124,4 @@ def tensor_bytes(tensor: Tensor) -> int:
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.nbytes
     names, _ = tensor.__tensor_flatten__()
-    return sum(tensor_bytes(getattr(tensor, name)) for name in names)
+    return sum(map(tensor_bytes, (getattr(tensor, name) for name in names)))

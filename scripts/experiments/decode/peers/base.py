@@ -45,12 +45,13 @@ class Task:
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "Task":
         """Return the task of a document."""
-        paths = ("checkpoint", "folder", "hints")
+        hints = document["hints"]
         return cls(
-            **{
-                name: Path(value) if name in paths and value is not None else value
-                for name, value in document.items()
-            }
+            checkpoint=Path(document["checkpoint"]),
+            folder=Path(document["folder"]),
+            width=document["width"],
+            threads=document["threads"],
+            hints=None if hints is None else Path(hints),
         )
 
 
