@@ -79,7 +79,7 @@ bench-load: $(STAMP) ## Time load, attach and first token beside reading the fil
 
 .PHONY: bench-decode
 bench-decode: $(STAMP) ## Decode in memory beside Transformers, torchao and llama.cpp (hours); BENCH_DECODE_ARGS
-	$(Q)$(BIN)/python scripts/experiments/decode/bench_decode.py $(or $(BENCH_DECODE_ARGS),--json runs/decode.json)
+	$(Q)env -u GOMP_SPINCOUNT $(BIN)/python scripts/experiments/decode/bench_decode.py $(or $(BENCH_DECODE_ARGS),--json runs/decode.json)
 
 .PHONY: study-signals
 study-signals: $(STAMP) ## Train dozens of small models: is Adam's moment as good as Fisher? (1 hour)

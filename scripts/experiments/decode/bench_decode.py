@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "steps": args.steps,
             "context": DECODED_CONTEXT,
             "prefill": PREFILL_TOKENS,
+            "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         },
         "models": {name: each.to_json(bandwidth) for name, each in measured.items()},
     }

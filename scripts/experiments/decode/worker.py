@@ -34,7 +34,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             answer = {"result": getattr(worker, request.pop("call"))(**request)}
         except Exception as error:
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -82,13 +82,10 @@ class WorkerProcess:
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Return the environment of every worker. Idle OpenMP threads behave as a user has them, not as
-    make's GOMP_SPINCOUNT says.
-    """
-    environment = {name: text for name, text in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    """Return the environment of every worker."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     return {
-        **environment,
+        **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
