@@ -77,6 +77,10 @@ bench-offload: $(STAMP) ## Compare our offload runtime with its peers under memo
 bench-load: $(STAMP) ## Time load, attach and first token beside reading the file; BENCH_LOAD_ARGS="--model DIR"
 	$(Q)$(BIN)/python scripts/experiments/offload/bench_load.py $(BENCH_LOAD_ARGS)
 
+.PHONY: bench-decode
+bench-decode: $(STAMP) ## Decode in memory beside Transformers, torchao and llama.cpp (hours); BENCH_DECODE_ARGS
+	$(Q)env -u GOMP_SPINCOUNT $(BIN)/python scripts/experiments/decode/bench_decode.py $(or $(BENCH_DECODE_ARGS),--json runs/decode.json)
+
 .PHONY: study-signals
 study-signals: $(STAMP) ## Train dozens of small models: is Adam's moment as good as Fisher? (1 hour)
 	$(Q)$(BIN)/python scripts/experiments/study/study_signals.py $(or $(STUDY_SIGNALS_ARGS),--json runs/study/study.json --plot runs/study/study.png)

@@ -1,0 +1,67 @@
+"""What is decoded: a trained model, and a shape with random weights, of which time alone counts."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.demo import HINTS, prepare_model
+from scripts.experiments.decode.peers.llama_cpp import read_shapes
+from scripts.experiments.offload.checkpoint import GPT2_MEDIUM, make_checkpoint
+
+SMOLLM2 = "smollm2"
+GPT2 = "gpt2_medium"
+MODELS = (SMOLLM2, GPT2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchModel:
+    """A checkpoint, and the folder for what systems make of it. ``trained``: its logits mean
+    something; ``hints``: what plans within an epsilon are made from.
+    """
+
+    name: str
+    checkpoint: Path
+    folder: Path
+    trained: bool
+    hints: Path | None
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens that it knows."""
+        return int(json.loads((self.checkpoint / "config.json").read_text())["vocab_size"])
+
+    @property
+    def num_weights(self) -> int:
+        """The weights of its matrices."""
+        shapes = read_shapes(self.checkpoint).values()
+        return sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+
+
+def find_model(
+    name: str, *, checkpoint: Path | None, hints: Path | None, demo_folder: Path, work_dir: Path
+) -> BenchModel:
+    """Return a model of the benchmark, made or downloaded where it isn't there. ``checkpoint``: to
+    take for the trained one instead of the demo's, with hints of its own.
+    """
+    if name == GPT2:
+        path = make_checkpoint(GPT2_MEDIUM, work_dir)
+        folder = _own_folder(path, work_dir)
+        return BenchModel(name=name, checkpoint=path, folder=folder, trained=False, hints=None)
+    path = checkpoint or prepare_model(demo_folder)
+    if hints is None and checkpoint is None:
+        hints = HINTS
+    folder = _own_folder(path, work_dir)
+    return BenchModel(name=name, checkpoint=path, folder=folder, trained=True, hints=hints)
+
+
+def _own_folder(checkpoint: Path, work_dir: Path) -> Path:
+    """Return a folder that belongs to these files of weights."""
+    files = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(checkpoint.glob("*.safetensors"))
+    ]
+    folder = work_dir / f"gguf-{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,168 @@
+"""The decode benchmark: every system through its worker, the GGUF file, the figures."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lib.commands.cli import run_main
+from scripts.experiments.decode import bench_decode
+from scripts.experiments.decode.figures import Cell, Judged, find_ratios, make_row
+from scripts.experiments.decode.gguf_file import write_gguf
+from scripts.experiments.decode.peers import SYSTEMS, Sizes, Task
+from scripts.experiments.decode.peers.llama_cpp import SOURCE, read_shapes
+from scripts.experiments.decode.worker import serve
+from scripts.experiments.decode.workers import WorkerError, WorkerProcess, is_installed
+from scripts.experiments.offload.checkpoint import make_checkpoint
+from scripts.experiments.offload.shapes import GPT2Shape
+
+SHAPE = GPT2Shape(layers=2, width=64, heads=2, vocab_size=96, context=256)
+MATRICES = 96 * 64 + 256 * 64 + 2 * 12 * 64 * 64
+PROMPT = list(range(1, 9))
+HELD = {
+    ("transformers", "fp32"): 4.0,
+    ("transformers", "bf16"): 2.0,
+    ("ours", "lossless"): 4.0,
+    ("ours", "int4"): 1.5,
+    ("torchao", "int8"): 2.0,
+    ("torchao", "int4"): 2.0,
+    ("llama.cpp", "Q8_0"): 2.0,
+}
+"""Bytes of a held weight, at most: positions and torchao's embedding stay as they are."""
+
+
+def ask(*requests: dict[str, Any]) -> list[dict[str, Any]]:
+    answers = io.StringIO()
+    serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), answers)
+    return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+def make_task(folder: Path, width: str) -> dict[str, Any]:
+    checkpoint = make_checkpoint(SHAPE, folder)
+    return Task(checkpoint=checkpoint, folder=folder, width=width, threads=1).to_json()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("name", "width"), HELD)
+def test_every_system_decodes_and_gives_logits(name: str, width: str, tmp_path: Path) -> None:
+    system = SYSTEMS[name]
+    try:
+        __import__({"torchao": "torchao", "llama.cpp": "llama_cpp"}.get(name, "torch"))
+    except ImportError:
+        pytest.skip(f"not installed: {system.install}")
+    task, path = make_task(tmp_path, width), tmp_path / "logits"
+    if name == "llama.cpp":
+        write_gguf(make_checkpoint(SHAPE, tmp_path), tmp_path / SOURCE)
+    mode = system.modes[0]
+    loaded, *rest = ask(
+        {"call": "load", "system": name, "task": task},
+        {"call": "prepare", "mode": mode, "ids": [PROMPT, PROMPT[::-1]], "steps": 5},
+        {"call": "decode", "mode": mode, "steps": 5},
+        {"call": "decode", "mode": mode, "steps": 5},
+        {"call": "prefill", "ids": PROMPT},
+        {"call": "logits", "ids": PROMPT, "path": str(path)},
+    )
+    sizes = loaded["result"]
+    assert 0 < sizes["read_bytes"] < sizes["held_bytes"] <= HELD[name, width] * MATRICES
+    assert [len(answer["result"]) for answer in rest[1:3]] == [3, 3]
+    assert rest[3]["result"] > 0
+    logits_TV = np.fromfile(path, np.float32).reshape(len(PROMPT), SHAPE.vocab_size)
+    plain = SYSTEMS["transformers"].load(Task.from_json({**task, "width": "fp32"}))
+    expected_TV = plain.logits(np.array(PROMPT))
+    if width in ("fp32", "lossless"):
+        assert (logits_TV == expected_TV).all()
+    assert np.corrcoef(logits_TV.ravel(), expected_TV.ravel())[0, 1] > 0.95
+
+
+def test_a_compiled_step_gives_the_tokens_of_an_eager_one(tmp_path: Path) -> None:
+    from scripts.experiments.decode.torch_session import Decoder
+
+    plain: Any = SYSTEMS["transformers"].load(Task.from_json(make_task(tmp_path, "fp32")))
+    model, ids = plain._model, torch.tensor([PROMPT])
+    seen: dict[int | None, list[int]] = {}
+    for room in (None, 6):
+        found = seen.setdefault(room, [])
+
+        def step(found: list[int] = found, **arguments: Any) -> Any:
+            found.append(int(arguments["input_ids"]))
+            return model(**arguments)
+
+        with torch.no_grad():
+            decoder = Decoder(model, ids, step=step, room=room)
+            decoder.run(6)
+            decoder.run(6)
+    assert seen[None] == seen[6] and seen[6][:6] == seen[6][6:]
+
+
+def test_the_gguf_file_has_the_checkpoints_weights(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    checkpoint, path = make_checkpoint(SHAPE, tmp_path), tmp_path / SOURCE
+    write_gguf(checkpoint, path)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert len(tensors) == len(read_shapes(checkpoint)) == 2 * 12 + 4
+    assert tensors["blk.1.ffn_up.weight"].data.shape == (4 * 64, 64)
+    assert all(tensor.tensor_type == gguf.GGMLQuantizationType.F32 for tensor in tensors.values())
+
+
+def test_a_request_that_fails_is_answered_and_a_worker_that_ended_says_so(tmp_path: Path) -> None:
+    system, task = SYSTEMS["transformers"], make_task(tmp_path, "fp64")
+    asked = ask({"call": "load", "system": "transformers", "task": task})
+    assert asked == [{"error": "KeyError: 'fp64'"}]
+    worker = WorkerProcess(
+        system, Task.from_json(task), python="/bin/false", log=tmp_path / "worker.log"
+    )
+    with pytest.raises(WorkerError, match="ended during load: exit code 1"):
+        worker.load()
+    worker.close()
+    assert not is_installed(SYSTEMS["llama.cpp"], "/bin/false")
+
+
+def make_rows(*cells: tuple[str, str, str, float, float]) -> list[dict[str, Any]]:
+    return [
+        make_row(
+            Cell(system=system, width=width, mode=mode, batch=1, tokens=1, seconds=[seconds]),
+            Sizes(held_bytes=round(1000 * size), read_bytes=round(1000 * size)),
+            Judged(kl_nats=0.1, perplexity=9.0),
+            num_weights=1000,
+            bandwidth_gb_s=1e-3,
+        )
+        for system, width, mode, seconds, size in cells
+    ]
+
+
+def test_ratios_are_against_plain_fp32_and_the_nearest_of_llama_cpp() -> None:
+    rows = make_rows(
+        ("transformers", "fp32", "compiled", 0.8, 4.0),
+        ("transformers", "fp32", "eager", 1.0, 4.0),
+        ("ours", "int4", "compiled", 0.2, 0.5625),
+        ("ours", "int4", "eager", 0.4, 0.5625),
+        ("llama.cpp", "Q8_0", "native", 0.5, 1.06),
+        ("llama.cpp", "Q4_0", "native", 0.3, 0.56),
+    )
+    ratios, nearest = find_ratios(rows, "compiled")
+    assert ratios["int4_vs_llama_cpp"] == pytest.approx(1.5)
+    assert ratios["int4_vs_fp32"] == pytest.approx(4)
+    assert ratios["int8_vs_fp32"] is None and nearest == {"int4": "Q4_0", "int8": None}
+    assert find_ratios(rows, "eager")[0]["int4_vs_fp32"] == pytest.approx(2.5)
+    assert rows[0]["roofline_share"] == pytest.approx(4000 / 1e6 / 0.8)
+    assert rows[0]["ms_per_token"] == pytest.approx(800) and rows[0]["kl"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--systems", "vllm"], "allowed: transformers, ours, torchao, llama.cpp"),
+        (["--widths", "int7"], "--widths 'int7' is unknown"),
+        (["--batches", "0"], "--batches 0 is too small"),
+        (["--model", "nowhere"], "nowhere has no config.json"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(lambda: bench_decode.main(flags)) == 2
+    assert message in capsys.readouterr().err
