@@ -62,10 +62,16 @@ class Choice:
         return self.predicted.seconds + share * self.predicted.link_seconds
 
     def beats(self, other: "Choice") -> bool:
-        """Say whether this costs less, or as much with more importance resident, or is smaller."""
+        """Say whether this costs less, or as much with more importance resident, or is smaller, or
+        has fewer slots: a block alone in one never leaves it, and resides as well.
+        """
         if abs(self.cost - other.cost) > _TIE * other.cost:
             return self.cost < other.cost
-        return (self.importance, -self.fast_bytes) > (other.importance, -other.fast_bytes)
+        return self._merits > other._merits
+
+    @property
+    def _merits(self) -> tuple[float, int, int]:
+        return self.importance, -self.fast_bytes, -self.layout.num_slots
 
 
 class Search:
