@@ -92,6 +92,8 @@ class Forwards:
         """They are others than when the present forward began."""
         self._has_traced_all = False
         """A forward has shown the uses of all blocks, and whether the model enters autocast."""
+        self._watches = False
+        """The next forward is to show them."""
         self.moves = False
         """Weights come and go: a compiled graph would keep them."""
         for module in model.modules():
@@ -121,8 +123,9 @@ class Forwards:
         residency = self._residency
         self._direct.follow(self._model, residency.groups.values())
         self.moves = residency.emulated or bool(residency.moving)
-        watches = self._memory.is_limited and (bool(self.casts) or not self._has_traced_all)
-        every = residency.emulated or watches
+        self._watches = self._memory.is_limited and not self._has_traced_all
+        copies = self._memory.is_limited and bool(self.casts)
+        every = residency.emulated or self._watches or copies
         hooked = frozenset(residency.groups if every else (each.name for each in residency.moving))
         if hooked != self._hooked:
             self._hook_calls.remove()
@@ -274,8 +277,8 @@ class Forwards:
         self._end_leftovers()
         if failure is None:
             self.schedule = self._expected_schedule()
-            if self._part is None and not self._has_traced_all and not self._hooks_changed:
-                self._has_traced_all = self._hooked == self._residency.groups.keys()
+            if self._watches and self._part is None and not self._hooks_changed:
+                self._has_traced_all = True
                 self.follow_plan()
             self._memory.prefetcher.end_forward()
         self._supervisor.end_forward(failure)
