@@ -81,8 +81,11 @@ class Forwards:
         self._thread: threading.Thread | None = None
         self._bar = PassBar()
         self._calls = Calls()
-        self._hooks: list[GroupHook] = []
-        """Of the modules that have them under some plans."""
+        """What is the same under every plan."""
+        self._always: set[str] = set()
+        """The modules whose hooks are among it."""
+        self._hooks: dict[str, GroupHook] = {}
+        """Of the other modules that compute with weights, by their names."""
         self._hook_calls = Calls()
         self._direct = DirectForwards()
         self._memory = residency.memory
@@ -100,6 +103,7 @@ class Forwards:
             attached.add(module)
         self._guards = Guards(model, self._save_state, self.refuse_compiling)
         self._surround()
+        self._set_hooks()
         self.follow_plan()
 
     def remove(self) -> None:
@@ -128,11 +132,8 @@ class Forwards:
         every = residency.emulated or self._watches or copies
         hooked = frozenset(residency.groups if every else (each.name for each in residency.moving))
         if hooked != self._hooked:
-            self._hook_calls.remove()
             self._hooked, self._hooks_changed = hooked, True
-            for hook in self._hooks:
-                if any(group.name in hooked for group in hook.groups):
-                    self._hook_calls.surround(hook.module, hook)
+            self._set_hooks()
         if self.moves and self._drop_compiled_calls():
             warnings.warn(
                 "weights come and go from here on: what model.compile() has compiled runs as it is",
@@ -180,6 +181,20 @@ class Forwards:
         traced = {*self._hooked, *(step.block for step in uses)}
         return replace_uses(self.schedule, uses, traced)
 
+    def _set_hooks(self) -> None:
+        """Surround the modules of hooked groups, and the parts of the model that have them inside:
+        each may be called by itself (a base model, an encoder, a layer).
+        """
+        self._hook_calls.remove()
+        users = set(self._always)
+        for name, hook in self._hooks.items():
+            if any(group.name in self._hooked for group in hook.groups):
+                self._hook_calls.surround(hook.module, hook)
+                users.add(name)
+        for name in _containers(users):
+            module = self._model.get_submodule(name)
+            self._hook_calls.surround(module, _Part(self, module))
+
     def _surround(self) -> None:
         """Set what every plan needs, and make the hooks of what may move under some."""
         users: dict[str, list[HeldGroup]] = {}
@@ -192,15 +207,13 @@ class Forwards:
             hook = GroupHook(self, module, groups)
             if isinstance(module, nn.TransformerEncoderLayer):
                 encoders.add_layer(module, hook.hold)
+                self._always.add(module_name)
             elif isinstance(module, nn.MultiheadAttention) or module is self._model:
                 self._calls.surround(module, hook)  # what is around it must stay around it
+                self._always.add(module_name)
             else:
-                self._hooks.append(hook)
+                self._hooks[module_name] = hook
         encoders.add_others(self._model)
-        # Each part may be called by itself: a base model, an encoder, a layer.
-        for name in _containers(users):
-            module = self._model.get_submodule(name)
-            self._calls.surround(module, _Part(self, module))
         self._calls.surround(self._model, _Part(self, None))
         if callable(getattr(self._model, "generate", None)):
             self._calls.run_within(self._model, self._generation, method="generate")
