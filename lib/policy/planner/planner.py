@@ -36,9 +36,13 @@ def make_plan(
         raise InputError("the budget lacks HBM, the memory of the compute device: give HBM=SIZE")
     problem = Problem(needs, schedule, budget, machine, scratch_bytes)
     fast = least(budget[Tier.HBM], machine.capacity_bytes.get(Tier.HBM))
+    everything = scratch_bytes + sum(need.resident_bytes for need in needs)
     if fast is None:
-        fast = scratch_bytes + sum(need.resident_bytes for need in needs)
+        fast = everything
     layouts = [layout for layout in problem.layouts if layout.smallest_bytes <= fast]
+    if everything <= fast:
+        # A block that would stay in a slot of its own is predicted to be as fast as a resident one.
+        layouts = [layout for layout in layouts if not layout.num_slots]
     if not layouts:
         raise InputError(_explain_infeasible(problem, fast))
     choice = Search(problem, fast).best(layouts)

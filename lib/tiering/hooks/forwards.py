@@ -81,8 +81,11 @@ class Forwards:
         self._thread: threading.Thread | None = None
         self._bar = PassBar()
         self._calls = Calls()
-        self._hooks: list[GroupHook] = []
-        """Of the modules that have them under some plans."""
+        """What is the same under every plan."""
+        self._always: set[str] = set()
+        """The modules whose hooks are among it."""
+        self._hooks: dict[str, GroupHook] = {}
+        """Of the other modules that compute with weights, by their names."""
         self._hook_calls = Calls()
         self._direct = DirectForwards()
         self._memory = residency.memory
@@ -92,12 +95,15 @@ class Forwards:
         """They are others than when the present forward began."""
         self._has_traced_all = False
         """A forward has shown the uses of all blocks, and whether the model enters autocast."""
+        self._watches = False
+        """The next forward is to show them."""
         self.moves = False
         """Weights come and go: a compiled graph would keep them."""
         for module in model.modules():
             attached.add(module)
         self._guards = Guards(model, self._save_state, self.refuse_compiling)
         self._surround()
+        self._set_hooks()
         self.follow_plan()
 
     def remove(self) -> None:
@@ -121,15 +127,13 @@ class Forwards:
         residency = self._residency
         self._direct.follow(self._model, residency.groups.values())
         self.moves = residency.emulated or bool(residency.moving)
-        watches = self._memory.is_limited and (bool(self.casts) or not self._has_traced_all)
-        every = residency.emulated or watches
+        self._watches = self._memory.is_limited and not self._has_traced_all
+        copies = self._memory.is_limited and bool(self.casts)
+        every = residency.emulated or self._watches or copies
         hooked = frozenset(residency.groups if every else (each.name for each in residency.moving))
         if hooked != self._hooked:
-            self._hook_calls.remove()
             self._hooked, self._hooks_changed = hooked, True
-            for hook in self._hooks:
-                if any(group.name in hooked for group in hook.groups):
-                    self._hook_calls.surround(hook.module, hook)
+            self._set_hooks()
         if self.moves and self._drop_compiled_calls():
             warnings.warn(
                 "weights come and go from here on: what model.compile() has compiled runs as it is",
@@ -177,6 +181,20 @@ class Forwards:
         traced = {*self._hooked, *(step.block for step in uses)}
         return replace_uses(self.schedule, uses, traced)
 
+    def _set_hooks(self) -> None:
+        """Surround the modules of hooked groups, and the parts of the model that have them inside:
+        each may be called by itself (a base model, an encoder, a layer).
+        """
+        self._hook_calls.remove()
+        users = set(self._always)
+        for name, hook in self._hooks.items():
+            if any(group.name in self._hooked for group in hook.groups):
+                self._hook_calls.surround(hook.module, hook)
+                users.add(name)
+        for name in _containers(users):
+            module = self._model.get_submodule(name)
+            self._hook_calls.surround(module, _Part(self, module))
+
     def _surround(self) -> None:
         """Set what every plan needs, and make the hooks of what may move under some."""
         users: dict[str, list[HeldGroup]] = {}
@@ -189,15 +207,13 @@ class Forwards:
             hook = GroupHook(self, module, groups)
             if isinstance(module, nn.TransformerEncoderLayer):
                 encoders.add_layer(module, hook.hold)
+                self._always.add(module_name)
             elif isinstance(module, nn.MultiheadAttention) or module is self._model:
                 self._calls.surround(module, hook)  # what is around it must stay around it
+                self._always.add(module_name)
             else:
-                self._hooks.append(hook)
+                self._hooks[module_name] = hook
         encoders.add_others(self._model)
-        # Each part may be called by itself: a base model, an encoder, a layer.
-        for name in _containers(users):
-            module = self._model.get_submodule(name)
-            self._calls.surround(module, _Part(self, module))
         self._calls.surround(self._model, _Part(self, None))
         if callable(getattr(self._model, "generate", None)):
             self._calls.run_within(self._model, self._generation, method="generate")
@@ -274,8 +290,8 @@ class Forwards:
         self._end_leftovers()
         if failure is None:
             self.schedule = self._expected_schedule()
-            if self._part is None and not self._has_traced_all and not self._hooks_changed:
-                self._has_traced_all = self._hooked == self._residency.groups.keys()
+            if self._watches and self._part is None and not self._hooks_changed:
+                self._has_traced_all = True
                 self.follow_plan()
             self._memory.prefetcher.end_forward()
         self._supervisor.end_forward(failure)

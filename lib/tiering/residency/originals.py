@@ -103,14 +103,14 @@ class Originals:
                 self._experts.append((config, config._experts_implementation))
                 config._experts_implementation = "eager"
 
-    def match_grad_mode(self) -> None:
+    def match_grad_mode(self, *, compressed: bool) -> None:
         """Give the parameters the flags for a forward: their own, by which torch.matmul chooses how
         to compute, or none where gradients would be recorded (a backward pass would find weights
-        that have gone again).
+        that have gone again), and where some are ``compressed``, since kernels record none.
 
         Raises PlacementError where gradients were asked for since attach.
         """
-        frozen = torch.is_grad_enabled()
+        frozen = compressed or torch.is_grad_enabled()
         if frozen == self._frozen:
             return
         with torch._C.DisableTorchFunctionSubclass():

@@ -118,6 +118,8 @@ class Residency:
             for part in group.payload.parts
         ]
         self._versions = self._read_versions()
+        if self._compressed:
+            self._match_grad_mode()  # parts that are called by themselves begin no forward
         trim_heap()
         measured = self.resident_bytes()
         if not self.emulated and measured > plan.fast_bytes:
@@ -166,7 +168,7 @@ class Residency:
         if self._read_versions() != self._versions:
             for group in self.groups.values():
                 group.refuse_written()
-        self._originals.match_grad_mode()
+        self._match_grad_mode()
         self.memory.prefetcher.begin_forward()
 
     # -- figures -----------------------------------------------------------------------------------
@@ -231,6 +233,9 @@ class Residency:
             )
         self.memory.transport.close()
         self._archive.close()
+
+    def _match_grad_mode(self) -> None:
+        self._originals.match_grad_mode(compressed=bool(self._compressed))
 
     def _read_versions(self) -> list[int]:
         with torch._C.DisableTorchFunctionSubclass():
