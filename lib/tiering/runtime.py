@@ -160,6 +160,20 @@ class Runtime:
                 self._keeper.raise_floors(record)
             return record
 
+    def compile(self) -> None:
+        """Compile steps of decoding, one graph of torch.compile for the model as it is held; the
+        first step takes a minute or so, the same again what Inductor's cache saves.
+
+        ``generate`` then has a static cache, unless told otherwise. What isn't a step of one token
+        with a static cache runs as before, and so does everything while a plan streams weights.
+        Raises PlacementError where the present plan does.
+        """
+        with self._forwards.lock:
+            if self._detached:
+                raise PlacementError("nothing can be compiled after detach: attach again")
+            self._forwards.check_idle()
+            self._forwards.compile_decoding()
+
     @property
     def virtual_seconds(self) -> float:
         """Emulated time charged on the virtual clock since attach or the last reset; 0 where time

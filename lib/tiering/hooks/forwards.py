@@ -24,6 +24,7 @@ from ..residency.residency import Residency
 from ..residency.stand_ins import NO_GRADIENTS, requires_grad
 from ..telemetry import Recorder
 from .calls import Calls
+from .compiled import CompiledDecoding
 from .direct import DirectForwards
 from .fast_path import EncoderPaths
 from .group_hook import GroupHook
@@ -99,6 +100,7 @@ class Forwards:
         """The next forward is to show them."""
         self.moves = False
         """Weights come and go: a compiled graph would keep them."""
+        self._compiled: CompiledDecoding | None = None
         for module in model.modules():
             attached.add(module)
         self._guards = Guards(model, self._save_state, self.refuse_compiling)
@@ -108,6 +110,8 @@ class Forwards:
 
     def remove(self) -> None:
         """Let the model run as before."""
+        if self._compiled is not None:
+            self._compiled.remove()
         self._hook_calls.remove()
         self._calls.remove()
         self._direct.remove()
@@ -125,6 +129,8 @@ class Forwards:
         those of a module are dropped at its end.
         """
         residency = self._residency
+        if self._compiled is not None:
+            self._compiled.reset()
         self._direct.follow(self._model, residency.groups.values())
         self.moves = residency.emulated or bool(residency.moving)
         self._watches = self._memory.is_limited and not self._has_traced_all
@@ -140,6 +146,13 @@ class Forwards:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+    def compile_decoding(self) -> None:
+        """Compile steps of decoding from here on, while nothing moves."""
+        self.refuse_compiling()
+        if self._compiled is None:
+            may_compile = lambda: not self.moves  # noqa: E731
+            self._compiled = CompiledDecoding(self._model, may_compile=may_compile)
 
     @property
     def is_mine(self) -> bool:

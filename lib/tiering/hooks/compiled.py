@@ -1,0 +1,89 @@
+"""Decoding compiled: one graph for a step of one token with a static cache.
+
+torch.compile checks before each call that nothing has changed which the graph was made from, also
+every module and every function of the library: thousands of guards, milliseconds a token. What a
+runtime holds changes only through the runtime, which then drops the graph; so here the arguments
+alone are checked. The graph calls its kernels from C++ (``cpp_wrapper``), not from Python.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_OPTIONS: dict[str, Any] = {
+    "cpp_wrapper": True,
+    # Without it g++ takes minutes to optimize the calls of kernels, which take microseconds.
+    "cpp_wrapper_build_separate": True,
+}
+
+
+class CompiledDecoding:
+    """A model's forward of which decoding steps are compiled, until ``remove``; all else runs as
+    before: prefill, other caches, autocast, gradients.
+    """
+
+    def __init__(self, model: nn.Module, *, may_compile: Callable[[], bool]) -> None:
+        self._model = model
+        self._may_compile = may_compile
+        self._plain: Callable[..., Any] = model.forward
+        self._step: Callable[..., Any] | None = None
+
+        @functools.wraps(self._plain)  # whose signature generate looks at
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if args or not self._is_step(kwargs):
+                return self._plain(*args, **kwargs)
+            if self._step is None:
+                self._step = _compile(self._plain)
+            return self._step(**kwargs)
+
+        self._own = vars(model).get("forward")
+        vars(model)["forward"] = forward
+        self._settings = getattr(model, "generation_config", None)
+        self._cache = getattr(self._settings, "cache_implementation", None)
+        if self._settings is not None and self._cache is None:
+            self._settings.cache_implementation = "static"
+
+    def reset(self) -> None:
+        """Forget the graph, which was made for what the model's weights were held as."""
+        self._step = None
+
+    def remove(self) -> None:
+        """Let the model compute as before."""
+        del vars(self._model)["forward"]
+        if self._own is not None:
+            vars(self._model)["forward"] = self._own
+        if self._settings is not None:
+            self._settings.cache_implementation = self._cache
+
+    def _is_step(self, kwargs: dict[str, Any]) -> bool:
+        """Say whether a call is of one token for each sequence, with a cache of fixed size."""
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        return (
+            ids is not None
+            and ids.dim() == 2
+            and ids.shape[1] == 1
+            and getattr(cache, "is_compileable", False)
+            and not torch.is_grad_enabled()
+            and not torch._C._is_any_autocast_enabled()
+            and not torch.compiler.is_compiling()
+            and self._may_compile()
+        )
+
+
+def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def decode_step(**kwargs: Any) -> Any:
+        return forward(**kwargs)
+
+    options = {**_OPTIONS, "guard_filter_fn": _keep_arguments}
+    compiled: Callable[..., Any] = torch.compile(
+        decode_step, fullgraph=True, dynamic=False, options=options
+    )
+    return compiled
+
+
+def _keep_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Choose the guards of arguments, and those of torch's global state, which have no name."""
+    return [not guard.name or "kwargs" in guard.name for guard in guards]

@@ -1,0 +1,88 @@
+"""runtime.compile(): decoding with a static cache in one graph."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib.codecs import ops
+from lib.errors import PlacementError
+from lib.tiering import attach
+
+UNLIMITED = {"HBM": None, "SSD": None}
+
+
+def small_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def generate(model: Any, ids: torch.Tensor, **settings: Any) -> list[list[int]]:
+    mask = torch.ones_like(ids)
+    found = model.generate(
+        ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **settings
+    )
+    return [list(map(int, row)) for row in found]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_decoding_compiles_to_the_same_tokens_and_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if ops.prepare("cpu") == "reference":
+        pytest.skip("our kernels were not built")
+    model, ids = small_llama(), torch.randint(1, 96, (2, 7))
+    generate(model, ids, cache_implementation="static")  # which leaves its own marks
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with attach(model, budget=UNLIMITED, precision="int4") as runtime:
+        expected = generate(model, ids, cache_implementation="static")
+        runtime.compile()
+        steps: list[int] = []
+        compiled = runtime._forwards._compiled
+        assert compiled is not None
+        assert generate(model, ids) == expected
+        assert compiled._step is not None, "no step was compiled"
+        step = compiled._step
+
+        def count(**kwargs: Any) -> Any:
+            steps.append(kwargs["input_ids"].shape[1])
+            return step(**kwargs)
+
+        monkeypatch.setattr(compiled, "_step", count)
+        assert generate(model, ids) == expected and steps == [1] * 7
+        # Another cache, another plan: nothing of the graph is used.
+        steps.clear()
+        generate(model, ids, cache_implementation="dynamic")
+        assert not steps
+        runtime.budget = {"HBM": runtime.plan.fast_bytes - 1, "SSD": None}
+        if runtime._keeper.residency.moving:
+            assert generate(model, ids) == expected
+            assert not steps and compiled._step is None
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert model.generation_config.cache_implementation is None
+
+
+def test_what_streams_is_not_compiled() -> None:
+    model = small_llama()
+    full = sum(p.numel() * 4 for p in model.parameters())
+    with attach(model, budget={"HBM": int(full * 0.8), "SSD": None}) as runtime:
+        assert runtime._keeper.residency.moving
+        with pytest.raises(PlacementError, match="come and go"):
+            runtime.compile()
+    with pytest.raises(PlacementError, match="attach again"):
+        runtime.compile()
