@@ -34,9 +34,7 @@ def small_llama() -> LlamaForCausalLM:
 
 def generate(model: Any, ids: torch.Tensor, **settings: Any) -> list[list[int]]:
     mask = torch.ones_like(ids)
-    found = model.generate(
-        ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **settings
-    )
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **settings)
     return [list(map(int, row)) for row in found]
 
 
