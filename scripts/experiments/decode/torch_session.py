@@ -20,9 +20,13 @@ from scripts.experiments.decode.peers.base import COMPILED, WARM_UP_STEPS, Sessi
 class TorchSession(Session):
     """A causal language model of transformers, in evaluation mode."""
 
-    def __init__(self, model: Any, sizes: Sizes) -> None:
+    def __init__(
+        self, model: Any, sizes: Sizes, compile: Callable[[Any], Any] = torch.compile
+    ) -> None:
+        """Have a model; ``compile`` returns what makes its steps."""
         self.sizes = sizes
         self._model = model
+        self._compile = compile
         self._compiled: Any = None
         self._decoders: dict[str, Decoder] = {}
 
@@ -31,7 +35,7 @@ class TorchSession(Session):
         self._decoders.pop(mode, None)
         compiled = mode == COMPILED
         if compiled and self._compiled is None:
-            self._compiled = torch.compile(self._model)
+            self._compiled = self._compile(self._model)
         decoder = Decoder(
             self._model,
             torch.from_numpy(ids_BT),
