@@ -134,12 +134,14 @@ def probe_kernels() -> Fields:
 
     from ..codecs.kernels import Use, choose_kernel, kernel_name
     from ..codecs.layout import PLANE_BITS, default_codec
+    from ..codecs.native import load_native
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layouts = {str(p): default_codec(p).layout(*_MATRIX) for p in PLANE_BITS}
     uses = frozenset({Use.LINEAR})
     return {
         "device": kernel_name(device),
+        "native": load_native().reason or "built",
         "linear": {name: choose_kernel(each, uses, device).name for name, each in layouts.items()},
     }
 
@@ -275,6 +277,7 @@ def table_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("CPU", f"{cpu['name']}, {cpu['cores']} of {cpu['cores_in_machine']} cores usable"),
         ("", f"computes with {', '.join(cpu['flags']) or 'nothing special'}"),
         ("kernels", f"{kernels['device']}: {linear}"),
+        ("", f"C++ extension: {kernels['native']}"),
         (
             "memory",
             f"{format_bytes(memory['total_bytes'])}, {format_bytes(memory['available_bytes'])} "
