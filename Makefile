@@ -129,19 +129,20 @@ types: $(STAMP) ## Check types
 	$(Q)$(BIN)/mypy
 
 .PHONY: test
-CODEC_TESTS := tests/unit/codecs tests/integration/test_kernel_error.py
-
-.PHONY: check-reference check-sanitized
-check-reference: $(STAMP) ## Test what computes where there is no C++ compiler
-	$(Q)TIERHINTS_NATIVE=0 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(CODEC_TESTS)
-
-check-sanitized: $(STAMP) ## Test the kernels under the address and undefined behaviour sanitizers
-	$(Q)TIERHINTS_NATIVE_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g" \
-	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(CODEC_TESTS)
-
 test: $(STAMP) ## Run the tests in two processes; PYTEST_ARGS="-m slow" runs the slow ones
 	$(Q)$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(PYTEST_ARGS),-m "not slow")
+
+CODEC_TESTS := -q -n 2 -m "not slow" tests/unit/codecs tests/integration/test_kernel_error.py
+
+.PHONY: check-reference
+check-reference: $(STAMP) ## Test what computes where there is no C++ compiler
+	$(Q)TIERHINTS_NATIVE=0 $(BIN)/python -m pytest $(CODEC_TESTS)
+
+.PHONY: check-sanitized
+check-sanitized: $(STAMP) ## Test the C++ kernels under sanitizers of addresses and undefined behaviour
+	$(Q)TIERHINTS_NATIVE_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g" \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest $(CODEC_TESTS)
 
 .PHONY: style
 style: $(STAMP) ## Fix style where a program can

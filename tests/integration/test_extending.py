@@ -112,15 +112,12 @@ def test_hints_may_place_blocks_in_the_tier_of_a_store(
 
 
 def test_a_kernel_is_planned_with_and_computes() -> None:
-    with attach(toy(), budget={"HBM": "1MiB", "SSD": None}, precision="int8") as runtime:
-        ours = runtime.plan.bytes_per_tier()[Tier.HBM]
     model = toy()
     expected = logits(model)
     names = run_blocks("A kernel", model=model, attach=attach)
     kernel, runtime = names["Int8InFp32"], names["runtime"]
     held = [each for each in gc.get_objects() if type(each) is kernel]
     assert held, "no weight is held by it"
-    assert runtime.plan.bytes_per_tier()[Tier.HBM] > ours  # records are padded, plain codes aren't
     assert 0 < (logits(model) - expected).abs().max() < 0.05
     runtime.detach()
     assert torch.equal(logits(model), expected)

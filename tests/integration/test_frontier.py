@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from test_verify_epsilon import save_model
 
+from lib.codecs.kernels import kernel_name
 from lib.commands import frontier
 from lib.commands.cli import run_main
 from lib.evaluation.frontier import EPSILONS, UNIFORM
@@ -19,7 +20,7 @@ from lib.report.run import load_run
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_model(tmp_path_factory.mktemp("model"))
     hints = json.loads((folder / "tier_hints.json").read_text())
-    hints["quality"]["kernels"]["name"] = "cpu, fp32"
+    hints["quality"]["kernels"]["name"] = kernel_name("cpu")
     write_json(hints, folder / "tier_hints.json")
     lines = [f"line {index}: {index**3 % 1009} jumps over {index**2}\n" for index in range(400)]
     (folder / "text.txt").write_text("".join(lines))

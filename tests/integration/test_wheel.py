@@ -89,7 +89,7 @@ def test_it_holds_the_library_and_nothing_else(installed: Installed) -> None:
     expected = {
         str(path.relative_to(ROOT / "lib"))
         for path in (ROOT / "lib").rglob("*")
-        if path.suffix in (".py", ".json", ".typed")
+        if path.suffix in (".py", ".json", ".typed", ".cpp", ".h", ".inl")
     }
     assert own == expected
     assert {"py.typed", "hints/tier_hints.schema.json"} <= own

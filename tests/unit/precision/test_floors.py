@@ -102,8 +102,11 @@ def test_a_small_epsilon_on_other_kernels_is_refused() -> None:
     trust = read_trust(CALIBRATED)
     check_kernels(trust, "cpu, bf16", epsilon=1e-5)
     check_kernels(trust, "cuda", epsilon=0.01)
-    with pytest.raises(InputError, match=r"unknown here \(cuda\).*at least 0.004"):
+    with pytest.raises(InputError, match=r"unknown here \(cuda\).*at least 0.01"):
         check_kernels(trust, "cuda", epsilon=1e-3)
+    rounding = replace(trust, kernel_nats=2e-4)
+    with pytest.raises(InputError, match=r"at least 0.02"):
+        check_kernels(rounding, "cuda", epsilon=0.01)
 
 
 @given(epsilon=st.floats(1e-7, 1e-2))
