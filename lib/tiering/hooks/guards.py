@@ -56,6 +56,8 @@ class _Parameters(dict[str, nn.Parameter | None]):
     Exchanging one for the length of a call (torch.func.functional_call) is no change.
     """
 
+    __slots__ = ()
+
     def __setitem__(self, name: str, value: nn.Parameter | None) -> None:
         if name not in self:
             _refuse_structure()
