@@ -172,7 +172,7 @@ class Runtime:
             if self._detached:
                 raise PlacementError("nothing can be compiled after detach: attach again")
             self._forwards.check_idle()
-            self._forwards.compile_decoding()
+            self._forwards.around.compile_decoding()
 
     @property
     def virtual_seconds(self) -> float:

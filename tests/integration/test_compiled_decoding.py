@@ -51,7 +51,7 @@ def test_decoding_compiles_to_the_same_tokens_and_leaves_no_trace(
         expected = generate(model, ids, cache_implementation="static")
         runtime.compile()
         steps: list[int] = []
-        compiled = runtime._forwards._compiled
+        compiled = runtime._forwards.around.decoding
         assert compiled is not None
         assert generate(model, ids) == expected
         assert compiled._step is not None, "no step was compiled"

@@ -8,8 +8,7 @@ begins and ends the forward.
 import contextlib
 import os
 import threading
-import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,17 +20,10 @@ from ...policy.plan import Step, replace_uses
 from ..residency.casting import UnkeptCopies, autocast_dtype
 from ..residency.held import HeldGroup
 from ..residency.residency import Residency
-from ..residency.stand_ins import NO_GRADIENTS, requires_grad
 from ..telemetry import Recorder
-from .calls import Calls
-from .compiled import CompiledDecoding
-from .direct import DirectForwards
-from .fast_path import EncoderPaths
 from .group_hook import GroupHook
-from .guards import Guards
-from .managed import attached
 from .progress import PassBar, count_passes
-from .tracing import raise_compiling, refuse_tracing
+from .surroundings import Surroundings
 
 
 class Supervisor(Protocol):
@@ -81,44 +73,21 @@ class Forwards:
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
         self._bar = PassBar()
-        self._calls = Calls()
-        """What is the same under every plan."""
-        self._always: set[str] = set()
-        """The modules whose hooks are among it."""
-        self._hooks: dict[str, GroupHook] = {}
-        """Of the other modules that compute with weights, by their names."""
-        self._hook_calls = Calls()
-        self._direct = DirectForwards()
         self._memory = residency.memory
-        self._hooked: frozenset[str] = frozenset()
-        """The groups whose uses are traced."""
         self._hooks_changed = False
         """They are others than when the present forward began."""
         self._has_traced_all = False
         """A forward has shown the uses of all blocks, and whether the model enters autocast."""
         self._watches = False
         """The next forward is to show them."""
-        self.moves = False
-        """Weights come and go: a compiled graph would keep them."""
-        self._compiled: CompiledDecoding | None = None
-        for module in model.modules():
-            attached.add(module)
-        self._guards = Guards(model, self._save_state, self.refuse_compiling)
-        self._surround()
-        self._set_hooks()
+        self.around = Surroundings(
+            self, model, residency, save_state=self._save_state, generation=self._generation
+        )
         self.follow_plan()
 
     def remove(self) -> None:
         """Let the model run as before."""
-        if self._compiled is not None:
-            self._compiled.remove()
-        self._hook_calls.remove()
-        self._calls.remove()
-        self._direct.remove()
-        self._drop_compiled_calls()
-        for module in self._model.modules():
-            attached.discard(module)
-        self._guards.remove()
+        self.around.remove()
         self._bar.close()
 
     def follow_plan(self) -> None:
@@ -129,47 +98,16 @@ class Forwards:
         those of a module are dropped at its end.
         """
         residency = self._residency
-        if self._compiled is not None:
-            self._compiled.reset()
-        self._direct.follow(self._model, residency.groups.values())
-        self.moves = residency.emulated or bool(residency.moving)
         self._watches = self._memory.is_limited and not self._has_traced_all
         copies = self._memory.is_limited and bool(self.casts)
         every = residency.emulated or self._watches or copies
-        hooked = frozenset(residency.groups if every else (each.name for each in residency.moving))
-        if hooked != self._hooked:
-            self._hooked, self._hooks_changed = hooked, True
-            self._set_hooks()
-        if self.moves and self._drop_compiled_calls():
-            warnings.warn(
-                "weights come and go from here on: what model.compile() has compiled runs as it is",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
-    def compile_decoding(self) -> None:
-        """Compile steps of decoding from here on, while nothing moves."""
-        self.refuse_compiling()
-        if self._compiled is None:
-            may_compile = lambda: not self.moves  # noqa: E731
-            self._compiled = CompiledDecoding(self._model, may_compile=may_compile)
+        hooked = residency.groups if every else [each.name for each in residency.moving]
+        self._hooks_changed |= self.around.follow(hooked)
 
     @property
     def is_mine(self) -> bool:
         """A forward runs in this thread."""
         return self._thread is threading.current_thread()
-
-    def is_compiled(self) -> bool:
-        """Say whether torch.compile traces the present call; raises as ``refuse_compiling``."""
-        if not torch.compiler.is_dynamo_compiling():
-            return False
-        self.refuse_compiling()
-        return True
-
-    def refuse_compiling(self) -> None:
-        """Raise PlacementError where weights come and go, and for an export, which is for good."""
-        if self.moves or torch.compiler.is_exporting():
-            raise_compiling()
 
     def note_use(self, group: str) -> None:
         """Trace a use of weights outside the modules that own them."""
@@ -187,56 +125,14 @@ class Forwards:
         """The uses of the present forward so far, and those of groups that it hasn't used yet."""
         named = {step.block for step in self.trace}
         left = [step for step in self.schedule if step.block not in named]
-        return self._in_order([*self.trace, *(step for step in left if step.block in self._hooked)])
+        return self._in_order(
+            [*self.trace, *(step for step in left if step.block in self.around.hooked)]
+        )
 
     def _in_order(self, uses: Sequence[Step]) -> tuple[Step, ...]:
         """Return uses that were traced, and between them those that are expected of the others."""
-        traced = {*self._hooked, *(step.block for step in uses)}
+        traced = {*self.around.hooked, *(step.block for step in uses)}
         return replace_uses(self.schedule, uses, traced)
-
-    def _set_hooks(self) -> None:
-        """Surround the modules of hooked groups, and the parts of the model that have them inside:
-        each may be called by itself (a base model, an encoder, a layer).
-        """
-        self._hook_calls.remove()
-        users = set(self._always)
-        for name, hook in self._hooks.items():
-            if any(group.name in self._hooked for group in hook.groups):
-                self._hook_calls.surround(hook.module, hook)
-                users.add(name)
-        for name in _containers(users):
-            module = self._model.get_submodule(name)
-            self._hook_calls.surround(module, _Part(self, module))
-
-    def _surround(self) -> None:
-        """Set what every plan needs, and make the hooks of what may move under some."""
-        users: dict[str, list[HeldGroup]] = {}
-        for group in self._residency.groups.values():
-            for module_name in group.payload.group.modules:
-                users.setdefault(module_name, []).append(group)
-        encoders = EncoderPaths(self._calls, trains=self._residency.trains)
-        for module_name, groups in users.items():
-            module = self._model.get_submodule(module_name)
-            hook = GroupHook(self, module, groups)
-            if isinstance(module, nn.TransformerEncoderLayer):
-                encoders.add_layer(module, hook.hold)
-                self._always.add(module_name)
-            elif isinstance(module, nn.MultiheadAttention) or module is self._model:
-                self._calls.surround(module, hook)  # what is around it must stay around it
-                self._always.add(module_name)
-            else:
-                self._hooks[module_name] = hook
-        encoders.add_others(self._model)
-        self._calls.surround(self._model, _Part(self, None))
-        if callable(getattr(self._model, "generate", None)):
-            self._calls.run_within(self._model, self._generation, method="generate")
-
-    def _drop_compiled_calls(self) -> bool:
-        """Undo what model.compile() has set since attach; returns whether there was any."""
-        set_here = [
-            vars(module).pop("_compiled_call_impl", None) for module in self._model.modules()
-        ]
-        return any(call is not None for call in set_here)
 
     def enter(self, call: object, part: nn.Module | None) -> None:
         """Begin a forward of the model (None), or of a part where none runs: it ends with the
@@ -424,15 +320,6 @@ class Forwards:
             yield
 
 
-def _containers(users: Collection[str]) -> list[str]:
-    """Name the modules, but for the model itself, that have users of weights inside them."""
-    names: dict[str, None] = {}
-    for user in users:
-        parts = user.split(".")
-        names |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts)))
-    return [name for name in names if name not in users]
-
-
 @dataclass(slots=True, eq=False)
 class _Use:
     """A module that runs."""
@@ -441,26 +328,3 @@ class _Use:
     hook: GroupHook
     acquired: list[HeldGroup] = field(default_factory=list)
     unkept: UnkeptCopies | None = None
-
-
-class _Part:
-    """Begins and ends forwards around the calls of the model (None), or of a part of it."""
-
-    def __init__(self, forwards: Forwards, module: nn.Module | None) -> None:
-        self._forwards = forwards
-        self._module = module
-
-    def passes(self) -> bool:
-        """Say that the part is called within a forward, or compiled where nothing moves."""
-        if self._forwards.is_compiled() or (self._module is not None and self._forwards.is_mine):
-            return True
-        refuse_tracing()
-        return False
-
-    def enter(self, call: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._module is None and torch.is_grad_enabled() and requires_grad((args, kwargs)):
-            raise PlacementError(f"inputs require gradients, {NO_GRADIENTS}")
-        self._forwards.enter(call, self._module)
-
-    def leave(self, call: object, failure: BaseException | None) -> None:
-        self._forwards.leave(call, failure)

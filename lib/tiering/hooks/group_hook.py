@@ -30,7 +30,7 @@ class GroupHook:
 
     def passes(self) -> bool:
         """Say that a call is compiled where nothing moves."""
-        if self._forwards.is_compiled():
+        if self._forwards.around.is_compiled():
             return True
         refuse_tracing()
         return False
