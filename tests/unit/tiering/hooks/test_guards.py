@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from lib.errors import InputError, PlacementError
 from lib.tiering import Runtime, attach
@@ -255,7 +256,7 @@ HARMLESS: dict[str, Callable[[nn.Sequential], Any]] = {
     "the same parameter": lambda model: setattr(model[0], "weight", model[0].weight),
     "stack_module_state": lambda model: torch.func.stack_module_state([model, model]),
     "functional_call": lambda model: torch.func.functional_call(model, layers().state_dict(), X),
-    "counting": lambda model: torch.utils.flop_counter.FlopCounterMode(model, display=False),
+    "counting": lambda model: FlopCounterMode(model, display=False),
 }
 
 
