@@ -132,11 +132,13 @@ types: $(STAMP) ## Check types
 test: $(STAMP) ## Run the tests in two processes; PYTEST_ARGS="-m slow" runs the slow ones
 	$(Q)$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(PYTEST_ARGS),-m "not slow")
 
-CODEC_TESTS := -q -n 2 -m "not slow" tests/unit/codecs tests/integration/test_kernel_error.py
+CODEC_TESTS := -q -n 2 tests/unit/codecs/test_kernels.py tests/unit/codecs/test_every_kernel.py \
+	tests/unit/codecs/test_native_encode.py
 
 .PHONY: check-reference
 check-reference: $(STAMP) ## Test what computes where there is no C++ compiler
-	$(Q)TIERHINTS_NATIVE=0 $(BIN)/python -m pytest $(CODEC_TESTS)
+	$(Q)TIERHINTS_NATIVE=0 $(BIN)/python -m pytest $(CODEC_TESTS) \
+		tests/integration/test_kernel_error.py
 
 .PHONY: check-sanitized
 check-sanitized: $(STAMP) ## Test the C++ kernels under sanitizers of addresses and undefined behaviour

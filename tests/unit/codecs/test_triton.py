@@ -17,7 +17,7 @@ from torch import Tensor
 from lib.codecs.layout import PLANE_BITS, Codec
 from lib.codecs.records import decode, encode
 
-triton = pytest.importorskip("triton", reason="Triton isn't installed (the dev extra has it)")
+triton = pytest.importorskip("triton", reason="Triton isn't installed (the extra triton has it)")
 
 from lib.codecs import triton_kernels, triton_ops  # noqa: E402
 
