@@ -5,6 +5,7 @@ import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -75,7 +76,15 @@ def _fill(parts: "queue.Queue[_Part]", num_bytes: int) -> Iterator[Tensor]:
         if isinstance(part, _Abandoned):
             raise part
         offset, data = part
-        yield torch.zeros(offset - end, dtype=torch.uint8)
+        yield _zeros(offset - end)
         yield data
         end = offset + len(data)
-    yield torch.zeros(num_bytes - end, dtype=torch.uint8)
+    yield _zeros(num_bytes - end)
+
+
+def _zeros(num_bytes: int) -> Tensor:
+    """Return zeros without torch, which makes OpenMP's threads for this thread where they are many.
+    With more of those than cores OpenMP's threads sleep between computations from then on, of all
+    threads, and what is computed in many short pieces takes three times as long.
+    """
+    return torch.from_numpy(numpy.zeros(num_bytes, numpy.uint8))
