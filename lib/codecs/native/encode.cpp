@@ -95,9 +95,6 @@ int64_t encode(const Weight* weights, int64_t first, int64_t count, const Encode
   return portable::encode(weights, first, count, target, scratch);
 }
 
-// Weights that a thread should have to itself: with fewer, waking another takes longer.
-constexpr int64_t kGrainWeights = 1 << 15;
-
 template <typename Weight>
 int64_t encode_in_parallel(const void* data, int64_t first, int64_t count,
                            const EncodeTarget& target) {

@@ -9,6 +9,9 @@ namespace tierhints {
 
 constexpr int kTile = 4;  // rows of activations, or of weights for a single one, multiplied together
 
+// Weights that a thread should have to itself: with fewer, waking another takes longer.
+constexpr int64_t kGrainWeights = 1 << 15;
+
 inline int64_t lanes_of(int64_t count) { return round_up(count, 8); }
 
 // Activations as products take them: int16 codes x ~ scale * code, in blocks of a row that lie

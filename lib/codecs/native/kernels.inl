@@ -272,8 +272,8 @@ void quantize(const float* x, const Layout& layout, Activations* to, int64_t beg
     std::fill_n(sums, to->group_stride, 0.0f);
     for (int64_t block = 0, start = 0; block < to->num_blocks; ++block, start += to->block) {
       const int64_t size = std::min(to->block, layout.padded_cols - start);
-      const float* values = from + start;
       float padded[64];
+      const float* values = from ? from + start : padded;
       if (!from || start + size > layout.cols) {
         for (int64_t k = 0; k < size; ++k) {
           padded[k] = from && start + k < layout.cols ? from[start + k] : 0;

@@ -2,7 +2,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
@@ -20,8 +19,6 @@ using at::Tensor;
 
 const Kernels* kernels = choose_kernels();
 
-// Weights that a thread should have to itself: with fewer, waking another takes longer.
-constexpr int64_t kGrainWeights = 1 << 15;
 // Rows of activations up to which products are made from codes; above, weights are expanded.
 constexpr int64_t kFewRows = 32;
 
