@@ -27,11 +27,14 @@ def cpu_computes_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def compute_dtype(num_rows: int, device: torch.device) -> torch.dtype:
-    """Choose what expanded weights are multiplied in, for so many activation rows."""
-    if device.type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if num_rows > FEW_ROWS and cpu_computes_bf16() else torch.float32
+def compute_dtype(flat: Tensor) -> torch.dtype:
+    """Choose what expanded weights are multiplied in by activations (m, cols): in bf16 only by
+    bf16, or what a model loses to rounding would depend on the machine.
+    """
+    if flat.dtype != torch.bfloat16:
+        return torch.float32
+    fast = not flat.is_cpu or (len(flat) > FEW_ROWS and cpu_computes_bf16())
+    return torch.bfloat16 if fast else torch.float32
 
 
 def fits_int8_kernel(cols: int, device: torch.device) -> bool:
@@ -176,14 +179,14 @@ class Expansion:
         return y.addcmul_(activations.sum(1, keepdim=True, dtype=torch.float32), zeros.t())
 
     def _compute_dtype(self, flat: Tensor) -> torch.dtype:
-        """Choose what to multiply in. fp32 and fp16 keep their precision; bf16 needs no expansion
-        where the device computes with it.
+        """Choose what to multiply in. bf16 weights and activations need no expansion where the
+        device computes with them, nor do those of fp16.
         """
         precision = self.layout.codec.precision
         if precision is Precision.FP16 and flat.dtype == torch.float16 and flat.is_cuda:
             return torch.float16
         if precision in (Precision.FP32, Precision.FP16):
             return torch.float32
-        if precision is Precision.BF16 and cpu_computes_bf16():
+        if precision is Precision.BF16 and flat.dtype == torch.bfloat16 and cpu_computes_bf16():
             return torch.bfloat16
-        return compute_dtype(len(flat), self._device)
+        return compute_dtype(flat)

@@ -113,7 +113,7 @@ class Int8Weight:
             flat = kernel_activations(flat)
             y = torch._weight_int8pack_mm(flat, self._codes, self._scales).float()
         else:
-            dtype = compute_dtype(len(flat), self._device)
+            dtype = compute_dtype(flat)
             flat = flat.to(dtype)
             y = flat.new_empty(len(flat), self.shape[0])
             row_bytes = self.shape[1] * dtype.itemsize

@@ -52,13 +52,14 @@ for _kernel in _OWN:
     register_kernel(_kernel)
 
 
-def kernel_name(device: torch.device | str) -> str:
-    """Name what decides how products of compressed weights are rounded: the device, and kernels
-    that were registered beside our own.
+def kernel_name(device: torch.device | str, dtype: torch.dtype) -> str:
+    """Name what decides how products of compressed weights are rounded: the device, what
+    activations of ``dtype`` are multiplied in, and kernels that were registered beside our own.
     """
     kind = torch.device(device).type
     if kind == "cpu":
-        kind = f"cpu {ops.prepare(kind)}, {'bf16' if cpu_computes_bf16() else 'fp32'}"
+        halves = dtype == torch.bfloat16 and cpu_computes_bf16()
+        kind = f"cpu {ops.prepare(kind)}, {'bf16' if halves else 'fp32'}"
     return ", ".join([kind, *(kernel.name for kernel in KERNELS.values() if kernel not in _OWN)])
 
 

@@ -140,7 +140,7 @@ def probe_kernels() -> Fields:
     layouts = {str(p): default_codec(p).layout(*_MATRIX) for p in PLANE_BITS}
     uses = frozenset({Use.LINEAR})
     return {
-        "device": kernel_name(device),
+        "device": kernel_name(device, torch.float32),
         "native": load_native().reason or "built",
         "linear": {name: choose_kernel(each, uses, device).name for name, each in layouts.items()},
     }

@@ -48,7 +48,11 @@ def measure_kernels(
         measure = partial(_measure_precision, model, sequences, precision, device=device)
         upper[str(precision)] = remember(f"kernels at {precision}", measure)
         progress(1)
-    return {"name": kernel_name(device), "nats": max(upper.values()), "by_precision": upper}
+    return {
+        "name": kernel_name(device, next(model.parameters()).dtype),
+        "nats": max(upper.values()),
+        "by_precision": upper,
+    }
 
 
 @torch.inference_mode()

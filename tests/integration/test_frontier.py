@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_verify_epsilon import save_model
 
 from lib.codecs.kernels import kernel_name
@@ -20,7 +21,7 @@ from lib.report.run import load_run
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_model(tmp_path_factory.mktemp("model"))
     hints = json.loads((folder / "tier_hints.json").read_text())
-    hints["quality"]["kernels"]["name"] = kernel_name("cpu")
+    hints["quality"]["kernels"]["name"] = kernel_name("cpu", torch.float32)
     write_json(hints, folder / "tier_hints.json")
     lines = [f"line {index}: {index**3 % 1009} jumps over {index**2}\n" for index in range(400)]
     (folder / "text.txt").write_text("".join(lines))

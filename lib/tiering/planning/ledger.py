@@ -71,7 +71,8 @@ def ledger_of(
     assert hints is not None
     nats, trust = parse_epsilon(epsilon), read_trust(hints.quality)
     if joint_check is JointCheck.MISSING:  # otherwise the whole is measured, kernels included
-        check_kernels(trust, kernel_name(device), epsilon=nats)
+        name = kernel_name(device, next(model.parameters()).dtype)
+        check_kernels(trust, name, epsilon=nats)
     return make_ledger(
         curves,
         epsilon=nats,

@@ -167,7 +167,7 @@ def test_a_row_may_be_a_group_of_the_int4_kernel(monkeypatch: pytest.MonkeyPatch
 def test_the_kernel_that_was_registered_last_is_asked_first() -> None:
     layout = Codec(Precision.INT8).layout(8, 64)
     first = choose_kernel(layout, LINEAR, CPU)
-    name = kernel_name("cpu")
+    name = kernel_name("cpu", torch.float32)
     with KERNELS.restored():
 
         @register_kernel
@@ -182,5 +182,6 @@ def test_the_kernel_that_was_registered_last_is_asked_first() -> None:
 
         assert choose_kernel(layout, LINEAR, CPU) is MyInt8
         assert choose_kernel(layout, EMBEDDING, CPU) is first
-        assert kernel_name("cpu") == f"{name}, my int8"  # what was measured without it is another
+        # What was measured without it is another.
+        assert kernel_name("cpu", torch.float32) == f"{name}, my int8"
     assert choose_kernel(layout, LINEAR, CPU) is first

@@ -56,7 +56,7 @@ def calibrated(kernel_nats: float = 0.0) -> Hints:
             "calibrated": True,
             "conformal_factor": 1.2,
             "conformal_probes": 60,
-            "kernels": {"name": kernel_name("cpu"), "nats": kernel_nats},
+            "kernels": {"name": kernel_name("cpu", torch.float32), "nats": kernel_nats},
         },
     )
 

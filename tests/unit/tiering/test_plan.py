@@ -113,7 +113,7 @@ def make_hints(model: nn.Module) -> Hints:
             "calibrated": True,
             "conformal_factor": 1.3,
             "conformal_probes": 60,
-            "kernels": {"name": kernel_name("cpu"), "nats": 1e-6},
+            "kernels": {"name": kernel_name("cpu", torch.float32), "nats": 1e-6},
         },
     )
 
@@ -297,7 +297,7 @@ def test_a_measurement_that_is_to_come_lets_blocks_go_below_three_bits() -> None
             "calibrated": True,
             "conformal_factor": 1.2,
             "conformal_probes": 60,
-            "kernels": {"name": kernel_name("cpu"), "nats": 0.0},
+            "kernels": {"name": kernel_name("cpu", torch.float32), "nats": 0.0},
         },
     )
     case = {"budget": {"HBM": "1GiB", "SSD": "1GiB"}, "epsilon": 0.1}
