@@ -6,7 +6,7 @@ reference in torch alone (``expansion``).
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,10 @@ _torch: Any = torch.library  # whose functions aren't typed
 _LIBRARY = _torch.Library("tierhints", "DEF")
 _LIBRARY.define(
     f"linear(Tensor x, Tensor record, Tensor? bias, {_LAYOUT}, int scratch_bytes) -> Tensor"
+)
+_LIBRARY.define(
+    "linears(Tensor x, Tensor[] records, Tensor?[] biases, int[] rows, int cols, int group_size, "
+    "int stored_bits, int bits, int scratch_bytes) -> Tensor"
 )
 _LIBRARY.define(f"rows(Tensor ids, Tensor record, {_LAYOUT}, ScalarType dtype) -> Tensor")
 _LIBRARY.define(f"decode(Tensor record, {_LAYOUT}, int start, int end, ScalarType dtype) -> Tensor")
@@ -103,6 +107,21 @@ def _linear(
     return _open(record, layout, x.dtype, scratch_bytes).linear(x, bias)
 
 
+def _linears(
+    x: Tensor,
+    records: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    rows: Sequence[int],
+    *layout: int,
+) -> Tensor:
+    """Return the products with several matrices beside each other: what the CPU's kernels make in
+    one go, elsewhere one by one.
+    """
+    parts = zip(records, biases, rows, strict=True)
+    linear = torch.ops.tierhints.linear
+    return torch.cat([linear(x, record, bias, n, *layout) for record, bias, n in parts], -1)
+
+
 def _rows(
     ids: Tensor,
     record: Tensor,
@@ -140,6 +159,12 @@ def _fake_linear(x: Tensor, record: Tensor, bias: Tensor | None, rows: int, *oth
     return x.new_empty(*x.shape[:-1], rows)
 
 
+def _fake_linears(
+    x: Tensor, records: Any, biases: Any, rows: Sequence[int], *others: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(rows))
+
+
 def _fake_rows(ids: Tensor, record: Tensor, rows: int, cols: int, *others: Any) -> Tensor:
     return record.new_empty(*ids.shape, cols, dtype=others[-1])
 
@@ -149,5 +174,11 @@ def _fake_decode(record: Tensor, rows: int, cols: int, *others: Any) -> Tensor:
     return record.new_empty(end - start, cols, dtype=dtype)
 
 
-for _name, _fake in (("linear", _fake_linear), ("rows", _fake_rows), ("decode", _fake_decode)):
+_LIBRARY.impl("linears", _linears, "CompositeExplicitAutograd")
+for _name, _fake in (
+    ("linear", _fake_linear),
+    ("linears", _fake_linears),
+    ("rows", _fake_rows),
+    ("decode", _fake_decode),
+):
     _torch.register_fake(f"tierhints::{_name}", _fake)

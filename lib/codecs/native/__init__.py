@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
+from ...errors import InputError
 from ...files import cache_folder
 
 VARIABLE = "TIERHINTS_NATIVE"
-"""0: do without the extension."""
+"""0: do without the extension. One of ``INSTRUCTIONS``: those, in the place of the best here."""
+INSTRUCTIONS = ("portable", "avx2", "avx512")
 FLAGS_VARIABLE = "TIERHINTS_NATIVE_FLAGS"
 """More flags for the compiler, such as those of a sanitizer."""
 _FOLDER = Path(__file__).parent
@@ -49,8 +51,11 @@ class Native:
 @cache
 def load_native() -> Native:
     """Load the extension into this process, building it first where that wasn't done yet."""
-    if os.environ.get(VARIABLE) == "0":
+    asked = os.environ.get(VARIABLE, "")
+    if asked == "0":
         return Native(None, f"{VARIABLE} is 0")
+    if asked and asked not in INSTRUCTIONS:
+        raise InputError(f"{VARIABLE} is {asked!r}: set 0, {' or '.join(INSTRUCTIONS)}, or nothing")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     library = _library_path()
     try:

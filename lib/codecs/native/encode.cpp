@@ -81,7 +81,8 @@ namespace avx512 {
 
 template <typename Weight>
 int64_t encode(const Weight* weights, int64_t first, int64_t count, const EncodeTarget& target) {
-  static const std::string_view set = choose_kernels()->name;
+  static const Kernels* const kernels = choose_kernels();
+  const std::string_view set = kernels ? kernels->name : "portable";
   const Layout& layout = target.layout;
   std::vector<float> values(layout.cols);
   std::vector<int32_t> ends(2 * layout.num_groups);

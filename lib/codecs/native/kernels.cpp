@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -12,8 +13,8 @@
 
 namespace tierhints {
 
-constexpr int64_t kAheadBytes = 1024;
-constexpr float kLargestCode = 32767;
+constexpr int64_t kAheadBytes = 4096;  // two hundred nanoseconds
+constexpr float kLargestCode = 32512;  // 127 * 256: VNNI takes it as two signed bytes
 constexpr float kSmallestPeak = 1e-30f;  // of a block of activations: smaller ones are 0
 
 namespace portable {
@@ -48,11 +49,14 @@ const Kernels kAvx2{"avx2", avx2::quantize, avx2::multiply, avx2::decode};
 const Kernels kAvx512{"avx512", avx512::quantize, avx512::multiply, avx512::decode};
 #endif
 
-bool allowed(const char* name, const char* which) { return !name || !std::strcmp(name, which); }
+bool allowed(const char* name, const char* which) {
+  return !name || !*name || !std::strcmp(name, which);
+}
 
 }  // namespace
 
-const Kernels* choose_kernels(const char* name) {
+const Kernels* choose_kernels() {
+  const char* name = std::getenv("TIERHINTS_NATIVE");
 #if defined(__x86_64__)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_vnni = has_avx2 && __builtin_cpu_supports("avx512vl") &&

@@ -12,40 +12,41 @@ constexpr int kTile = 4;  // rows of activations, or of weights for a single one
 // Weights that a thread should have to itself: with fewer, waking another takes longer.
 constexpr int64_t kGrainWeights = 1 << 15;
 
-inline int64_t lanes_of(int64_t count) { return round_up(count, 8); }
+inline int64_t lanes_of(int64_t count) { return round_up(count, 16); }
 
 // Activations as products take them: int16 codes x ~ scale * code, in blocks of a row that lie
 // within a group of weights. int16 and not int8: products stay at memory speed, and rounding, at
 // most 2^-16 of a block's largest magnitude, is far below that of bfloat16. Arrays of blocks and of
-// groups end with zeros, up to a multiple of 8.
+// groups end with zeros, up to a multiple of 16.
 struct Activations {
   int64_t rows;        // of activations
   int64_t tile;        // of them that are multiplied together: 1 or kTile (the last has zeros)
   int64_t num_tiles;
   int64_t block;       // codes of a block: 32 or 64
   int64_t num_blocks;  // of a row; the last may be half as long
+  int64_t blocks_per_group;
   int64_t block_stride, group_stride;
   int16_t* codes;      // (num_tiles, padded_cols / 32, tile, 32), 0 beyond cols
-  float* scales;       // (num_tiles * tile, block_stride)
-  float* offsets;      // (num_tiles * tile, block_stride): -2^(bits-1) times the sum of the codes
+  float* scales;       // (num_tiles * tile, block_stride): times 2^(bits that weights have dropped)
   float* sums;         // (num_tiles * tile, group_stride): of scale * code
 
   Activations(const Layout& layout, int64_t count)
       : rows(count), tile(count == 1 ? 1 : kTile), num_tiles((count + tile - 1) / tile),
         block(layout.group_size % 64 == 0 || layout.num_groups == 1 ? 64 : 32),
-        num_blocks((layout.padded_cols + block - 1) / block), block_stride(lanes_of(num_blocks)),
+        num_blocks((layout.padded_cols + block - 1) / block),
+        blocks_per_group(layout.num_groups == 1 ? num_blocks : layout.group_size / block),
+        block_stride(lanes_of(num_blocks)),
         group_stride(lanes_of(layout.num_groups)),
         code_bytes_(num_tiles * tile * layout.padded_cols * 2) {}
 
   int64_t num_bytes() const {
-    return code_bytes_ + num_tiles * tile * (2 * block_stride + group_stride) * 4;
+    return code_bytes_ + num_tiles * tile * (block_stride + group_stride) * 4;
   }
   // Takes so many bytes from `memory` on, which starts at a multiple of 64.
   void use(uint8_t* memory) {
     codes = reinterpret_cast<int16_t*>(memory);
     scales = reinterpret_cast<float*>(memory + code_bytes_);
-    offsets = scales + num_tiles * tile * block_stride;
-    sums = offsets + num_tiles * tile * block_stride;
+    sums = scales + num_tiles * tile * block_stride;
   }
 
  private:
@@ -54,8 +55,7 @@ struct Activations {
 
 // Memory for kTile rows of weights as products take them.
 inline int64_t working_bytes(const Layout& layout) {
-  const int64_t blocks = lanes_of(layout.padded_cols / 32), groups = lanes_of(layout.num_groups);
-  return kTile * (round_up(layout.padded_cols, 64) + (2 * blocks + groups) * 4);
+  return kTile * (round_up(layout.padded_cols, 64) + lanes_of(layout.padded_cols / 32) * 4);
 }
 
 struct Kernels {
@@ -70,7 +70,8 @@ struct Kernels {
   void (*decode)(const Record&, int64_t row, float* out, uint8_t* working);
 };
 
-// The fastest that this processor runs; `name` forces one ("portable", "avx2", "avx512").
-const Kernels* choose_kernels(const char* name = nullptr);
+// The fastest that this processor runs, or those that $TIERHINTS_NATIVE names ("portable", "avx2",
+// "avx512"): null where the processor can't run them.
+const Kernels* choose_kernels();
 
 }  // namespace tierhints

@@ -4,7 +4,12 @@
 
 // A vector of bytes that are shifted as 16-bit words (masks drop what crosses a byte's border), or
 // one 32-bit word of them: rows of planes are whole words.
-typedef uint16_t Wide __attribute__((vector_size(32)));
+typedef uint16_t Half __attribute__((vector_size(32)));
+#ifdef TIERHINTS_VNNI
+typedef uint16_t Wide __attribute__((vector_size(64)));
+#else
+typedef Half Wide;
+#endif
 typedef uint32_t Word;
 
 #define TIERHINTS_INLINE inline __attribute__((always_inline))
@@ -22,10 +27,8 @@ TIERHINTS_INLINE void store(uint8_t* to, V value) {
 }
 
 template <typename V>
-TIERHINTS_INLINE V bytes(uint8_t byte);
-template <>
-TIERHINTS_INLINE Wide bytes<Wide>(uint8_t byte) {
-  return Wide{} + static_cast<uint16_t>(byte * 0x0101u);
+TIERHINTS_INLINE V bytes(uint8_t byte) {
+  return V{} + static_cast<uint16_t>(byte * 0x0101u);
 }
 template <>
 TIERHINTS_INLINE Word bytes<Word>(uint8_t byte) {
@@ -51,7 +54,8 @@ template <>
 struct Unpack<2> {
   static constexpr int kPieces = 4;
   template <typename V>
-  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece,
+                                  int64_t j) {
     const V a = load<V>(plane[0] + j);
     store(codes + j, take<6, 3>(a));
     store(codes + j + piece, take<4, 3>(a));
@@ -68,7 +72,8 @@ struct Unpack<3> {
     store(to, take<6 - kPiece / 2 * 2 - 1, 6>(two) | take<7 - kPiece, 1>(one));
   }
   template <typename V>
-  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece,
+                                  int64_t j) {
     const V a = load<V>(plane[0] + j), b = load<V>(plane[0] + j + piece);
     const V one = load<V>(plane[1] + j);
     put<0>(a, one, codes + j);
@@ -86,7 +91,8 @@ template <>
 struct Unpack<4> {
   static constexpr int kPieces = 2;
   template <typename V>
-  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece,
+                                  int64_t j) {
     const V a = load<V>(plane[0] + j);
     store(codes + j, take<4, 15>(a));
     store(codes + j + piece, take<0, 15>(a));
@@ -101,13 +107,15 @@ struct Unpack<5> {
     store(to, take<kPiece < 4 ? 3 : -1, 30>(four) | take<7 - kPiece, 1>(one));
   }
   template <int kPiece, typename V>
-  static TIERHINTS_INLINE void both(const uint8_t* four, V one, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void both(const uint8_t* four, V one, uint8_t* codes, int64_t piece,
+                                  int64_t j) {
     const V a = load<V>(four + j + kPiece * piece);
     put<kPiece>(a, one, codes + j + kPiece * piece);
     put<kPiece + 4>(a, one, codes + j + (kPiece + 4) * piece);
   }
   template <typename V>
-  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece,
+                                  int64_t j) {
     const V one = load<V>(plane[1] + j);
     both<0>(plane[0], one, codes, piece, j);
     both<1>(plane[0], one, codes, piece, j);
@@ -120,7 +128,8 @@ template <>
 struct Unpack<6> {
   static constexpr int kPieces = 4;
   template <typename V>
-  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece,
+                                  int64_t j) {
     const V a = load<V>(plane[0] + j), b = load<V>(plane[0] + j + piece);
     const V two = load<V>(plane[1] + j);
     store(codes + j, take<2, 60>(a) | take<6, 3>(two));
@@ -134,7 +143,8 @@ template <>
 struct Unpack<8> {
   static constexpr int kPieces = 4;
   template <typename V>
-  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece, int64_t j) {
+  static TIERHINTS_INLINE void step(const uint8_t* const* plane, uint8_t* codes, int64_t piece,
+                                  int64_t j) {
     const V a = load<V>(plane[0] + j), b = load<V>(plane[0] + j + piece);
     const V two = load<V>(plane[1] + j), low = load<V>(plane[2] + j);
     store(codes + j, take<0, 240>(a) | take<4, 12>(two) | take<6, 3>(low));
@@ -144,12 +154,17 @@ struct Unpack<8> {
   }
 };
 
-// Asks for what a step some rows later will read of a plane that has kWidth bytes for each of the
+// Asks for what is read some rows later of each plane, in the place of `count` bytes of the
 // narrowest.
-template <int kWidth>
-TIERHINTS_INLINE void fetch_ahead(const uint8_t* plane, int64_t j) {
-  for (int line = 0; line < kWidth; line += 2) {
-    __builtin_prefetch(plane + j * kWidth + line * 32 + kAheadBytes);
+template <int kBits>
+TIERHINTS_INLINE void fetch_ahead(const uint8_t* const* plane, int64_t j, int64_t count) {
+  constexpr int kWidths[] = {kBits == 5 ? 4 : kBits == 2 || kBits == 4 ? 1 : 2, 1, 1};
+  constexpr int kPlanes = kBits == 8 ? 3 : kBits == 2 || kBits == 4 ? 1 : 2;
+  for (int index = 0; index < kPlanes; ++index) {
+    const uint8_t* start = plane[index] + j * kWidths[index] + kAheadBytes;
+    for (int64_t byte = 0; byte < count * kWidths[index]; byte += 64) {
+      __builtin_prefetch(start + byte);
+    }
   }
 }
 
@@ -165,13 +180,18 @@ inline void unpack_row(const Record& record, int64_t row, uint8_t* codes) {
   constexpr int64_t kWide = sizeof(Wide);
   int64_t j = 0;
   for (; j + kWide <= piece; j += kWide) {
-    fetch_ahead<kBits == 5 ? 4 : kBits == 2 || kBits == 4 ? 1 : 2>(plane[0], j);
-    if constexpr (kBits != 2 && kBits != 4) fetch_ahead<1>(plane[1], j);
-    if constexpr (kBits == 8) fetch_ahead<1>(plane[2], j);
+    fetch_ahead<kBits>(plane, j, kWide);
     Unpack<kBits>::template step<Wide>(plane, codes, piece, j);
   }
-  if (j < piece && piece >= kWide) {  // once more what overlaps gives the same codes
+  // What overlaps gives the same codes once more.
+  constexpr int64_t kHalf = sizeof(Half);
+  const int64_t left = piece - j;
+  if (left > 0) fetch_ahead<kBits>(plane, j, left);
+  if (left > kHalf && piece >= kWide) {
     Unpack<kBits>::template step<Wide>(plane, codes, piece, piece - kWide);
+  } else if (left > 0 && piece >= kHalf) {
+    if (left > kHalf) Unpack<kBits>::template step<Half>(plane, codes, piece, j);
+    Unpack<kBits>::template step<Half>(plane, codes, piece, piece - kHalf);
   } else {
     for (; j < piece; j += sizeof(Word)) {
       Unpack<kBits>::template step<Word>(plane, codes, piece, j);
@@ -179,9 +199,11 @@ inline void unpack_row(const Record& record, int64_t row, uint8_t* codes) {
   }
 }
 
-// A block of activations as codes: writes kCodes of them, 32 at each stride, returns their scale and their sum. With
-// AVX2 those of even columns come first, then those of odd ones, by 32: what a vector of bytes gives
-// in one step each (widening them in order takes longer than their products).
+// A block of activations as codes: writes kCodes of them, 32 at each stride, returns their scale
+// and their sum. Of each 32, with AVX2 those of even columns come first, then those of odd ones: what a
+// vector of bytes gives in one step each (widening them in order takes longer than their products).
+// With VNNI, which multiplies bytes, their high bytes come first, then what is left, as signed
+// bytes.
 struct QuantizedBlock {
   float scale;
   int32_t sum;
@@ -210,21 +232,30 @@ TIERHINTS_INLINE QuantizedBlock quantize_block(const float* values, int16_t* cod
   const __m256 inverse = _mm256_set1_ps(kLargestCode / peak);
   __m256i sums = _mm256_setzero_si256();
   for (int k = 0; k < kCodes; k += 32) {
-    __m256i even[2], odd[2];
+    [[maybe_unused]] __m256i even[2], odd[2];
     for (int part = 0; part < 2; ++part) {
       const float* from = values + k + 16 * part;
       const __m256i first = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from), inverse));
       const __m256i second = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 8), inverse));
       sums = _mm256_add_epi32(sums, _mm256_add_epi32(first, second));
       const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(first, second), 0xd8);
+#ifdef TIERHINTS_VNNI
+      const __m256i high = _mm256_srai_epi16(_mm256_add_epi16(packed, _mm256_set1_epi16(128)), 8);
+      __m128i* to = reinterpret_cast<__m128i*>(codes + k / 32 * stride) + part;
+      _mm_storeu_si128(to, _mm256_cvtepi16_epi8(high));
+      _mm_storeu_si128(to + 2, _mm256_cvtepi16_epi8(packed));  // less 256 times the high bytes
+#else
       even[part] = _mm256_srai_epi32(_mm256_slli_epi32(packed, 16), 16);
       odd[part] = _mm256_srai_epi32(packed, 16);
+#endif
     }
+#ifndef TIERHINTS_VNNI
     __m256i* to = reinterpret_cast<__m256i*>(codes + k / 32 * stride);
     _mm256_storeu_si256(
         to, _mm256_permute4x64_epi64(_mm256_packs_epi32(even[0], even[1]), 0xd8));
     _mm256_storeu_si256(
         to + 1, _mm256_permute4x64_epi64(_mm256_packs_epi32(odd[0], odd[1]), 0xd8));
+#endif
   }
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
@@ -259,16 +290,14 @@ TIERHINTS_INLINE QuantizedBlock quantize_block(const float* values, int16_t* cod
 #endif
 
 void quantize(const float* x, const Layout& layout, Activations* to, int64_t begin, int64_t end) {
-  const float middle = static_cast<float>(1 << (layout.bits - 1));
+  const float dropped = static_cast<float>(1 << layout.dropped_bits());
   const int64_t tile = to->tile;
   for (int64_t row = begin * tile; row < end * tile; ++row) {
     const float* from = row < to->rows ? x + row * layout.cols : nullptr;
     int16_t* codes = to->codes + row / tile * tile * layout.padded_cols + row % tile * 32;
     float* scales = to->scales + row * to->block_stride;
-    float* offsets = to->offsets + row * to->block_stride;
     float* sums = to->sums + row * to->group_stride;
     std::fill_n(scales, to->block_stride, 0.0f);
-    std::fill_n(offsets, to->block_stride, 0.0f);
     std::fill_n(sums, to->group_stride, 0.0f);
     for (int64_t block = 0, start = 0; block < to->num_blocks; ++block, start += to->block) {
       const int64_t size = std::min(to->block, layout.padded_cols - start);
@@ -283,10 +312,8 @@ void quantize(const float* x, const Layout& layout, Activations* to, int64_t beg
       int16_t* place = codes + start * tile;
       const QuantizedBlock found = size == 64 ? quantize_block<64>(values, place, 32 * tile)
                                               : quantize_block<32>(values, place, 32 * tile);
-      scales[block] = found.scale;
-      offsets[block] = -middle * static_cast<float>(found.sum);
-      const int64_t group = layout.num_groups == 1 ? 0 : start / layout.group_size;
-      sums[group] += found.scale * static_cast<float>(found.sum);
+      scales[block] = found.scale * dropped;
+      sums[block / to->blocks_per_group] += found.scale * static_cast<float>(found.sum);
     }
   }
 }
@@ -295,8 +322,6 @@ void quantize(const float* x, const Layout& layout, Activations* to, int64_t beg
 #ifdef TIERHINTS_AVX2
 typedef __m256 Lanes;
 
-TIERHINTS_INLINE Lanes load_lanes(const float* from) { return _mm256_loadu_ps(from); }
-TIERHINTS_INLINE void store_lanes(float* to, Lanes lanes) { _mm256_storeu_ps(to, lanes); }
 TIERHINTS_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
   return _mm256_fmadd_ps(a, b, sum);
 }
@@ -306,6 +331,42 @@ TIERHINTS_INLINE void total_lanes(const Lanes* four, float* totals) {
   _mm_storeu_ps(totals,
                 _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
+
+#ifdef TIERHINTS_VNNI
+
+// The products of a block of codes with one of activations, in 8 lanes.
+template <int kCodes, int kWeights, int kRows>
+TIERHINTS_INLINE void multiply_block(const uint8_t* codes, int64_t code_stride, const int16_t* x,
+                                     const float* scales, int64_t scale_stride, Lanes* lanes) {
+  __m256i high[kWeights * kRows], low[kWeights * kRows];
+#pragma GCC unroll 4
+  for (int pair = 0; pair < kWeights * kRows; ++pair) {
+    high[pair] = low[pair] = _mm256_setzero_si256();
+  }
+#pragma GCC unroll 2
+  for (int k = 0; k < kCodes; k += 32) {
+#pragma GCC unroll 4
+    for (int w = 0; w < kWeights; ++w) {
+      const __m256i those =
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + w * code_stride + k));
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+        const __m256i* other = reinterpret_cast<const __m256i*>(x + k * kRows + row * 32);
+        const int pair = w * kRows + row;
+        high[pair] = _mm256_dpbusd_epi32(high[pair], those, _mm256_load_si256(other));
+        low[pair] = _mm256_dpbusd_epi32(low[pair], those, _mm256_load_si256(other + 1));
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int pair = 0; pair < kWeights * kRows; ++pair) {
+    const __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(high[pair], 8), low[pair]);
+    const __m256 scale = _mm256_broadcast_ss(scales + pair * scale_stride);
+    lanes[pair] = multiply_add(_mm256_cvtepi32_ps(sum), scale, lanes[pair]);
+  }
+}
+
+#else
 
 // The products of a block of codes with one of activations, in 8 lanes.
 template <int kCodes, int kWeights, int kRows>
@@ -332,13 +393,8 @@ TIERHINTS_INLINE void multiply_block(const uint8_t* codes, int64_t code_stride, 
           odd[w] = _mm256_srli_epi16(pairs, 8);
         }
         __m256i& sum = sums[w * kRows + row];
-#ifdef TIERHINTS_VNNI
-        sum = _mm256_dpwssd_epi32(sum, even[w], x_even);
-        sum = _mm256_dpwssd_epi32(sum, odd[w], x_odd);
-#else
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even[w], x_even));
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd[w], x_odd));
-#endif
         asm("" : "+x"(sum));  // or GCC adds products up first, more than there are registers
       }
     }
@@ -350,15 +406,11 @@ TIERHINTS_INLINE void multiply_block(const uint8_t* codes, int64_t code_stride, 
   }
 }
 
+#endif
+
 #else
 typedef float Lanes __attribute__((vector_size(32)));
 
-TIERHINTS_INLINE Lanes load_lanes(const float* from) {
-  return load<Lanes>(reinterpret_cast<const uint8_t*>(from));
-}
-TIERHINTS_INLINE void store_lanes(float* to, Lanes lanes) {
-  store(reinterpret_cast<uint8_t*>(to), lanes);
-}
 TIERHINTS_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes sum) { return a * b + sum; }
 TIERHINTS_INLINE void total_lanes(const Lanes* four, float* totals) {
   for (int index = 0; index < kTile; ++index) {
@@ -386,140 +438,154 @@ TIERHINTS_INLINE void multiply_block(const uint8_t* codes, int64_t code_stride, 
 
 #endif
 
-// Rows of weights as products take them: a byte a code, the scale of each block, the zero of each
-// group as products add it.
-struct Weights {
-  uint8_t* codes;
-  float* scales;
-  float* zeros;
-  float* folded;  // scales of blocks times those of activations
-  int64_t code_stride, block_stride, group_stride;
+// As many scales or zeros of a row as are converted at a time; `left` of them are left, and 0 comes
+// behind them.
+#if defined(TIERHINTS_VNNI)
+typedef __m512 Floats;
 
-  Weights(const Layout& layout, const Activations& x, uint8_t* working)
-      : codes(working), code_stride(round_up(layout.padded_cols, 64)),
-        block_stride(x.block_stride), group_stride(x.group_stride) {
-    scales = reinterpret_cast<float*>(working + kTile * code_stride);
-    zeros = scales + kTile * block_stride;
-    folded = zeros + kTile * group_stride;
-  }
-};
+TIERHINTS_INLINE Floats load_parameters(const uint16_t* from, int64_t left) {
+  const __mmask16 there = left >= 16 ? 0xffff : (1u << left) - 1;
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+TIERHINTS_INLINE Lanes fold_lanes(Floats sums) {
+  return _mm256_add_ps(_mm512_castps512_ps256(sums),
+                       _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sums), 1)));
+}
+#elif defined(TIERHINTS_AVX2)
+typedef __m256 Floats;
 
-// Eight scales or zeros of a row, of which `left` are left: 0 behind them. What is read there is still
-// the record's: planes follow.
-TIERHINTS_INLINE Lanes load_parameters(const uint16_t* from, int64_t left) {
-#ifdef TIERHINTS_AVX2
+// What is read behind the last is still the record's: planes follow.
+TIERHINTS_INLINE Floats load_parameters(const uint16_t* from, int64_t left) {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left)),
-                                          _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left)),
+                                           _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   return _mm256_castsi256_ps(
-      _mm256_and_si256(mask, _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
+      _mm256_and_si256(there, _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
+}
+TIERHINTS_INLINE Lanes fold_lanes(Floats sums) { return sums; }
 #else
-  Lanes values = {};
+typedef Lanes Floats;
+
+TIERHINTS_INLINE Floats load_parameters(const uint16_t* from, int64_t left) {
+  Floats values = {};
   for (int64_t index = 0; index < std::min<int64_t>(left, 8); ++index) {
     values[index] = from_bfloat16(from[index]);
   }
   return values;
+}
+TIERHINTS_INLINE Lanes fold_lanes(Floats sums) { return sums; }
 #endif
+
+TIERHINTS_INLINE Floats load_floats(const float* from) {
+  return load<Floats>(reinterpret_cast<const uint8_t*>(from));
 }
 
-// Writes the scales and the zeros of a row of weights into place `index`.
-TIERHINTS_INLINE void spread_parameters(const Record& record, int64_t row, const Activations& x,
-                                        const Weights& to, int index) {
-  const Layout& layout = record.layout;
-  const uint16_t *scales = record.scales(row), *zeros = record.zeros(row);
-  float* block_scales = to.scales + index * to.block_stride;
-  float* group_zeros = to.zeros + index * to.group_stride;
-  const int64_t per_group = layout.group_size / x.block;
-  const Lanes dropped = Lanes{} + static_cast<float>(1 << layout.dropped_bits());
-  const Lanes half = (dropped - 1.0f) / 2.0f;
-  for (int64_t group = 0; group < layout.num_groups; group += 8) {
-    const Lanes scale = load_parameters(scales + group, layout.num_groups - group);
-    const Lanes zero = load_parameters(zeros + group, layout.num_groups - group);
-    store_lanes(group_zeros + group, multiply_add(half, scale, zero));
-    if (per_group == 1 && layout.num_groups > 1) store_lanes(block_scales + group, scale * dropped);
+// What a thread keeps of the rows of weights that it multiplies.
+struct Working {
+  uint8_t* codes;  // (kTile, code_stride)
+  float* scales;   // (kTile, block_stride): of blocks of weights, times those of activations
+  int64_t code_stride, block_stride;
+  float low;       // of codes as they are stored, less their middle, in scales
+
+  Working(const Layout& layout, const Activations& x, uint8_t* memory)
+      : codes(memory), code_stride(round_up(layout.padded_cols, 64)),
+        block_stride(x.block_stride) {
+    scales = reinterpret_cast<float*>(memory + kTile * code_stride);
+    const float dropped = static_cast<float>(1 << layout.dropped_bits());
+    low = (dropped - 1) / 2 - dropped * static_cast<float>(1 << (layout.bits - 1));
   }
-  if (layout.num_groups == 1) {
-    std::fill_n(block_scales, to.block_stride, from_bfloat16(scales[0]) * dropped[0]);
-  } else if (per_group > 1) {
-    for (int64_t block = 0; block < x.num_blocks; ++block) {
-      block_scales[block] = from_bfloat16(scales[block / per_group]) * dropped[0];
+};
+
+// Multiplies the scales of a row of weights by those of kRows of activations, and begins `lanes`
+// with what codes don't hold: x * (zero + low * scale).
+template <int kRows>
+TIERHINTS_INLINE void fold_parameters(const Record& record, int64_t row, const Activations& x,
+                                      int64_t first, const Working& to, float* scales,
+                                      Lanes* lanes) {
+  const int64_t num_groups = record.layout.num_groups;
+  const uint16_t *from = record.scales(row), *zeros = record.zeros(row);
+  const float *x_scales = x.scales + first * x.block_stride,
+              *x_sums = x.sums + first * x.group_stride;
+  constexpr int64_t kFloats = sizeof(Floats) / 4;
+  Floats sums[kRows] = {};
+  for (int64_t group = 0; group < num_groups; group += kFloats) {
+    const Floats scale = load_parameters(from + group, num_groups - group);
+    const Floats offset = load_parameters(zeros + group, num_groups - group) + scale * to.low;
+    for (int index = 0; index < kRows; ++index) {
+      sums[index] += offset * load_floats(x_sums + index * x.group_stride + group);
+      if (x.blocks_per_group == 1) {
+        store(reinterpret_cast<uint8_t*>(scales + index * to.block_stride + group),
+              scale * load_floats(x_scales + index * x.block_stride + group));
+      }
+    }
+  }
+  for (int index = 0; index < kRows; ++index) lanes[index] = fold_lanes(sums[index]);
+  if (x.blocks_per_group == 1) return;
+  for (int index = 0; index < kRows; ++index) {
+    const float* factors = x_scales + index * x.block_stride;
+    float* products = scales + index * to.block_stride;
+    for (int64_t group = 0, block = 0; group < num_groups; ++group) {
+      const float scale = from_bfloat16(from[group]);
+      const int64_t end = std::min(block + x.blocks_per_group, x.num_blocks);
+      for (; block < end; ++block) products[block] = factors[block] * scale;
     }
   }
 }
 
-// Totals of kWeights rows of weights times kRows of a tile of activations, one of which is 1.
+// Totals of kWeights rows of weights, whose codes are unpacked, times kRows of activations from
+// `first` on; one of both is 1.
 template <int kWeights, int kRows, int kBlock>
-inline void multiply_tile(const Layout& layout, const Weights& weights, const Activations& from,
-                          int64_t tile, float* totals) {
+TIERHINTS_INLINE void multiply_tile(const Record& record, int64_t row, const Working& working,
+                                    const Activations& from, int64_t first, float* totals) {
   Lanes lanes[kTile] = {};
-  const int64_t first = tile * kRows;
   for (int w = 0; w < kWeights; ++w) {
-    for (int row = 0; row < kRows; ++row) {
-      // What the middle of the codes contributes (products are with codes as they are stored, not
-      // less 2^(bits-1)), and the zeros.
-      const int pair = w * kRows + row;
-      Lanes sum = {};
-      for (int64_t block = 0; block < from.block_stride; block += 8) {
-        const Lanes scale = load_lanes(weights.scales + w * weights.block_stride + block) *
-                            load_lanes(from.scales + (first + row) * from.block_stride + block);
-        store_lanes(weights.folded + pair * weights.block_stride + block, scale);
-        const float* offsets = from.offsets + (first + row) * from.block_stride + block;
-        sum = multiply_add(scale, load_lanes(offsets), sum);
-      }
-      for (int64_t group = 0; group < from.group_stride; group += 8) {
-        const float* sums = from.sums + (first + row) * from.group_stride + group;
-        const float* zeros = weights.zeros + w * weights.group_stride + group;
-        sum = multiply_add(load_lanes(zeros), load_lanes(sums), sum);
-      }
-      lanes[pair] = sum;
-    }
+    fold_parameters<kRows>(record, row + w, from, first, working,
+                           working.scales + w * working.block_stride, lanes + w);
   }
-  const int16_t* x = from.codes + first * layout.padded_cols;
-  const int64_t whole = layout.padded_cols / kBlock;
+  const int64_t padded_cols = record.layout.padded_cols;
+  const int16_t* x = from.codes + first * padded_cols;
+  const int64_t whole = padded_cols / kBlock;
   for (int64_t block = 0; block < whole; ++block) {
-    multiply_block<kBlock, kWeights, kRows>(weights.codes + block * kBlock, weights.code_stride,
-                                            x + block * kBlock * kRows, weights.folded + block,
-                                            weights.block_stride, lanes);
+    multiply_block<kBlock, kWeights, kRows>(working.codes + block * kBlock, working.code_stride,
+                                            x + block * kBlock * kRows, working.scales + block,
+                                            working.block_stride, lanes);
   }
   if (whole < from.num_blocks) {
-    multiply_block<32, kWeights, kRows>(weights.codes + whole * kBlock, weights.code_stride,
-                                        x + whole * kBlock * kRows, weights.folded + whole,
-                                        weights.block_stride, lanes);
+    multiply_block<32, kWeights, kRows>(working.codes + whole * kBlock, working.code_stride,
+                                        x + whole * kBlock * kRows, working.scales + whole,
+                                        working.block_stride, lanes);
   }
   total_lanes(lanes, totals);
 }
 
 template <int kBits, int kBlock>
 void multiply_rows(const Record& record, const Activations& x, const float* bias, float* y,
-                   int64_t stride, int64_t begin, int64_t end, uint8_t* working) {
-  const Layout& layout = record.layout;
-  const Weights weights(layout, x, working);
-  std::fill_n(weights.scales, kTile * (weights.block_stride + weights.group_stride), 0.0f);
-  const auto take = [&](int64_t row, int index) {
-    unpack_row<kBits>(record, row, weights.codes + index * weights.code_stride);
-    spread_parameters(record, row, x, weights, index);
-  };
+                   int64_t stride, int64_t begin, int64_t end, uint8_t* memory) {
+  const Working working(record.layout, x, memory);
   float totals[kTile];
   int64_t row = begin;
   if (x.tile == 1) {
     for (; row + kTile <= end; row += kTile) {
-      for (int index = 0; index < kTile; ++index) take(row + index, index);
-      multiply_tile<kTile, 1, kBlock>(layout, weights, x, 0, totals);
+      for (int index = 0; index < kTile; ++index) {
+        unpack_row<kBits>(record, row + index, working.codes + index * working.code_stride);
+      }
+      multiply_tile<kTile, 1, kBlock>(record, row, working, x, 0, totals);
       for (int index = 0; index < kTile; ++index) {
         y[row + index] = totals[index] + (bias ? bias[row + index] : 0);
       }
     }
     for (; row < end; ++row) {
-      take(row, 0);
-      multiply_tile<1, 1, kBlock>(layout, weights, x, 0, totals);
+      unpack_row<kBits>(record, row, working.codes);
+      multiply_tile<1, 1, kBlock>(record, row, working, x, 0, totals);
       y[row] = totals[0] + (bias ? bias[row] : 0);
     }
   }
   for (; row < end; ++row) {
-    take(row, 0);
-    for (int64_t tile = 0; tile < x.num_tiles; ++tile) {
-      multiply_tile<1, kTile, kBlock>(layout, weights, x, tile, totals);
-      const int64_t first = tile * kTile, last = std::min<int64_t>(first + kTile, x.rows);
+    unpack_row<kBits>(record, row, working.codes);
+    for (int64_t first = 0; first < x.rows; first += kTile) {
+      multiply_tile<1, kTile, kBlock>(record, row, working, x, first, totals);
+      const int64_t last = std::min<int64_t>(first + kTile, x.rows);
       for (int64_t m = first; m < last; ++m) {
         y[m * stride + row] = totals[m - first] + (bias ? bias[row] : 0);
       }

@@ -1,6 +1,8 @@
 // The operators of namespace tierhints on a CPU; lib/codecs/ops.py defines them.
 
+#include <ATen/DimVector.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -23,6 +25,7 @@ const Kernels* kernels = choose_kernels();
 constexpr int64_t kFewRows = 32;
 
 Record open_record(const Tensor& record, const Layout& layout) {
+  TORCH_CHECK(kernels, "TIERHINTS_NATIVE names instructions that this processor doesn't have");
   TORCH_CHECK(record.scalar_type() == at::kByte && record.is_contiguous() &&
                   record.numel() >= layout.num_bytes && layout.num_planes > 0,
               "a record of ", layout.num_bytes, " bytes was expected, in one piece");
@@ -77,7 +80,8 @@ bool multiplies_bfloat16() {
 // Many rows of activations: a share of the weights is expanded in cache, and multiplied by a gemm.
 void multiply_expanded(const Record& record, const Tensor& x, Tensor y, int64_t scratch_bytes) {
   const Layout& layout = record.layout;
-  const auto dtype = multiplies_bfloat16() ? at::kBFloat16 : at::kFloat;
+  const bool halves = x.scalar_type() == at::kBFloat16 && multiplies_bfloat16();
+  const auto dtype = halves ? at::kBFloat16 : at::kFloat;
   const int64_t row_bytes = layout.cols * (dtype == at::kFloat ? 4 : 6);
   const int64_t step = std::clamp<int64_t>(scratch_bytes / row_bytes, 1, layout.rows);
   const Tensor tile = at::empty({step, layout.cols}, at::kFloat);
@@ -90,32 +94,76 @@ void multiply_expanded(const Record& record, const Tensor& x, Tensor y, int64_t 
   }
 }
 
+// One matrix of several with the same layout but for their rows, and where its share of the rows of
+// outputs begins.
+struct Part {
+  Record record;
+  Tensor bias;  // float and contiguous; or undefined
+  int64_t start;
+};
+
+// Rows of x times the rows of all parts, which follow each other in the last dimension of what is
+// returned.
+Tensor multiply_parts(const Tensor& x, const std::vector<Part>& parts, int64_t scratch_bytes) {
+  const Layout& layout = parts[0].record.layout;
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) == layout.cols, "activations of ", layout.cols,
+              " columns were expected, not of shape ", x.sizes());
+  const int64_t rows = parts.back().start + parts.back().record.layout.rows;
+  const int64_t count = layout.cols ? x.numel() / layout.cols : 0;
+  at::DimVector shape(x.sizes());
+  shape.back() = rows;
+  Tensor y = at::empty(shape, at::kFloat);
+  if (count > kFewRows) {
+    const Tensor flat = x.reshape({count, layout.cols}), out = y.view({count, rows});
+    for (const Part& part : parts) {
+      const Tensor share = out.narrow(1, part.start, part.record.layout.rows);
+      multiply_expanded(part.record, flat, share, scratch_bytes);
+      if (part.bias.defined()) share.add_(part.bias);
+    }
+  } else if (count > 0) {
+    const Tensor floats = x.to(at::kFloat).contiguous();
+    const Activations activations = make_activations(floats.const_data_ptr<float>(), count, layout);
+    float* out = y.mutable_data_ptr<float>();
+    const int64_t grain = grain_of(layout, std::max<int64_t>(1, kGrainWeights / count));
+    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      uint8_t* working = working_memory(layout);
+      for (const Part& part : parts) {
+        const int64_t first = std::max<int64_t>(begin - part.start, 0);
+        const int64_t last = std::min(end - part.start, part.record.layout.rows);
+        const float* bias = part.bias.defined() ? part.bias.const_data_ptr<float>() : nullptr;
+        if (first >= last) continue;
+        kernels->multiply(part.record, activations, bias, out + part.start, rows, first, last,
+                          working);
+      }
+    });
+  }
+  return x.scalar_type() == at::kFloat ? y : y.to(x.scalar_type());
+}
+
+Part make_part(const Tensor& record, const std::optional<Tensor>& bias, const Layout& layout,
+               int64_t start) {
+  return {open_record(record, layout), bias ? bias->to(at::kFloat).contiguous() : Tensor(), start};
+}
+
 Tensor linear(const Tensor& x, const Tensor& record, const std::optional<Tensor>& bias,
               int64_t rows, int64_t cols, int64_t group_size, int64_t stored_bits, int64_t bits,
               int64_t scratch_bytes) {
   const Layout layout(rows, cols, group_size, stored_bits, bits);
-  const Record source = open_record(record, layout);
-  TORCH_CHECK(x.dim() > 0 && x.size(-1) == cols, "activations of ", cols,
-              " columns were expected, not of shape ", x.sizes());
-  auto shape = x.sizes().vec();
-  shape.back() = rows;
-  const Tensor flat = x.reshape({-1, cols}).to(at::kFloat).contiguous();
-  const int64_t count = flat.size(0);
-  Tensor y = at::empty({count, rows}, at::kFloat);
-  const Tensor added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  if (count > kFewRows) {
-    multiply_expanded(source, flat, y, scratch_bytes);
-    if (bias) y.add_(added);
-  } else if (count > 0) {
-    const Activations activations = make_activations(flat.const_data_ptr<float>(), count, layout);
-    const float* add = bias ? added.const_data_ptr<float>() : nullptr;
-    float* out = y.mutable_data_ptr<float>();
-    const int64_t grain = grain_of(layout, std::max<int64_t>(1, kGrainWeights / count));
-    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      kernels->multiply(source, activations, add, out, rows, begin, end, working_memory(layout));
-    });
+  return multiply_parts(x, {make_part(record, bias, layout, 0)}, scratch_bytes);
+}
+
+Tensor linears(const Tensor& x, at::TensorList records,
+               const c10::List<std::optional<Tensor>>& biases, at::IntArrayRef rows, int64_t cols,
+               int64_t group_size, int64_t stored_bits, int64_t bits, int64_t scratch_bytes) {
+  TORCH_CHECK(!records.empty() && biases.size() == records.size() && rows.size() == records.size(),
+              "as many records as biases and rows were expected, one at least");
+  std::vector<Part> parts;
+  int64_t start = 0;
+  for (size_t index = 0; index < records.size(); start += rows[index++]) {
+    const Layout layout(rows[index], cols, group_size, stored_bits, bits);
+    parts.push_back(make_part(records[index], biases.get(index), layout, start));
   }
-  return y.view(shape).to(x.scalar_type());
+  return multiply_parts(x, parts, scratch_bytes);
 }
 
 Tensor decode(const Tensor& record, int64_t rows, int64_t cols, int64_t group_size,
@@ -156,6 +204,7 @@ Tensor look_up(const Tensor& ids, const Tensor& record, int64_t rows, int64_t co
 
 TORCH_LIBRARY_IMPL(tierhints, CPU, library) {
   library.impl("linear", linear);
+  library.impl("linears", linears);
   library.impl("decode", decode);
   library.impl("rows", look_up);
 }

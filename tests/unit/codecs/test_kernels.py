@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from lib.codecs.kernels import (
     scratch_bytes,
 )
 from lib.codecs.layout import PLANE_BITS, RAW_BITS
+from lib.codecs.native import INSTRUCTIONS, VARIABLE
 from lib.codecs.records import Codec, decode, encode
 from lib.errors import InputError, PlacementError
 from lib.vocabulary import Precision
@@ -160,6 +164,19 @@ def test_few_rows_cost_no_more_than_int16_activations(codec: Codec) -> None:
         torch.testing.assert_close(weight.linear(x, bias), y + bias)
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_each_set_of_instructions(instructions: str) -> None:
+    if ops.prepare("cpu") == "reference":
+        pytest.skip("our kernels were not built")
+    command = [sys.executable, "-m", "pytest", "-q", __file__]
+    command += ["-k", "few_rows or not_finite or operators", "-p", "no:cacheprovider"]
+    environment = {**os.environ, VARIABLE: instructions, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "this processor doesn't have" in found.stdout:
+        pytest.skip(f"no {instructions} here")
+    assert found.returncode == 0, found.stdout
+
+
 def test_what_is_not_finite_makes_products_so() -> None:
     for num_rows, value in itertools.product((1, 40), (torch.inf, -torch.inf, torch.nan)):
         weight, _ = make(Codec(Precision.INT4, 64), 8, 128)
@@ -167,6 +184,23 @@ def test_what_is_not_finite_makes_products_so() -> None:
         x[0, 70] = value
         y = weight.linear(x)
         assert not y[0].isfinite().any() and y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 40])
+def test_several_matrices_are_multiplied_as_each_alone(num_rows: int) -> None:
+    codec, scratch = Codec(Precision.INT4, 64), 1 << 16
+    ops.prepare("cpu")
+    rows, biases = [130, 3, 70], [torch.randn(130), None, torch.randn(70)]
+    records = [encode(torch.randn(n, 100), codec) for n in rows]
+    layout = ops.layout_arguments(codec.layout(1, 100))[1:]
+    x = torch.randn(num_rows, 100)
+    namespace = torch.ops.tierhints
+    whole = namespace.linears(x, records, biases, rows, *layout, scratch)
+    each = [
+        namespace.linear(x, record, bias, n, *layout, scratch)
+        for record, bias, n in zip(records, biases, rows, strict=True)
+    ]
+    assert torch.equal(whole, torch.cat(each, -1))
 
 
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
@@ -177,6 +211,8 @@ def test_operators_are_what_torch_expects_of_them(bits: int) -> None:
     record, x, bias = encode(torch.randn(6, 100), codec), torch.randn(2, 3, 100), torch.randn(6)
     namespace = torch.ops.tierhints
     opcheck(namespace.linear.default, (x, record, bias, *layout, 1 << 16))
+    several = [record, record], [bias, None], [6, 6]
+    opcheck(namespace.linears.default, (x, *several, *layout[1:], 1 << 16))
     opcheck(namespace.rows.default, (torch.tensor([[1, 5]]), record, *layout, torch.bfloat16))
     opcheck(namespace.decode.default, (record, *layout, 2, 5, torch.float32))
     with pytest.raises((IndexError, RuntimeError), match="out of range"):
