@@ -1,5 +1,7 @@
 """runtime.compile(): decoding with a static cache in one graph."""
 
+import functools
+import gc
 import shutil
 from typing import Any
 
@@ -38,6 +40,12 @@ def generate(model: Any, ids: torch.Tensor, **settings: Any) -> list[list[int]]:
     return [list(map(int, row)) for row in found]
 
 
+def count_records() -> int:
+    gc.collect()
+    tensors = (each for each in gc.get_objects() if type(each) is torch.Tensor)
+    return sum(each.dtype == torch.uint8 and each.numel() > 1000 for each in tensors)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_decoding_compiles_to_the_same_tokens_and_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch,
@@ -57,6 +65,7 @@ def test_decoding_compiles_to_the_same_tokens_and_leaves_no_trace(
         assert compiled._step is not None, "no step was compiled"
         step = compiled._step
 
+        @functools.wraps(step)
         def count(**kwargs: Any) -> Any:
             steps.append(kwargs["input_ids"].shape[1])
             return step(**kwargs)
@@ -73,6 +82,19 @@ def test_decoding_compiles_to_the_same_tokens_and_leaves_no_trace(
             assert not steps and compiled._step is None
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert model.generation_config.cache_implementation is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_a_graph_that_is_not_needed_keeps_no_weights() -> None:
+    if ops.prepare("cpu") == "reference":
+        pytest.skip("our kernels were not built")
+    model, ids, before = small_llama(), torch.randint(1, 96, (2, 7)), count_records()
+    with attach(model, budget=UNLIMITED, precision="int4") as runtime:
+        runtime.compile()
+        generate(model, ids)
+        assert count_records() > before
+    del runtime
+    assert count_records() == before
 
 
 def test_what_streams_is_not_compiled() -> None:

@@ -29,7 +29,7 @@ class CompiledDecoding:
         self._model = model
         self._may_compile = may_compile
         self._plain: Callable[..., Any] = model.forward
-        self._step: Callable[..., Any] | None = None
+        self._step: Any = None  # what torch.compile made
 
         @functools.wraps(self._plain)  # whose signature generate looks at
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -37,7 +37,9 @@ class CompiledDecoding:
                 return self._plain(*args, **kwargs)
             if self._step is None:
                 self._step = _compile(self._plain)
-            return self._step(**kwargs)
+            # Weights become the graph's own: as its arguments, each is looked up for each token.
+            with torch._dynamo.config.patch(install_free_tensors=True):
+                return self._step(**kwargs)
 
         self._own = vars(model).get("forward")
         vars(model)["forward"] = forward
@@ -47,11 +49,14 @@ class CompiledDecoding:
             self._settings.cache_implementation = "static"
 
     def reset(self) -> None:
-        """Forget the graph, which was made for what the model's weights were held as."""
+        """Forget the graph, which has the model's weights as they were held."""
+        if self._step is not None:
+            torch._dynamo.eval_frame.remove_from_cache(self._step._torchdynamo_orig_callable)
         self._step = None
 
     def remove(self) -> None:
         """Let the model compute as before."""
+        self.reset()
         del vars(self._model)["forward"]
         if self._own is not None:
             vars(self._model)["forward"] = self._own
@@ -74,10 +79,19 @@ class CompiledDecoding:
 
 
 def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:
+    from .graph import DecodingPass  # which imports Inductor
+
     def decode_step(**kwargs: Any) -> Any:
         return forward(**kwargs)
 
-    options = {**_OPTIONS, "guard_filter_fn": _keep_arguments}
+    # Graphs are kept with the code of their function: let it be its own.
+    decode_step.__code__ = decode_step.__code__.replace()
+
+    options = {
+        **_OPTIONS,
+        "guard_filter_fn": _keep_arguments,
+        "post_grad_custom_pre_pass": DecodingPass(),
+    }
     compiled: Callable[..., Any] = torch.compile(
         decode_step, fullgraph=True, dynamic=False, options=options
     )
