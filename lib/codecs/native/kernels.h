@@ -16,7 +16,7 @@ inline int64_t lanes_of(int64_t count) { return round_up(count, 16); }
 
 // Activations as products take them: int16 codes x ~ scale * code, in blocks of a row that lie
 // within a group of weights. int16 and not int8: products stay at memory speed, and rounding, at
-// most 2^-16 of a block's largest magnitude, is far below that of bfloat16. Arrays of blocks and of
+// most 1/65024 of a block's largest magnitude, is far below that of bfloat16. Arrays of blocks and of
 // groups end with zeros, up to a multiple of 16.
 struct Activations {
   int64_t rows;        // of activations

@@ -22,7 +22,8 @@ _OPTIONS: dict[str, Any] = {
 
 class CompiledDecoding:
     """A model's forward of which decoding steps are compiled, until ``remove``; all else runs as
-    before: prefill, other caches, autocast, gradients.
+    before: prefill, other caches, autocast, gradients. The graph has the weights and buffers that
+    the model had at its first step.
     """
 
     def __init__(self, model: nn.Module, *, may_compile: Callable[[], bool]) -> None:
@@ -30,6 +31,9 @@ class CompiledDecoding:
         self._may_compile = may_compile
         self._plain: Callable[..., Any] = model.forward
         self._step: Any = None  # what torch.compile made
+        # Weights become the graph's own: as its arguments, each is looked up for each token. One
+        # object for all calls: torch keeps something of each.
+        self._settings_of_dynamo: Any = torch._dynamo.config.patch(install_free_tensors=True)
 
         @functools.wraps(self._plain)  # whose signature generate looks at
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -37,8 +41,7 @@ class CompiledDecoding:
                 return self._plain(*args, **kwargs)
             if self._step is None:
                 self._step = _compile(self._plain)
-            # Weights become the graph's own: as its arguments, each is looked up for each token.
-            with torch._dynamo.config.patch(install_free_tensors=True):
+            with self._settings_of_dynamo:
                 return self._step(**kwargs)
 
         self._own = vars(model).get("forward")

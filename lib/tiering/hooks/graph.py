@@ -43,29 +43,25 @@ def _join_linears(graph: Graph) -> None:
     """
     alike: dict[Any, list[Any]] = {}
     for node in graph.find_nodes(op="call_function", target=_LINEAR):
-        x, _, _, _, *layout = node.args
-        alike.setdefault((x, *layout), []).append(node)
-    for (x, *layout), nodes in alike.items():
-        if len(nodes) == 1 or not all(_is_given(node) for node in nodes):
+        x, record, bias, _, *layout = node.args
+        given = all(part is None or part.op == "placeholder" for part in (record, bias))
+        if given and x.meta["val"].is_cpu:
+            alike.setdefault((x, *layout), []).append(node)
+    for nodes in alike.values():
+        if len(nodes) == 1:
             continue
         records, biases, rows = (
             list(each) for each in zip(*(n.args[1:4] for n in nodes), strict=True)
         )
+        x, _, _, _, *layout = nodes[0].args  # as it is now: it may have been joined itself
         with graph.inserting_before(nodes[0]):
             whole = _call(graph, _LINEARS, x, records, biases, rows, *layout)
             ends = itertools.accumulate(rows)
             for node, end in zip(nodes, ends, strict=True):
-                start = end - node.args[3]
-                part = _call(graph, _aten.slice.Tensor, whole, -1, start, end)
+                part = _call(graph, _aten.slice.Tensor, whole, -1, end - node.args[3], end)
                 node.replace_all_uses_with(part)
         for node in nodes:
             graph.erase_node(node)
-
-
-def _is_given(linear: Any) -> bool:
-    """Whether the record and the bias are there from the start."""
-    _, record, bias, *_ = linear.args
-    return all(node is None or node.op in ("placeholder", "get_attr") for node in (record, bias))
 
 
 def _share_heads(graph: Graph, attention: Any) -> None:
@@ -83,6 +79,8 @@ def _share_heads(graph: Graph, attention: Any) -> None:
         return
     batch, heads, _, size = shape
     shared = sources[0].meta["val"].shape[1]
+    if sources[1].meta["val"].shape[1] != shared:
+        return
     with graph.inserting_before(attention):
         rows = _call(graph, _RESHAPE, query, [batch, shared, heads // shared, size])
     attention.args = (rows, *sources)
@@ -111,6 +109,8 @@ def _before_repeat(repeated: Any) -> Any:
         return None
     expanded, unsqueezed = node.meta["val"].shape, node.args[0]
     if unsqueezed.target is not _aten.unsqueeze.default or unsqueezed.args[1] != 2:
+        return None
+    if len(expanded) != 5:
         return None
     batch, groups, times, length, size = expanded
     source: Any = unsqueezed.args[0]
