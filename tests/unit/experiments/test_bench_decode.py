@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib.commands.cli import run_main
-from scripts.experiments.decode import bench_decode
+from scripts.experiments.decode import bench_decode, bench_kernels
 from scripts.experiments.decode.figures import Cell, Judged, find_ratios, make_row
 from scripts.experiments.decode.gguf_file import write_gguf
 from scripts.experiments.decode.peers import SYSTEMS, Sizes, Task
@@ -166,3 +166,17 @@ def test_what_cannot_be_run_is_refused(
 ) -> None:
     assert run_main(lambda: bench_decode.main(flags)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_kernels_alone_are_timed_at_every_width(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    flags = ["--shapes", "64x96", "--megabytes", "1", "--rounds", "2", "--json", str(path)]
+    assert bench_kernels.main(flags) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["width"] for row in rows] == ["int8", "int6", "int5", "int4", "int3", "int2"]
+    assert all(row["gb_s"] > 0 and row["bandwidth_share"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("flags", [["--shapes", "64"], ["--rounds", "0"]])
+def test_kernels_that_cannot_be_timed(flags: list[str]) -> None:
+    assert run_main(lambda: bench_kernels.main(flags)) == 2
