@@ -7,7 +7,8 @@
 
 namespace tierhints {
 
-constexpr int kTile = 4;  // rows of activations, or of weights for a single one, multiplied together
+// Rows of activations that are multiplied together, or of weights for a single one.
+constexpr int kTile = 4;
 
 // Weights that a thread should have to itself: with fewer, waking another takes longer.
 constexpr int64_t kGrainWeights = 1 << 15;
@@ -16,8 +17,8 @@ inline int64_t lanes_of(int64_t count) { return round_up(count, 16); }
 
 // Activations as products take them: int16 codes x ~ scale * code, in blocks of a row that lie
 // within a group of weights. int16 and not int8: products stay at memory speed, and rounding, at
-// most 1/65024 of a block's largest magnitude, is far below that of bfloat16. Arrays of blocks and of
-// groups end with zeros, up to a multiple of 16.
+// most 1/65024 of a block's largest magnitude, is far below that of bfloat16. Arrays of blocks and
+// of groups end with zeros, up to a multiple of 16.
 struct Activations {
   int64_t rows;        // of activations
   int64_t tile;        // of them that are multiplied together: 1 or kTile (the last has zeros)

@@ -200,10 +200,10 @@ inline void unpack_row(const Record& record, int64_t row, uint8_t* codes) {
 }
 
 // A block of activations as codes: writes kCodes of them, 32 at each stride, returns their scale
-// and their sum. Of each 32, with AVX2 those of even columns come first, then those of odd ones: what a
-// vector of bytes gives in one step each (widening them in order takes longer than their products).
-// With VNNI, which multiplies bytes, their high bytes come first, then what is left, as signed
-// bytes.
+// and their sum. Of each 32, with AVX2 those of even columns come first, then those of odd ones:
+// what a vector of bytes gives in one step each (widening them in order takes longer than their
+// products). With VNNI, which multiplies bytes, their high bytes come first, then what is left,
+// as signed bytes.
 struct QuantizedBlock {
   float scale;
   int32_t sum;
