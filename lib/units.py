@@ -27,6 +27,14 @@ _SIZE_UNITS = {
 _MAX_SIZE = 2**63
 
 
+def rows_within(size: int, row_size: int) -> int:
+    """Return how many rows to take at a time, of ``size`` at most: at least one, and of many a
+    multiple of 64, as what is cut by rows is.
+    """
+    rows = max(size // row_size, 1)
+    return rows - rows % 64 if rows > 64 else rows
+
+
 def parse_bytes(size: Any) -> int:
     """Return the bytes of a size: "700MiB", "1.5 GiB", "6GB" (decimal), "4096", or a whole number.
 

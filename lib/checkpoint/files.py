@@ -10,7 +10,9 @@ import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ import xxhash
 from torch import Tensor
 
 from ..errors import InputError, PlacementError
-from ..files import drop_cached_pages, parse_json
+from ..files import drop_cached_pages, page_memory, parse_json
+from ..units import SECTOR_BYTES
 
 _DTYPES = {
     "F64": torch.float64,
@@ -94,6 +97,11 @@ class Extent:
         """Return some bytes of it, from ``start`` on."""
         return Extent(self.file, self.start + start, num_bytes)
 
+    def cut(self, num_bytes: int) -> "Iterator[Extent]":
+        """Yield its bytes in parts of so many; the last one may be smaller."""
+        for start in range(0, self.num_bytes, num_bytes):
+            yield self.part(start, min(num_bytes, self.num_bytes - start))
+
     def announce(self) -> None:
         """Let the system begin to read it, and nothing beyond."""
         self.file.announce(self.start, self.num_bytes)
@@ -101,6 +109,15 @@ class Extent:
     def read_into(self, out: memoryview, name: str) -> None:
         """Fill ``out``, of as many bytes."""
         self.file.read_into(self.start, out, name)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the whole pages that it lies in."""
+        return self.file.page_bytes(self.start, self.num_bytes)
+
+    def read_pages(self, pages: memoryview, name: str) -> memoryview:
+        """Return its bytes, read into pages of the caller's, ``page_bytes`` of them or more."""
+        return self.file.read_pages(self.start, self.num_bytes, pages, name)
 
 
 class File:
@@ -153,24 +170,69 @@ class File:
     def read_into(self, start: int, out: memoryview, name: str) -> None:
         """Fill ``out`` from a position in the data."""
         offset, filled = self._data_start + start, 0
-        try:
+        with self._explained(name):
             while filled < len(out):
                 count = os.preadv(self._descriptor, [out[filled:]], offset + filled)
                 if count == 0:
-                    break
+                    raise self._changed(name)
                 filled += count
             drop_cached_pages(self._descriptor, offset, len(out))
+
+    def page_bytes(self, start: int, num_bytes: int) -> int:
+        """Return the bytes of the whole pages in which bytes of the data lie."""
+        wanted = (self._data_start + start) % SECTOR_BYTES + num_bytes
+        return -(-wanted // SECTOR_BYTES) * SECTOR_BYTES
+
+    def read_pages(self, start: int, num_bytes: int, pages: memoryview, name: str) -> memoryview:
+        """Return bytes of the data, read into ``pages`` with the whole pages that they lie in,
+        past the page cache where the file system can.
+        """
+        offset = self._data_start + start
+        skipped = offset % SECTOR_BYTES
+        first, wanted, filled = offset - skipped, skipped + num_bytes, 0
+        pages = pages[: self.page_bytes(start, num_bytes)]
+        with self._explained(name):
+            while filled < wanted:
+                count = os.preadv(self._past_cache, [pages[filled:]], first + filled)
+                filled += count
+                if filled < wanted and (not count or filled % SECTOR_BYTES):
+                    raise self._changed(name)
+            drop_cached_pages(self._descriptor, first, wanted)
+        return pages[skipped:wanted]
+
+    @cached_property
+    def _past_cache(self) -> int:
+        """A descriptor that reads past the page cache; the other one where there is no such way."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+        except (OSError, AttributeError):
+            return self._descriptor
+        weakref.finalize(self, os.close, descriptor).atexit = False
+        try:
+            os.preadv(descriptor, [page_memory(SECTOR_BYTES)], 0)
+        except OSError:
+            return self._descriptor
+        return descriptor
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Turn what the disk says into an error with the way out; the file must be the same."""
+        try:
+            yield
             changed = self._stat()[:-1] != self._stamp[:-1]  # a new link to it changes its ctime
         except OSError as error:
             raise PlacementError(
                 f"tensor {name!r} can't be read from {self.path} ({error.strerror}): give a "
                 "checkpoint on a sound disk"
             ) from error
-        if changed or filled < len(out):
-            raise PlacementError(
-                f"tensor {name!r}: {self.path} has changed since the checkpoint was opened; load "
-                "the model again"
-            )
+        if changed:
+            raise self._changed(name)
+
+    def _changed(self, name: str) -> PlacementError:
+        return PlacementError(
+            f"tensor {name!r}: {self.path} has changed since the checkpoint was opened; load "
+            "the model again"
+        )
 
     def _parse_entry(self, name: str, declared: Any, data_bytes: int) -> Entry:
         try:

@@ -4,6 +4,7 @@ Names and layouts are the model's: tensors that the checkpoint has under another
 are found and put together (``packed``). The files themselves are in ``files``.
 """
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,13 @@ from torch import Tensor, nn
 
 from ..blocks import Run, digest_samples
 from ..errors import InputError
+from ..units import MIB, rows_within
 from .ahead import ReadAhead
 from .files import PLAIN_DTYPES, Entry, Extent, open_files
 from .packed import packed_layouts
+
+_PIECE_BYTES = 2 * MIB
+"""Read ahead at a time: the fp32 weights that are encoded at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,13 @@ class _Stack:
             first = last
 
 
+def _pieces(entry: Entry | _Stack) -> Iterator[Extent]:
+    """Yield the parts in which a whole tensor is read ahead: some rows each."""
+    row_bytes = max(entry.shape[-1:].numel() * entry.dtype.itemsize, 1)
+    for extent in entry.extents(0, entry.shape.numel()):
+        yield from extent.cut(rows_within(_PIECE_BYTES, row_bytes) * row_bytes)
+
+
 class CheckpointSource:
     """A folder with safetensors files, one such file, or the index of a sharded checkpoint.
 
@@ -81,6 +93,7 @@ class CheckpointSource:
         self._ahead = ReadAhead(())
         self._origins: dict[str, tuple[str, ...]] = {name: (name,) for name in self._files}
         """The files' tensors that each is made of."""
+        self._resolved: dict[str, str | None] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -144,7 +157,8 @@ class CheckpointSource:
         return xxhash.xxh3_128_hexdigest(text.encode())
 
     def read(self, name: str, start_row: int | None = None, end_row: int | None = None) -> Tensor:
-        """Read a tensor, or rows [start_row, end_row) of its first dimension, into fresh memory.
+        """Read a tensor into fresh memory, or rows [start_row, end_row) of its first dimension,
+        which may be overwritten by the next read: copy what is to stay.
 
         The file's pages don't stay in the page cache. Raises InputError for rows that aren't there,
         PlacementError where the file can't be read or has changed since it was opened.
@@ -161,18 +175,28 @@ class CheckpointSource:
                     "some of those"
                 )
             shape = torch.Size((last - first, *shape[1:]))
+        size = entry.dtype.itemsize
+        offset, num_bytes = first * shape[1:].numel() * size, shape.numel() * size
+        if start_row is not None:
+            lent = self._ahead.borrow(name, offset, num_bytes)
+            if lent is not None and lent.data_ptr() % size == 0:
+                return lent.view(entry.dtype).view(shape)
         tensor = torch.empty(shape, dtype=entry.dtype)
-        if tensor.numel():
-            self._ahead.reached(name, first * shape[1:].numel() * entry.dtype.itemsize)
+        if tensor.numel() and not self._ahead.copy(name, offset, tensor.view(-1).view(torch.uint8)):
             entry.read(first, tensor, name)
         return tensor
 
-    def expect(self, names: Iterable[str]) -> None:
-        """Say which tensors will be read next, and in which order: the disk then works ahead."""
+    @contextlib.contextmanager
+    def reading_ahead(self, names: Iterable[str]) -> Iterator[None]:
+        """Read these tensors ahead, which will be asked for in this order; at the end let go of
+        those that were not.
+        """
         entries = {name: self._entry(name) for name in names}
-        self._ahead = ReadAhead(
-            (name, entry.extents(0, entry.shape.numel())) for name, entry in entries.items()
-        )
+        self._ahead = ReadAhead((name, _pieces(entry)) for name, entry in entries.items())
+        try:
+            yield
+        finally:
+            self._ahead.close()
 
     def sample(self, name: str, runs: Sequence[Run]) -> Tensor:
         """Read some runs of a flattened tensor's elements, one after another: 1-D. As many small
@@ -204,6 +228,7 @@ class CheckpointSource:
         """Give tensors other names, and make one of several: per row of the first dimension the
         names of those that lie below each other. Raises InputError where these don't fit.
         """
+        self._resolved.clear()
         found = dict(self._entries)
         for name, source in renamed.items():
             self._entries[name] = found[source]
@@ -224,8 +249,10 @@ class CheckpointSource:
         return self._entries[self.resolve(name)]
 
     def _resolve(self, name: str) -> str | None:
-        found = (self.own_name(each) for each in (name, *self._tied.get(name, ())))
-        return next((spelling for spelling in found if spelling is not None), None)
+        if name not in self._resolved:
+            found = (self.own_name(each) for each in (name, *self._tied.get(name, ())))
+            self._resolved[name] = next((each for each in found if each is not None), None)
+        return self._resolved[name]
 
     def _spellings(self, name: str) -> Iterator[str]:
         yield name

@@ -41,6 +41,7 @@ __all__ = [
     "register_kernel",
     "resident_bytes",
     "scratch_bytes",
+    "takes_over",
 ]
 
 SCRATCH_BYTES = 8 * 2**20
@@ -85,14 +86,25 @@ def prepare(
     uses: frozenset[Use],
     scratch: Scratch,
 ) -> CompressedWeight:
-    """Make the resident form of a whole record, in new memory on ``device``.
+    """Make the resident form of a whole record, on ``device``: in new memory, or the record itself,
+    which mustn't change any more, where that is the form and no part of larger memory.
 
     ``dtype`` is the weight's own; ``scratch`` is on ``device``. The record isn't checked here
     (``records.check_record``). For one that comes in shards: ``empty_weight`` and ``fill``.
     """
+    is_own = record.numel() == record.untyped_storage().nbytes() == layout.num_bytes
+    if is_own and record.is_cpu and takes_over(layout, uses, torch.device(device)):
+        return EncodedWeight(record, layout, dtype=dtype, scratch=scratch)
     weight = empty_weight(layout, dtype=dtype, device=device, uses=uses, scratch=scratch)
     weight.fill(0, record, layout)
     return weight
+
+
+def takes_over(layout: RecordLayout, uses: frozenset[Use], device: torch.device) -> bool:
+    """Say whether ``prepare`` computes with the record that it is given, where that is in host
+    memory.
+    """
+    return device.type == "cpu" and choose_kernel(layout, uses, device) is EncodedWeight
 
 
 def empty_weight(

@@ -11,6 +11,7 @@ docs/codecs.md has the table of offsets.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ..errors import InputError
 from ..vocabulary import Precision
@@ -140,15 +141,7 @@ class RecordLayout:
     @property
     def planes(self) -> tuple[Plane, ...]:
         """The planes as far as they are read, most significant first."""
-        start = self.zeros_offset + _align(self.parameters_bytes)
-        if self.codec.is_raw:
-            return (Plane(self.bits, start, self.cols * self.bits // 8),)
-        planes = []
-        for bits in PLANE_BITS[self.precision]:
-            row_bytes = self.padded_cols * bits // 8
-            planes.append(Plane(bits, start, row_bytes))
-            start += _align(self.rows * row_bytes)
-        return tuple(planes)
+        return _planes(self)
 
     @property
     def num_bytes(self) -> int:
@@ -197,6 +190,19 @@ class RecordLayout:
             for here, there, row_bytes in sections
             if row_bytes
         )
+
+
+@lru_cache(1024)  # a model has few shapes, and asks often
+def _planes(layout: RecordLayout) -> tuple[Plane, ...]:
+    start = layout.zeros_offset + _align(layout.parameters_bytes)
+    if layout.codec.is_raw:
+        return (Plane(layout.bits, start, layout.cols * layout.bits // 8),)
+    planes = []
+    for bits in PLANE_BITS[layout.precision]:
+        row_bytes = layout.padded_cols * bits // 8
+        planes.append(Plane(bits, start, row_bytes))
+        start += _align(layout.rows * row_bytes)
+    return tuple(planes)
 
 
 def _align(num_bytes: int) -> int:

@@ -25,6 +25,7 @@ import xxhash
 from torch import Tensor
 
 from ..errors import InputError, PlacementError
+from ..units import rows_within
 from ..vocabulary import Precision
 from .layout import PLANE_BITS, Codec, Plane, RecordLayout, default_codec
 from .native import load_native
@@ -102,7 +103,7 @@ def encode_from(
     assert layout.precision == layout.codec.precision, "a prefix can't be encoded, only read"
     if out is not None:
         record.zero_()  # the gaps between the sections
-    shard_rows = min(max(1, SHARD_WEIGHTS // layout.cols), layout.rows)
+    shard_rows = min(rows_within(SHARD_WEIGHTS, layout.cols), layout.rows)
     native = not layout.codec.is_raw and load_native().library is not None
     work = None if native or layout.codec.is_raw else Workspace(layout, shard_rows)
     all_sections = section_views(record, layout)

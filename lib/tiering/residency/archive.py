@@ -1,7 +1,8 @@
 """What lies in the stores: payloads written once, read whole, in shards, or by rows."""
 
+import contextlib
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -74,9 +75,9 @@ class Archive:
             return False
         return self._records.has(self.key(payload))
 
-    def pieces(self, payload: Payload) -> Generator[Piece]:
+    def pieces(self, payload: Payload, stays: Callable[[Part], bool]) -> Generator[Piece]:
         """Yield what goes into a payload that isn't stored, kept or from the originals; to be
-        closed.
+        closed. ``stays``: whether the caller computes with a part's record itself, for good.
         """
         if self._records is None or not payload.lossy:
             yield from payload_pieces(payload, self._originals.read)
@@ -93,13 +94,23 @@ class Archive:
         with self._records.adding(key, payload.num_bytes) as add:
             pieces = payload_pieces(payload, self._originals.read)
             for place, piece in zip(places, pieces, strict=True):
-                add(place, flat_bytes(piece[2]))
+                part, _, data, record = piece
+                add(place, flat_bytes(data), record == part.record and stays(part))
                 yield piece
 
     def key(self, payload: Payload) -> str:
         """Return the key of a payload that is made from the originals as they are now."""
         names = [part.parameter for part in payload.parts]
         return content_key(payload, {name: self._originals.identity(name) for name in names})
+
+    @contextlib.contextmanager
+    def reading_ahead(self, names: Iterable[str]) -> Iterator[None]:
+        """Read originals ahead, in the order in which they will be needed. The disk is theirs: what
+        is kept meanwhile gets there afterwards.
+        """
+        later = contextlib.nullcontext() if self._records is None else self._records.later()
+        with later, self._originals.reading_ahead(names):
+            yield
 
     def finish(self) -> None:
         """Wait until what is kept of records is in its files."""

@@ -201,7 +201,9 @@ class HeldGroup:
             self.weights.take_over()
         elif self.stored is None and not self._is_stored_by(plan):
             self._keep_native()
-            with contextlib.closing(self.archive.pieces(payload)) as pieces:
+            with contextlib.closing(
+                self.archive.pieces(payload, self.weights.takes_over)
+            ) as pieces:
                 self.weights.make(pieces)
         else:
             if self.stored is None:

@@ -7,6 +7,7 @@ get the checkpoint's values.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -140,10 +141,11 @@ class Originals:
         weights = self.parameters[name].data
         return (weights if start is None else weights[start:end]).cpu()
 
-    def expect(self, names: Iterable[str]) -> None:
-        """Say which weights will be read next, and in which order."""
-        if self._checkpoint is not None:
-            self._checkpoint.expect(names)
+    def reading_ahead(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Read these weights ahead, in the order in which they will be asked for."""
+        if self._checkpoint is None:
+            return nullcontext()
+        return self._checkpoint.reading_ahead(names)
 
     def identity(self, name: str) -> str:
         """Name a parameter's weights by their content, or by the file they are in and its times."""

@@ -71,6 +71,7 @@ class Residency:
         than the plan's fast memory is taken in the end.
         """
         self.end_holds()
+        self._archive.finish()
         for group in self.groups.values():
             group.refuse_written()
         self.memory.free_slots()  # what fails below leaves none
@@ -88,25 +89,25 @@ class Residency:
                 if plan.placements[name].tier is not Tier.HBM
             ],
         )
-        self._originals.expect(
+        expected = [
             part.parameter
             for name in moves
             if self.groups[name].reads_originals(plan)
             for part in payloads[name].parts
-        )
-        for name in moves:
-            group, tier = self.groups[name], plan.placements[name].tier
-            if tier is group.tier:
-                continue
-            before = group.stored
-            if tier is Tier.HBM:
-                group.bring_in(plan)
-            else:
-                group.send_off(tier)
-            if before not in (None, group.stored):
-                self._sweep()
-            progress(group.payload.num_bytes)
-        self._archive.finish()
+        ]
+        with self._archive.reading_ahead(expected):
+            for name in moves:
+                group, tier = self.groups[name], plan.placements[name].tier
+                if tier is group.tier:
+                    continue
+                before = group.stored
+                if tier is Tier.HBM:
+                    group.bring_in(plan)
+                else:
+                    group.send_off(tier)
+                if before not in (None, group.stored):
+                    self._sweep()
+                progress(group.payload.num_bytes)
         steps = [step.block for step in schedule if not step.lookup]
         self.memory.adopt(plan, [unit for name in steps for unit in self.groups[name].units])
         self._sweep()

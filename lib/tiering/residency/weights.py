@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
-from ...codecs.kernels import CompressedWeight, EncodedWeight, empty_weight
+from ...codecs.kernels import CompressedWeight, EncodedWeight, empty_weight, prepare, takes_over
 from ...errors import PlacementError
 from ..payload.contents import Piece, part_view
 from ..payload.layout import Payload
@@ -121,9 +121,11 @@ class GroupWeights:
                 if part.record is None:
                     set_weights(self.parameter(part), source)
                 else:
-                    weight = self._allocate(part)
-                    weight.fill(0, source, part.record)
-                    self._reside(part, weight)
+                    self._reside(part, self._prepare(part, source))
+
+    def takes_over(self, part: Part) -> bool:
+        """Say whether ``make`` computes with a part's record itself."""
+        return part.record is not None and takes_over(part.record, part.uses, self._memory.device)
 
     def make(self, pieces: Iterable[Piece]) -> None:
         """Make compressed weights from what goes into their payload."""
@@ -133,6 +135,9 @@ class GroupWeights:
         for part, start, data, record in pieces:
             if record is None:
                 plain.append((part, data.to(self._memory.device, copy=copy)))
+                continue
+            if record == part.record:
+                made[part.parameter] = self._prepare(part, data)
                 continue
             if part.parameter not in made:
                 made[part.parameter] = self._allocate(part)
@@ -190,6 +195,18 @@ class GroupWeights:
     def _reside(self, part: Part, weight: CompressedWeight) -> None:
         self.compressed[part.parameter] = weight
         self.take_away(part, weight)
+
+    def _prepare(self, part: Part, record: Tensor) -> CompressedWeight:
+        scratch = self._memory.scratch
+        assert part.record is not None and scratch is not None
+        return prepare(
+            record,
+            part.record,
+            dtype=part.dtype,
+            device=self._memory.device,
+            uses=part.uses,
+            scratch=scratch,
+        )
 
     def _allocate(self, part: Part) -> CompressedWeight:
         scratch = self._memory.scratch

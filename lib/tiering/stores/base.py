@@ -6,8 +6,6 @@ written once and never copied back. A registered store serves its tier in real m
 passes.
 """
 
-import contextlib
-import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PlacementError
+from ...files import page_memory
 from ...registry import Registry
 from ...vocabulary import Tier
 
@@ -115,16 +114,8 @@ def served_tiers() -> frozenset[Tier]:
 
 
 def aligned_buffer(num_bytes: int) -> Tensor:
-    """Return zeroed host memory (1-D uint8) that starts on a page and is private to this process.
-
-    It is given back to the system, and not kept by an allocator, when the last tensor on it goes.
-    Large pages, where the system has them: direct reads into them take half the processor time.
-    """
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    """Return zeroed host memory (1-D uint8) that starts on a page: see ``page_memory``."""
+    return torch.frombuffer(page_memory(num_bytes), dtype=torch.uint8)
 
 
 def byte_view(buffer: Tensor) -> memoryview:

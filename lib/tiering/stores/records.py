@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import InputError, PlacementError
 from ...files import cache_folder
 from ...units import GIB, format_bytes
-from .behind import WriteBehind
+from .behind import Add, WriteBehind
 from .block_file import BlockFile, header_bytes
 from .file import SUFFIX, FileStore
 
@@ -84,18 +84,24 @@ class KeptRecords:
         return True
 
     @contextlib.contextmanager
-    def adding(self, key: str, num_bytes: int) -> Iterator[Callable[[int, Tensor], None]]:
-        """Keep a payload while it is used: yields what takes its parts like ``WriteBehind.put``.
-        ``finish`` waits, and says where it could not be kept.
+    def adding(self, key: str, num_bytes: int) -> Iterator[Add]:
+        """Keep a payload while it is used: yields what takes its parts. ``finish`` waits, and says
+        where it could not be kept.
         """
         if self._writer is not None and self._writer.failed:
             self.finish()
         if not self._make_room(key, num_bytes):
-            yield lambda offset, data: None
+            yield lambda offset, data, stays: None
             return
         assert self._writer is not None
         with self._writer.put(key, num_bytes) as add:
             yield add
+
+    def later(self) -> contextlib.AbstractContextManager[None]:
+        """Leave the disk to others for a while."""
+        if self._keeps:
+            self._open()
+        return contextlib.nullcontext() if self._writer is None else self._writer.later()
 
     def finish(self) -> None:
         """Wait until what was added is kept."""
@@ -117,7 +123,13 @@ class KeptRecords:
             raise
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, once what was added is kept."""
+        try:
+            self.finish()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
         if self._store is not None:

@@ -13,11 +13,10 @@ from smallest_budget import smallest
 from torch import Tensor, nn
 
 from lib.checkpoint.source import CheckpointSource
-from lib.codecs.encoded import EncodedWeight
-from lib.codecs.fused import Int4Weight
 from lib.codecs.native import load_native
 from lib.errors import InputError
 from lib.tiering import attach, empty_weights
+from lib.tiering.residency import weights
 from lib.tiering.stores import file
 
 IDS = torch.arange(6)
@@ -200,12 +199,11 @@ def test_weights_that_cannot_be_encoded_are_named(checkpoint: Path) -> None:
 def test_a_load_that_fails_half_way_leaves_whole_files_only(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(EncodedWeight, "fill", fail)
-        patch.setattr(Int4Weight, "fill", fail)
+        patch.setattr(weights, "prepare", fail)
         with pytest.raises(MemoryError):
             compute(checkpoint)
     assert not list((checkpoint / ".tierhints").glob(".*.partial"))
