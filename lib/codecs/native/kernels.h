@@ -27,7 +27,9 @@ struct Activations {
   int64_t num_blocks;  // of a row; the last may be half as long
   int64_t blocks_per_group;
   int64_t block_stride, group_stride;
-  int16_t* codes;      // (num_tiles, padded_cols / 32, tile, 32), 0 beyond cols
+  int64_t array_bytes;  // of one of the two arrays of a row, if it is two
+  uint8_t* codes;      // int16 (num_tiles, padded_cols / 32, tile, 32), 0 beyond cols; or of each row
+                       // its high bytes, then the low ones, with zeros for 64 columns more
   float* scales;       // (num_tiles * tile, block_stride): times 2^(bits that weights have dropped)
   float* sums;         // (num_tiles * tile, group_stride): of scale * code
 
@@ -38,20 +40,20 @@ struct Activations {
         blocks_per_group(layout.num_groups == 1 ? num_blocks : layout.group_size / block),
         block_stride(lanes_of(num_blocks)),
         group_stride(lanes_of(layout.num_groups)),
-        code_bytes_(num_tiles * tile * layout.padded_cols * 2) {}
+        array_bytes(round_up(layout.padded_cols, 64) + 64) {}
+
+  int64_t row_bytes() const { return 2 * array_bytes; }
+  uint8_t* row_codes(int64_t row) const { return codes + row * row_bytes(); }
 
   int64_t num_bytes() const {
-    return code_bytes_ + num_tiles * tile * (block_stride + group_stride) * 4;
+    return num_tiles * tile * (row_bytes() + (block_stride + group_stride) * 4);
   }
   // Takes so many bytes from `memory` on, which starts at a multiple of 64.
   void use(uint8_t* memory) {
-    codes = reinterpret_cast<int16_t*>(memory);
-    scales = reinterpret_cast<float*>(memory + code_bytes_);
+    codes = memory;
+    scales = reinterpret_cast<float*>(row_codes(num_tiles * tile));
     sums = scales + num_tiles * tile * block_stride;
   }
-
- private:
-  int64_t code_bytes_;
 };
 
 // Memory for kTile rows of weights as products take them.
