@@ -1,7 +1,7 @@
 """What kernels cost beyond the weights' own error: KL(weights as stored || the runtime's output).
 
-A block's curve is that of its weights. Kernels round more: compressed weights are multiplied by
-bfloat16 activations, and on machines that compute in bfloat16 expanded ones are rounded too. A
+A block's curve is that of its weights. Kernels round more: activations to 16 bits, and those of a
+model in bfloat16 to its eight, as expanded weights on machines that multiply in bfloat16. A
 rounding of activations is the same whatever the weights were stored at, so one figure bounds it for
 a whole model: the largest over precisions, all blocks together, through the runtime itself. Which
 kernel computes depends on the number of activation rows, so both a whole sequence and a few tokens

@@ -1,6 +1,6 @@
 """The operators of ``tierhints`` in C++ for a CPU, built once with the user's compiler.
 
-A build takes half a minute and is kept in the user's cache folder, under a name that says what it
+A build takes a minute and is kept in the user's cache folder, under a name that says what it
 was made of: sources, flags, torch. Nothing of Python is linked: any Python with its torch loads it.
 """
 
@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,6 @@ _FLAGS = (
     "-std=c++20",
     "-O3",
     "-fPIC",
-    "-shared",
     "-fopenmp",
     "-ffp-contract=off",  # the reference rounds after each operation
     "-fvisibility=hidden",
@@ -89,24 +88,41 @@ def _build(compiler: str, library: Path) -> None:
         if library.exists():
             return
         print(
-            "tierhints: building the kernels of compressed weights (once, half a minute)",
+            "tierhints: building the kernels of compressed weights (once, a minute)",
             file=sys.stderr,
         )
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            command = [*_command(compiler), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            made.rename(library)
+        folder = library.with_suffix(".build")
+        shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
+        folder.mkdir()
+        try:
+            _compile(compiler, folder / library.name)
+            (folder / library.name).rename(library)
+        finally:
+            shutil.rmtree(folder)
 
 
-def _command(compiler: str) -> list[str]:
-    """Return the compiler's command, but for where its output goes."""
+def _compile(compiler: str, made: Path) -> None:
+    """Compile the sources beside ``made``, at the same time, and link them."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     command = [compiler, *_FLAGS, *shlex.split(os.environ.get(FLAGS_VARIABLE, ""))]
-    command += [flag for path in include_paths() for flag in ("-isystem", path)]
-    command += [str(path) for path in _sources() if path.suffix == ".cpp"]
-    return command + [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+    objects = {
+        path: str(made.with_name(f"{path.stem}.o")) for path in _sources() if path.suffix == ".cpp"
+    }
+    with ThreadPoolExecutor() as threads:
+        compilations = [
+            threads.submit(_run, [*command, *includes, "-c", str(path), "-o", target])
+            for path, target in objects.items()
+        ]
+        for compilation in compilations:
+            compilation.result()
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    _run([*command, "-shared", *objects.values(), *libraries, "-o", str(made)])
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def _sources() -> list[Path]:

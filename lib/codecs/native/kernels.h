@@ -73,6 +73,13 @@ struct Kernels {
   void (*decode)(const Record&, int64_t row, float* out, uint8_t* working);
 };
 
+constexpr int64_t kAheadBytes = 4096;  // two hundred nanoseconds
+constexpr float kLargestCode = 32512;  // 127 * 256: VNNI takes it as two signed bytes
+constexpr float kSmallestPeak = 1e-30f;  // of a block of activations: smaller ones are 0
+
+// A file for each set of instructions, which takes long to compile, has its own.
+extern const Kernels kPortable, kAvx2, kAvx512;
+
 // The fastest that this processor runs, or those that $TIERHINTS_NATIVE names ("portable", "avx2",
 // "avx512"): null where the processor can't run them.
 const Kernels* choose_kernels();

@@ -1,4 +1,4 @@
-// Included by kernels.cpp once for each instruction set, inside a namespace and under its target.
+// Included by kernels_*.cpp, for one set of instructions each, in a namespace and under its target.
 // TIERHINTS_AVX2 and TIERHINTS_VNNI say what may be used; without them it is plain C++, which
 // compilers vectorize (NEON).
 

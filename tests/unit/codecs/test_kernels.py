@@ -146,7 +146,8 @@ def test_which_form_is_held_without_our_kernels(monkeypatch: pytest.MonkeyPatch)
 def test_few_rows_cost_no_more_than_int16_activations(codec: Codec) -> None:
     if ops.prepare("cpu") == "reference":
         pytest.skip("our kernels were not built")
-    for rows, cols in ((3, 1), (5, 33), (65, 100), (7, 576), (2, 1000), (9, 2048)):
+    shapes = (3, 1), (5, 33), (65, 100), (7, 576), (2, 1000), (9, 2048), (5, 2336), (6, 4096)
+    for rows, cols in shapes:
         weight, decoded = make(codec, rows, cols)
         x = torch.randn(32, cols)
         x[1] *= 1e-20
