@@ -85,8 +85,7 @@ def run_benchmark(args: argparse.Namespace, choose_length: Callable[[Any], int])
     )
     device = parse_device(args.device)
     hints = None if args.tier_hints is None else _read_hints(args.tier_hints)
-    progress = sys.stderr.isatty()
-    quiet_transformers(progress=progress)
+    quiet_transformers(progress=sys.stderr.isatty())
     model = load_model(args.model, args.checkpoint)
     text = read_text(
         args.model,
@@ -116,7 +115,7 @@ def run_benchmark(args: argparse.Namespace, choose_length: Callable[[Any], int])
         "num_iterations": args.num_iterations,
         "warmup": args.warmup,
         "tokens_source": text.source,
-        **benchmark(model, text.tokens, hints, settings, device=device, progress=progress),
+        **benchmark(model, text.tokens, hints, settings, device=device),
     }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..machine import UNMEASURED, MachineProfile
+from ..units import parse_bytes
 from ..vocabulary import Precision
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Flags = argparse._ActionsContainer
 """A parser or a group of it."""
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -53,8 +55,7 @@ def parse_device(name: str) -> "torch.device":
     """Return the device of ``--device``; ``auto`` is the GPU where there is one."""
     import torch
 
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device {name!r} is unknown: give auto, cpu, cuda or cuda:N")
+    _check_device_name(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
@@ -64,10 +65,16 @@ def parse_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
+def _check_device_name(name: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name!r} is unknown: give auto, cpu, cuda or cuda:N")
+
+
 def planned_device(name: str) -> "torch.device":
     """Return the device to plan for; the machine that plans need not have it."""
     import torch
 
+    _check_device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
@@ -80,6 +87,22 @@ def planned_precision(name: str | None) -> Precision | None:
     if name is None:
         return None
     return Precision.FP32 if name == "lossless" else Precision(name)
+
+
+def read_budgets(text: str, total: int) -> list[tuple[str, int]]:
+    """Read ``25%,700MiB``: shares of ``total`` or sizes, with their bytes, each more than 0; raises
+    InputError.
+    """
+    budgets = []
+    for entry in map(str.strip, text.split(",")):
+        share = _PERCENT.fullmatch(entry)
+        size = int(total * float(share[1]) / 100) if share else parse_bytes(entry)
+        if not size:
+            raise InputError(
+                f"--budgets {entry!r} is no memory at all: give more than 0, such as 25% or 700MiB"
+            )
+        budgets.append((entry, size))
+    return sorted(dict(budgets).items(), key=lambda budget: budget[1])
 
 
 def check_epsilon(args: argparse.Namespace) -> None:
@@ -171,7 +194,6 @@ def add_planning_flags(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument(
         "--device",
-        choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="what computes; need not be here (default: %(default)s)",
+        help="what computes, and need not be here: auto, cpu, cuda or cuda:N (default: auto)",
     )

@@ -15,9 +15,9 @@ from typing import Any
 from ..hints import load_hints
 from ..report.drawing import need_matplotlib
 from ..report.frontier import frontier_table, plot_frontier
-from ..units import format_bytes, parse_bytes
+from ..units import GIB, format_bytes
 from .cli import Parser, add_json_flag, emit, output_file
-from .flags import add_device_flag, add_hints_flag, add_model_flag, parse_device
+from .flags import add_device_flag, add_hints_flag, add_model_flag, parse_device, read_budgets
 from .text_flags import add_text_flags, read_held_out
 
 
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.plot is not None:
         need_matplotlib()
-    budgets = [parse_bytes(size) for size in args.budgets.split(",")] if args.budgets else None
+    if args.budgets is not None:
+        read_budgets(args.budgets, GIB)  # refused at once, and shares made bytes of below
     hints = None if args.tier_hints is None else load_hints(args.tier_hints)
 
     from ..blocks import storage_bytes
@@ -37,10 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers(progress=sys.stderr.isatty())
     model: Any = load_model(args.model)
     text = read_held_out(args, model)
+    full_bytes = storage_bytes(model.parameters())
+    budgets = None if args.budgets is None else read_budgets(args.budgets, full_bytes)
     settings = default_settings(
-        storage_bytes(model.parameters()),
+        full_bytes,
         calibrated=hints is not None and bool(hints.quality.get("calibrated")),
-        budgets=budgets,
+        budgets=None if budgets is None else [size for _, size in budgets],
     )
     found = measure_frontier(model, text.tokens, hints, settings=settings, device=device)
     document = {
@@ -70,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--budgets",
         metavar="SIZE,...",
-        help="fast memory to stream weights under (default: a half and a fifth of the model's)",
+        help="fast memory to stream weights under: sizes, or shares of the model's such as 25%% "
+        "(default: 50%%,20%%)",
     )
     add_text_flags(parser, samples=64, use="")
     output = parser.add_argument_group("output")

@@ -9,7 +9,6 @@ runs. Compute is that of the machine file at every point.
 import argparse
 import dataclasses
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,13 +19,18 @@ from ..progress import show_progress
 from ..report.drawing import need_matplotlib
 from ..report.what_if_plots import plot_what_if
 from ..tiering import Planned, plan
-from ..units import format_bytes, parse_bytes
+from ..units import format_bytes
 from ..vocabulary import Precision, Tier
 from .cli import Parser, add_json_flag, emit, output_file
-from .flags import add_planning_flags, note_unmeasured, planned_device, planned_precision
+from .flags import (
+    add_planning_flags,
+    note_unmeasured,
+    planned_device,
+    planned_precision,
+    read_budgets,
+)
 
 LINK_TIERS = [tier for tier in Tier if tier is not Tier.HBM]
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,22 +152,6 @@ def read_bandwidths(text: str) -> list[float]:
             )
         bandwidths.append(bandwidth)
     return sorted(set(bandwidths))
-
-
-def read_budgets(text: str, total: int) -> list[tuple[str, int]]:
-    """Read ``25%,700MiB``: shares of ``total`` or sizes, with their bytes, each more than 0; raises
-    InputError.
-    """
-    budgets = []
-    for entry in map(str.strip, text.split(",")):
-        share = _PERCENT.fullmatch(entry)
-        size = int(total * float(share[1]) / 100) if share else parse_bytes(entry)
-        if not size:
-            raise InputError(
-                f"--budgets {entry!r} is no memory at all: give more than 0, such as 25% or 700MiB"
-            )
-        budgets.append((entry, size))
-    return sorted(dict(budgets).items(), key=lambda budget: budget[1])
 
 
 def _table(rows: Sequence[dict[str, Any]], resident: float) -> str:

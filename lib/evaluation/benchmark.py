@@ -93,13 +93,12 @@ def benchmark(
     settings: BenchmarkSettings,
     *,
     device: torch.device,
-    progress: bool = False,
 ) -> Fields:
     """Measure a causal language model of transformers and return the figures as a document.
 
     ``tokens`` is held-out text, int64, (sequences, length). ``hints`` may be left out where there
     is a budget. ``model`` is on the device as ``prepare_model`` leaves it, and detached at the end.
-    ``progress``: show bars. Raises what attach raises, and FloatingPointError for a loss that isn't
+    Raises what attach raises, and FloatingPointError for a loss that isn't
     finite.
     """
     if hints is None and settings.budget is None:
@@ -110,7 +109,6 @@ def benchmark(
         batch_size=settings.batch_size,
         warmup=settings.warmup,
         device=device,
-        progress=progress,
     )
     spec = settings.emulation
     return {

@@ -9,18 +9,17 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..precision.quality import Quality, QualityMeter, next_token_nll, perplexity
+from ..progress import show_progress
 from ..tiering.residency.fast_memory import trim_heap
 
-T = TypeVar("T")
 PERPLEXITY_TOKENS = 8192
 """Held-out tokens read for a perplexity, at most: seconds on two cores, and a standard error of
 about 2 %."""
@@ -43,7 +42,6 @@ class ForwardBench:
         batch_size: int,
         warmup: int,
         device: torch.device,
-        progress: bool,
     ) -> None:
         """Move the text to the device, so that no copy of it is timed.
 
@@ -54,7 +52,6 @@ class ForwardBench:
         self.batch_size = batch_size
         self.warmup = warmup
         self.length = tokens.shape[1]
-        self._progress = progress
         num_sequences = max(1, min(len(tokens), PERPLEXITY_TOKENS // self.length))
         num_batches = math.ceil(num_sequences / batch_size)
         rows = torch.arange(num_batches * batch_size) % num_sequences
@@ -78,14 +75,14 @@ class ForwardBench:
         timed passes after each, outside its time.
         """
         self.release_memory()
-        for index in self._show(range(self.warmup), f"{name}: warm-up"):
+        for index in show_progress(range(self.warmup), f"{name}: warm-up", total=self.warmup):
             self._forward(self._batches[index % len(self._batches)])
         on_warm()
         can_reset = reset_peak_rss()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         seconds = []
-        for index in self._show(range(iterations), f"{name}: timing"):
+        for index in show_progress(range(iterations), f"{name}: timing", total=iterations):
             batch = self._batches[index % len(self._batches)]
             virtual_start = virtual_seconds()
             start = time.perf_counter()
@@ -104,7 +101,8 @@ class ForwardBench:
         Raises FloatingPointError if it is not finite.
         """
         total = 0.0
-        for batch in self._show(self._heldout, f"{name}: perplexity"):
+        label, count = f"{name}: perplexity", len(self._heldout)
+        for batch in show_progress(self._heldout, label, total=count):
             logits_BTV = self._forward(batch)
             total += sum(map(next_token_nll, logits_BTV, batch))
         return perplexity(total / self.perplexity_tokens)
@@ -118,7 +116,8 @@ class ForwardBench:
     def compare_reference(self, folder: Path) -> Quality:
         """Compare the model as it is now with the one whose logits were saved."""
         meter = QualityMeter()
-        for index, batch in enumerate(self._show(self._kl_batches(), "KL")):
+        batches = self._kl_batches()
+        for index, batch in enumerate(show_progress(batches, "KL", total=len(batches))):
             reference = load_file(folder / f"reference_{index}.safetensors")["logits"]
             meter.add(batch.cpu(), reference, self._forward(batch).cpu())
         return meter.result()
@@ -149,9 +148,6 @@ class ForwardBench:
     def tokens_per_second(self, seconds: Sequence[float]) -> float:
         """Return the tokens of all passes over the time of all passes."""
         return len(seconds) * self.batch_size * self.length / sum(seconds)
-
-    def _show(self, items: Sequence[T], name: str) -> "tqdm[T]":
-        return tqdm(items, desc=name, disable=not self._progress, leave=False)
 
     @torch.inference_mode()
     def _forward(self, batch_BT: Tensor) -> Tensor:

@@ -29,11 +29,19 @@ from .forwards import ForwardBench
 
 UNIFORM = (Precision.INT8, Precision.INT6, Precision.INT5, Precision.INT4, Precision.INT3)
 EPSILONS = (0.005, 0.02, 0.1)
-STREAMED_EPSILON = 0.02
+STREAMED: tuple[tuple[Precision | None, float | None], ...] = (
+    (None, None),
+    (Precision.INT8, None),
+    (Precision.INT4, None),
+    (None, 0.005),
+    (None, 0.02),
+)
+"""Precision and epsilon of what is held under budgets."""
 SHARES = (0.5, 0.2)
 """Of the full model's weight bytes: the budgets under which weights are streamed."""
 _PROMPT_TOKENS = 16
 _DECODED_TOKENS = 24
+_UNTIMED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +74,8 @@ class Point:
     setting: Setting
     fast_bytes: int
     """Peak of weight bytes in fast memory, measured."""
+    bytes_per_token: int
+    """Weight bytes that decoding a token streamed into fast memory; 0: all reside there."""
     tokens_per_s: float
     kl_nats: float
     kl_interval: tuple[float, float] | None
@@ -116,11 +126,8 @@ def default_settings(
         *(
             Setting(budget_bytes=budget, precision=precision, epsilon=epsilon)
             for budget in budgets
-            for precision, epsilon in (
-                (None, None),
-                (Precision.INT8, None),
-                *((None, epsilon) for epsilon in epsilons if epsilon == STREAMED_EPSILON),
-            )
+            for precision, epsilon in STREAMED
+            if epsilon is None or calibrated
         ),
     ]
 
@@ -140,10 +147,10 @@ def measure_frontier(
     reported and left out. The model is as it was afterwards.
     """
     model.to(device)
-    bench = ForwardBench(model, tokens, batch_size=4, warmup=0, device=device, progress=False)
+    bench = ForwardBench(model, tokens, batch_size=4, warmup=0, device=device)
     length = tokens.shape[1]  # within the model's context
     prompt_BT = tokens[:1, : min(_PROMPT_TOKENS, length // 2)].to(device)
-    num_tokens = min(_DECODED_TOKENS, length - prompt_BT.shape[1] - 2)
+    num_tokens = min(_DECODED_TOKENS, length - prompt_BT.shape[1] - _UNTIMED)
     points: list[Point] = []
     refused: dict[Setting, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -152,6 +159,7 @@ def measure_frontier(
         full = _point(
             Setting(),
             storage_bytes(model.parameters()),
+            0,
             decoding_rate(model, prompt_BT, num_tokens),
             quality,
             bound_nats=None,
@@ -160,12 +168,14 @@ def measure_frontier(
             try:
                 with _attached(model, hints, setting, device) as runtime:
                     rate = decoding_rate(model, prompt_BT, num_tokens)
+                    moved_bytes = runtime.stats().bytes_moved
                     quality = bench.compare_reference(Path(folder))
                     veto = runtime.veto.to_json()
                     points.append(
                         _point(
                             setting,
                             runtime.stats().peak_resident_bytes,
+                            moved_bytes // (num_tokens + _UNTIMED),
                             rate,
                             quality,
                             bound_nats=veto["bound_nats"] if setting.epsilon else None,
@@ -180,16 +190,16 @@ def measure_frontier(
 def decoding_rate(model: Any, prompt_BT: Tensor, num_tokens: int) -> float:
     """Return tokens per second of greedy decoding with a cache: the median step after the prompt.
 
-    ``prompt_BT`` is (1, T), on the model's device. The first two steps are left out.
+    ``prompt_BT`` is (1, T), on the model's device. The first steps are left out.
     """
     ids, cache, seconds = prompt_BT, None, []
-    for _ in range(num_tokens + 2):
+    for _ in range(num_tokens + _UNTIMED):
         begin = time.perf_counter()
         output = model(input_ids=ids, past_key_values=cache, use_cache=True)
         ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
         ids.cpu()  # waits for the device
         seconds.append(time.perf_counter() - begin)
-    return 1 / statistics.median(seconds[2:])
+    return 1 / statistics.median(seconds[_UNTIMED:])
 
 
 @contextmanager
@@ -211,6 +221,7 @@ def _attached(
 def _point(
     setting: Setting,
     fast_bytes: int,
+    bytes_per_token: int,
     tokens_per_s: float,
     quality: Quality,
     *,
@@ -219,6 +230,7 @@ def _point(
     return Point(
         setting=setting,
         fast_bytes=fast_bytes,
+        bytes_per_token=bytes_per_token,
         tokens_per_s=tokens_per_s,
         kl_nats=max(quality.kl_nats, 0.0),
         kl_interval=quality.kl_interval,

@@ -3,9 +3,9 @@
 The document is that of ``tierhints frontier``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..units import format_bytes
 from .drawing import BLUE, DPI, INK, ORANGE, picture
@@ -16,9 +16,28 @@ _KINDS = (
     ("epsilon", "ours, within epsilon", ORANGE, "D", "left"),
 )
 """How a holding begins -> its name in the legend, colour, marker, and the side of its names."""
+_NAME_POINTS = 7
 
 
-HEADS = ("weights held", "budget", "fast memory", "of full", "tokens/s", "KL (nats/token)")
+class _Label(NamedTuple):
+    """The name of a point, and on which side of it."""
+
+    text: str
+    x: float
+    y: float
+    side: str
+    color: str
+
+
+HEADS = (
+    "weights held",
+    "budget",
+    "fast memory",
+    "of full",
+    "streamed",
+    "tokens/s",
+    "KL (nats/token)",
+)
 
 
 def frontier_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -48,13 +67,13 @@ def frontier_table(document: Mapping[str, Any]) -> str:
 
 def plot_frontier(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) -> None:
     """Draw memory against KL, and memory against tokens per second, side by side. Filled points
-    hold all weights in fast memory; hollow ones stream what a budget has no room for.
+    hold all weights in fast memory; hollow ones stream some for each token.
     """
     full, points = document["full"], document["points"]
     least = min((point["kl_nats"] for point in points if point["kl_nats"] > 0), default=1e-4) / 4
     with picture(path, (9.6, 4.2), dpi) as figure:
         left, right = figure.subplots(1, 2)
-        _draw(left, document, lambda point: max(point["kl_nats"], least))
+        qualities = _draw(left, document, lambda point: max(point["kl_nats"], least))
         left.axhline(least, color=INK, lw=0.8, ls=":")
         left.annotate(
             "0: the same bits",
@@ -67,46 +86,72 @@ def plot_frontier(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) ->
         left.set_yscale("log")
         left.set_ylabel("KL from the full model (nats per token)")
         left.set_title("what memory costs in quality", fontsize=9, loc="left")
-        _draw(right, document, lambda point: point["tokens_per_s"])
+        speeds = _draw(right, document, lambda point: point["tokens_per_s"])
         right.set_yscale("log")
         right.yaxis.set_major_formatter("{x:g}")
         right.yaxis.set_minor_formatter("{x:g}")
         right.set_ylabel("tokens per second, decoding")
         right.set_title("and in speed", fontsize=9, loc="left")
-        right.plot([], [], "o", mfc="none", color=INK, label="hollow: streamed under a budget")
+        right.plot([], [], "o", mfc="none", color=INK, label="hollow: streams under a budget")
         right.legend(frameon=False, fontsize=8)
         size = format_bytes(full["fast_bytes"])
         for axes in (left, right):
             axes.set_xlabel(f"fast memory, % of the full model's {size}")
             axes.grid(alpha=0.3)
+        figure.draw_without_rendering()
+        _write(left, qualities)
+        _write(right, speeds)
 
 
 def _draw(
     axes: Any, document: Mapping[str, Any], value: Callable[[Mapping[str, Any]], float]
-) -> None:
-    """Draw every point of a document over its share of the full model's memory."""
+) -> list[_Label]:
+    """Draw every point of a document over its share of the full model's memory; returns the names
+    of those that reside there.
+    """
     full = document["full"]
+    labels: list[_Label] = []
     for start, label, color, marker, side in _KINDS:
         found = [point for point in document["points"] if point["holding"].startswith(start)]
-        resident = [point for point in found if point["budget_bytes"] is None]
-        for points, fill in ((resident, color), ([p for p in found if p not in resident], "none")):
+        resident = [point for point in found if not point["bytes_per_token"]]
+        # Under a budget that has room for all of them weights are held as without one.
+        distinct = {point["holding"]: point for point in reversed(resident)}
+        streamed = [point for point in found if point["bytes_per_token"]]
+        for points, fill in ((list(distinct.values()), color), (streamed, "none")):
             xs = [100 * point["fast_bytes"] / full["fast_bytes"] for point in points]
             ys = [value(point) for point in points]
-            name = label if points and (points is resident or not resident) else None
+            named = fill == color
+            name = label if points and (named or not resident) else None
             axes.plot(xs, ys, marker, color=color, mfc=fill, label=name)
-            for x, y, point in zip(xs, ys, points, strict=True) if points is resident else ():
-                axes.annotate(
-                    point["holding"].replace("epsilon ", "\u03b5 = "),
-                    (x, y),
-                    xytext=(6 if side == "right" else -6, 0),
-                    textcoords="offset points",
-                    ha="left" if side == "right" else "right",
-                    va="center",
-                    fontsize=7,
-                    color=color,
-                )
+            for x, y, point in zip(xs, ys, points, strict=True) if named else ():
+                text = point["holding"].replace("epsilon ", "\u03b5 = ")
+                labels.append(_Label(text, x, y, side, color))
     axes.plot(100, value(full), "*", color=INK, ms=11, label="the full model")
     axes.set_xlim(0, 105)
+    return labels
+
+
+def _write(axes: Any, labels: Sequence[_Label]) -> None:
+    """Write names beside their points, apart from each other. To be called when the scales are."""
+    points = 72 / axes.figure.dpi
+    written: list[tuple[str, float, float]] = []
+    for label in sorted(labels, key=lambda label: label.y):
+        x, y = axes.transData.transform((label.x, label.y)) * points
+        free = y
+        for side, other_x, other_y in written:
+            if side == label.side and abs(other_x - x) < 6 * _NAME_POINTS:
+                free = max(free, other_y + _NAME_POINTS)
+        written.append((label.side, x, free))
+        axes.annotate(
+            label.text,
+            (label.x, label.y),
+            xytext=(6 if label.side == "right" else -6, free - y),
+            textcoords="offset points",
+            ha="left" if label.side == "right" else "right",
+            va="center",
+            fontsize=_NAME_POINTS,
+            color=label.color,
+        )
 
 
 def _row(point: Mapping[str, Any], full: Mapping[str, Any]) -> tuple[str, ...]:
@@ -123,6 +168,7 @@ def _row(point: Mapping[str, Any], full: Mapping[str, Any]) -> tuple[str, ...]:
         "-" if budget is None else format_bytes(budget),
         format_bytes(point["fast_bytes"]),
         f"{point['fast_bytes'] / full['fast_bytes']:.0%}",
+        format_bytes(point["bytes_per_token"]) if point["bytes_per_token"] else "-",
         f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}",
         kl,
     )

@@ -477,7 +477,7 @@ def test_perplexity_is_exp_of_the_mean_loss(checkpoint: Checkpoint) -> None:
     with torch.no_grad():
         expected = math.exp(model(input_ids=tokens, labels=tokens).loss.item())
     device = torch.device("cpu")
-    bench = ForwardBench(model, tokens, batch_size=4, warmup=0, device=device, progress=False)
+    bench = ForwardBench(model, tokens, batch_size=4, warmup=0, device=device)
     assert bench.perplexity("baseline") == pytest.approx(expected, rel=1e-5)
 
 

@@ -246,7 +246,6 @@ def verify(
         batch_size=BATCH_SIZE,
         warmup=0,
         device=device,
-        progress=False,
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
