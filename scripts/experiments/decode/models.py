@@ -1,4 +1,4 @@
-"""What is decoded: a trained model, and a shape with random weights, of which time alone counts."""
+"""What is decoded: a trained model, and shapes with random weights, of which time alone counts."""
 
 import hashlib
 import json
@@ -8,11 +8,13 @@ from pathlib import Path
 
 from scripts.demo import HINTS, prepare_model
 from scripts.experiments.decode.peers.llama_cpp import read_shapes
-from scripts.experiments.offload.checkpoint import GPT2_MEDIUM, make_checkpoint
+from scripts.experiments.offload.checkpoint import GPT2_MEDIUM, NARROW, make_checkpoint
+from scripts.experiments.offload.shapes import Shape
 
 SMOLLM2 = "smollm2"
-GPT2 = "gpt2_medium"
-MODELS = (SMOLLM2, GPT2)
+RANDOM: dict[str, Shape] = {"gpt2_medium": GPT2_MEDIUM, "llama_30x64": NARROW}
+"""Shapes with random weights."""
+MODELS = (SMOLLM2, *RANDOM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +47,8 @@ def find_model(
     """Return a model of the benchmark, made or downloaded where it isn't there. ``checkpoint``: to
     take for the trained one instead of the demo's, with hints of its own.
     """
-    if name == GPT2:
-        path = make_checkpoint(GPT2_MEDIUM, work_dir)
+    if name in RANDOM:
+        path = make_checkpoint(RANDOM[name], work_dir)
         folder = _own_folder(path, work_dir)
         return BenchModel(name=name, checkpoint=path, folder=folder, trained=False, hints=None)
     path = checkpoint or prepare_model(demo_folder)

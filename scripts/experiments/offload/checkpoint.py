@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from lib.errors import InputError
 from lib.files import write_text
 from lib.units import MIB, format_bytes
-from scripts.experiments.offload.shapes import GPT2_MEDIUM, TOY, Shape
+from scripts.experiments.offload.shapes import GPT2_MEDIUM, NARROW, TOY, Shape
 
-__all__ = ["GPT2_MEDIUM", "TOY", "make_checkpoint"]
+__all__ = ["GPT2_MEDIUM", "NARROW", "TOY", "make_checkpoint"]
 
 _STD = 0.02
 _CHUNK = 4 * MIB

@@ -76,10 +76,9 @@ class GPT2Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaShape:
-    """The sizes of a Llama in bf16, with as many key as query heads and a head of its own."""
+    """The sizes of a Llama with as many key as query heads and a head of its own."""
 
     family: ClassVar[str] = "llama"
-    dtype: ClassVar[str] = "bfloat16"
 
     layers: int
     width: int
@@ -87,6 +86,7 @@ class LlamaShape:
     heads: int
     vocab_size: int
     context: int
+    dtype: str = "bfloat16"
     seed: int = 0
 
     def tensors(self) -> Iterator[NamedSize]:
@@ -111,7 +111,7 @@ class LlamaShape:
 
     def num_bytes(self) -> int:
         """Return the bytes of the weights."""
-        return 2 * _count_weights(self.tensors())
+        return {"bfloat16": 2, "float32": 4}[self.dtype] * _count_weights(self.tensors())
 
     def config(self) -> dict[str, Any]:
         """Return config.json; no token ends a text."""
@@ -137,6 +137,10 @@ Shape = GPT2Shape | LlamaShape
 
 GPT2_MEDIUM = GPT2Shape(layers=24, width=1024, heads=16, vocab_size=50257, context=1024)
 LLAMA_7B = LlamaShape(layers=32, width=4096, inner=11008, heads=32, vocab_size=32000, context=2048)
+NARROW = LlamaShape(
+    layers=30, width=64, inner=192, heads=4, vocab_size=4096, context=1024, dtype="float32"
+)
+"""As deep as a real model, with weights that cost no time: what is left is the cost of calls."""
 TOY = GPT2Shape(layers=6, width=256, heads=4, vocab_size=4096, context=256)
 """For --quick: every part of the benchmark, in little time."""
 TOY_LLAMA = LlamaShape(layers=6, width=512, inner=1376, heads=8, vocab_size=4096, context=256)
