@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lib.blocks import parameter_digest
 from lib.config import Config
 from lib.hints import Hints, save_hints
+from lib.progress import progress_bar
 from lib.signals import (
     MomentScale,
     adam_hints,
@@ -21,7 +22,7 @@ from lib.signals import (
 )
 
 from .data import Corpus, sample_windows
-from .distributed import World, is_main, log, show_progress
+from .distributed import World, is_main, log
 from .model import load_model
 from .rundir import RunDirectory
 
@@ -95,11 +96,9 @@ def write_hints(
 def _fisher_hints(
     config: Config, run: RunDirectory, copy: Any, corpus: Corpus, common: dict[str, Any]
 ) -> Hints:
-    from tqdm import tqdm
-
     tiering = config.tiering
     log(f"measuring Fisher information on {tiering.fisher_sequences} sequences")
-    with tqdm(total=tiering.fisher_sequences, unit="sequence", disable=not show_progress()) as bar:
+    with progress_bar(tiering.fisher_sequences, "Fisher information", unit="sequence") as bar:
         result = measure_fisher(
             copy,
             _batches(corpus, config, tiering.fisher_sequences),

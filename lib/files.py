@@ -94,6 +94,22 @@ def drop_cached_pages(descriptor: int, offset: int = 0, num_bytes: int = 0) -> N
         os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
 
+def open_past_cache(path: Path) -> int | None:
+    """Open a file for reading whole pages past the page cache, into page-aligned memory; None
+    where its file system has no such way.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except (OSError, AttributeError):
+        return None
+    try:
+        os.preadv(descriptor, [page_memory(mmap.PAGESIZE)], 0)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
 def page_memory(num_bytes: int) -> mmap.mmap:
     """Return zeroed memory that starts on a page and is private to this process.
 

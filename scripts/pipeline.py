@@ -281,7 +281,10 @@ def run_command(command: Sequence[str], *, temporary: str = "") -> tuple[str, An
     ``temporary`` is the folder for its temporary files, the system's if empty. A failure raises
     StageFailed; the command itself has printed the reason.
     """
-    print(f"\n$ {shlex.join(['python', '-m', *command])}", file=sys.stderr, flush=True)
+    shown = (
+        ["tierhints", *command[1:]] if command[0] == "lib.commands" else ["python", "-m", *command]
+    )
+    print(f"\n$ {shlex.join(shown)}", file=sys.stderr, flush=True)
     environment = dict(os.environ)
     if temporary:
         Path(temporary).mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import page_memory
+from ..units import SECTOR_BYTES
 from .files import Extent
 
 _NUM_BUFFERS = 8
@@ -140,7 +141,7 @@ class ReadAhead:
         while (piece := self._next_piece()) is not None:
             error = data = None
             try:
-                num_bytes = piece.extent.page_bytes
+                num_bytes = piece.extent.num_bytes + 2 * SECTOR_BYTES
                 if piece.buffer is None or len(piece.buffer) < num_bytes:
                     piece.buffer = page_memory(num_bytes)
                 pages = piece.extent.read_pages(memoryview(piece.buffer), piece.name)

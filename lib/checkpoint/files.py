@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from ..errors import InputError, PlacementError
-from ..files import drop_cached_pages, page_memory, parse_json
+from ..files import drop_cached_pages, open_past_cache, parse_json
 from ..units import SECTOR_BYTES
 
 _DTYPES = {
@@ -110,13 +110,8 @@ class Extent:
         """Fill ``out``, of as many bytes."""
         self.file.read_into(self.start, out, name)
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of the whole pages that it lies in."""
-        return self.file.page_bytes(self.start, self.num_bytes)
-
     def read_pages(self, pages: memoryview, name: str) -> memoryview:
-        """Return its bytes, read into pages of the caller's, ``page_bytes`` of them or more."""
+        """Return its bytes, read into pages of the caller's: room for two sectors more."""
         return self.file.read_pages(self.start, self.num_bytes, pages, name)
 
 
@@ -178,11 +173,6 @@ class File:
                 filled += count
             drop_cached_pages(self._descriptor, offset, len(out))
 
-    def page_bytes(self, start: int, num_bytes: int) -> int:
-        """Return the bytes of the whole pages in which bytes of the data lie."""
-        wanted = (self._data_start + start) % SECTOR_BYTES + num_bytes
-        return -(-wanted // SECTOR_BYTES) * SECTOR_BYTES
-
     def read_pages(self, start: int, num_bytes: int, pages: memoryview, name: str) -> memoryview:
         """Return bytes of the data, read into ``pages`` with the whole pages that they lie in,
         past the page cache where the file system can.
@@ -190,7 +180,7 @@ class File:
         offset = self._data_start + start
         skipped = offset % SECTOR_BYTES
         first, wanted, filled = offset - skipped, skipped + num_bytes, 0
-        pages = pages[: self.page_bytes(start, num_bytes)]
+        pages = pages[: -(-wanted // SECTOR_BYTES) * SECTOR_BYTES]
         with self._explained(name):
             while filled < wanted:
                 count = os.preadv(self._past_cache, [pages[filled:]], first + filled)
@@ -203,15 +193,10 @@ class File:
     @cached_property
     def _past_cache(self) -> int:
         """A descriptor that reads past the page cache; the other one where there is no such way."""
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
-        except (OSError, AttributeError):
+        descriptor = open_past_cache(self.path)
+        if descriptor is None:
             return self._descriptor
         weakref.finalize(self, os.close, descriptor).atexit = False
-        try:
-            os.preadv(descriptor, [page_memory(SECTOR_BYTES)], 0)
-        except OSError:
-            return self._descriptor
         return descriptor
 
     @contextmanager

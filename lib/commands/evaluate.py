@@ -5,7 +5,7 @@
 
 The model is measured as it is, then with its weights placed and stored as asked, kernels included:
 perplexity of both, KL(full || ours) in nats per token, share of equal most likely tokens. --tasks
-runs tasks of lm-evaluation-harness on both. stdout gets the figures and, last, one JSON line.
+runs tasks of lm-evaluation-harness on both.
 """
 
 import argparse

@@ -1,11 +1,15 @@
 """The wheel, built from the tracked files and installed away from the checkout: what users get."""
 
+import ast
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from dataclasses import dataclass
@@ -130,6 +134,52 @@ print("same bits")
 """
     without = {"kconfiglib", "matplotlib", "datasets", "gguf", "torchao", "accelerate", "scipy"}
     assert "same bits" in installed.python(code, without=without)
+
+
+def test_a_saved_model_answers(installed: Installed) -> None:
+    code = f"""{TINY}
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+letters = {{chr(97 + index): index for index in range(26)}}
+tokenizer = Tokenizer(models.WordLevel(letters, unk_token="a"))
+tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained("tiny")
+model.save_pretrained("tiny")
+"""
+    installed.python(code)
+    words = ["--model", "tiny", "--budget", "HBM=100KiB,SSD=", "--max-new-tokens", "5"]
+    said = installed.run("tierhints", "generate", *words, "--prompt", "hello")
+    figures = json.loads(said.splitlines()[-1])
+    assert figures["new_tokens"] == 5 and figures["bytes_per_token"] > 0
+
+
+def test_what_the_library_imports_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [
+        *project["dependencies"],
+        *itertools.chain(*project["optional-dependencies"].values()),
+    ]
+    names = {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in declared}  # type: ignore[index]
+    names |= {"jinja2"}  # torch's
+    names |= {"lm_eval"}  # for --tasks, which names it where it is missing
+    always = {re.match(r"[\w-]+", each)[0] for each in project["dependencies"]}  # type: ignore[index]
+    for path in (ROOT / "lib").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        found = {name for node in ast.walk(tree) for name in imported(node)}
+        assert found <= names, path
+        at_once = {name for node in tree.body for name in imported(node)}
+        assert at_once <= always or path.name.startswith("triton_"), path
+
+
+def imported(node: ast.AST) -> set[str]:
+    """Name the packages that a statement imports, the standard library's left out."""
+    if isinstance(node, ast.Import):
+        modules = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        modules = [node.module or ""]
+    else:
+        return set()
+    return {module.partition(".")[0] for module in modules} - sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(

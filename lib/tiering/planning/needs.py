@@ -21,7 +21,7 @@ from ..payload.layout import Payload, codec_scratch_bytes, lookup_bytes, lookup_
 from .demands import Demand
 
 _COMPUTED_AS_IS = {Precision.BF16, Precision.FP16, Precision.INT8, Precision.INT4}
-"""Precisions that are multiplied with as they are held; the others are expanded first."""
+"""Multiplied with as they are held also where our kernels can't be built."""
 _DEFAULT_COMPUTE = 4e9
 """Weights per second of a machine that was not measured."""
 
