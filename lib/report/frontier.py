@@ -3,9 +3,9 @@
 The document is that of ``tierhints frontier``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..units import format_bytes
 from .drawing import BLUE, DPI, INK, ORANGE, picture
@@ -16,19 +16,6 @@ _KINDS = (
     ("epsilon", "ours, within epsilon", ORANGE, "D", "left"),
 )
 """How a holding begins -> its name in the legend, colour, marker, and the side of its names."""
-_NAME_POINTS = 7
-
-
-class _Label(NamedTuple):
-    """The name of a point, and on which side of it."""
-
-    text: str
-    x: float
-    y: float
-    side: str
-    color: str
-
-
 HEADS = (
     "weights held",
     "budget",
@@ -73,7 +60,8 @@ def plot_frontier(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) ->
     least = min((point["kl_nats"] for point in points if point["kl_nats"] > 0), default=1e-4) / 4
     with picture(path, (9.6, 4.2), dpi) as figure:
         left, right = figure.subplots(1, 2)
-        qualities = _draw(left, document, lambda point: max(point["kl_nats"], least))
+        _draw(left, document, lambda point: max(point["kl_nats"], least))
+        _name(left, document)
         left.axhline(least, color=INK, lw=0.8, ls=":")
         left.annotate(
             "0: the same bits",
@@ -86,7 +74,7 @@ def plot_frontier(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) ->
         left.set_yscale("log")
         left.set_ylabel("KL from the full model (nats per token)")
         left.set_title("what memory costs in quality", fontsize=9, loc="left")
-        speeds = _draw(right, document, lambda point: point["tokens_per_s"])
+        _draw(right, document, lambda point: point["tokens_per_s"])
         right.set_yscale("log")
         right.yaxis.set_major_formatter("{x:g}")
         right.yaxis.set_minor_formatter("{x:g}")
@@ -98,20 +86,14 @@ def plot_frontier(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) ->
         for axes in (left, right):
             axes.set_xlabel(f"fast memory, % of the full model's {size}")
             axes.grid(alpha=0.3)
-        figure.draw_without_rendering()
-        _write(left, qualities)
-        _write(right, speeds)
 
 
 def _draw(
     axes: Any, document: Mapping[str, Any], value: Callable[[Mapping[str, Any]], float]
-) -> list[_Label]:
-    """Draw every point of a document over its share of the full model's memory; returns the names
-    of those that reside there.
-    """
+) -> None:
+    """Draw every point of a document over its share of the full model's memory."""
     full = document["full"]
-    labels: list[_Label] = []
-    for start, label, color, marker, side in _KINDS:
+    for start, label, color, marker, _ in _KINDS:
         found = [point for point in document["points"] if point["holding"].startswith(start)]
         resident = [point for point in found if not point["bytes_per_token"]]
         # Under a budget that has room for all of them weights are held as without one.
@@ -123,34 +105,30 @@ def _draw(
             named = fill == color
             name = label if points and (named or not resident) else None
             axes.plot(xs, ys, marker, color=color, mfc=fill, label=name)
-            for x, y, point in zip(xs, ys, points, strict=True) if named else ():
-                text = point["holding"].replace("epsilon ", "\u03b5 = ")
-                labels.append(_Label(text, x, y, side, color))
     axes.plot(100, value(full), "*", color=INK, ms=11, label="the full model")
     axes.set_xlim(0, 105)
-    return labels
 
 
-def _write(axes: Any, labels: Sequence[_Label]) -> None:
-    """Write names beside their points, apart from each other. To be called when the scales are."""
-    points = 72 / axes.figure.dpi
-    written: list[tuple[str, float, float]] = []
-    for label in sorted(labels, key=lambda label: label.y):
-        x, y = axes.transData.transform((label.x, label.y)) * points
-        free = y
-        for side, other_x, other_y in written:
-            if side == label.side and abs(other_x - x) < 6 * _NAME_POINTS:
-                free = max(free, other_y + _NAME_POINTS)
-        written.append((label.side, x, free))
+def _name(axes: Any, document: Mapping[str, Any]) -> None:
+    """Write how weights are held beside the points of the same KL. Memory tells them apart in the
+    other picture.
+    """
+    full, points = document["full"], document["points"]
+    for holding in dict.fromkeys(point["holding"] for point in points if point["kl_nats"] > 0):
+        color, side = next(
+            (color, side) for start, _, color, _, side in _KINDS if holding.startswith(start)
+        )
+        same = [point for point in points if point["holding"] == holding]
+        shares = [100 * point["fast_bytes"] / full["fast_bytes"] for point in same]
         axes.annotate(
-            label.text,
-            (label.x, label.y),
-            xytext=(6 if label.side == "right" else -6, free - y),
+            holding.replace("epsilon ", "\u03b5 "),
+            (max(shares) if side == "right" else min(shares), same[0]["kl_nats"]),
+            xytext=(6 if side == "right" else -6, 0),
             textcoords="offset points",
-            ha="left" if label.side == "right" else "right",
+            ha="left" if side == "right" else "right",
             va="center",
-            fontsize=_NAME_POINTS,
-            color=label.color,
+            fontsize=7,
+            color=color,
         )
 
 

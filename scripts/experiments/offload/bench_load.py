@@ -2,10 +2,11 @@
 
     python scripts/experiments/offload/bench_load.py --model ./my-model --precisions int4,int8
 
-In turns: the checkpoint's files are read with direct reads, and a new process builds the model
-(``load``), attaches it at a precision and computes one token, its files dropped from the page cache
-before. Importing Python packages comes before that and is timed by itself. The ratio is of the
-second to the first: 1 is the disk's speed; "cpu" is processor time of the three stages.
+In turns: the checkpoint's files are read with direct reads, and as ``cat`` reads them; and a new
+process builds the model (``load``), attaches it at a precision and computes one token. The files
+are dropped from the page cache before each. Importing Python packages comes before that and is
+timed by itself. The ratios are of the process to the two ways of reading: 1 is the disk's speed;
+"cpu" is processor time of the three stages.
 Each precision is loaded twice: what is "again" finds the records that the load before it has kept,
 in a folder beside the model's. ``--no-records`` keeps none, and ``--in-memory`` has transformers
 load the model, so that attach writes its originals to the disk.
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
 from lib.commands.cli import Parser, add_json_flag, emit, run_main
 from lib.errors import InputError
 from lib.tiering.stores.records import RECORDS_VARIABLE
-from lib.units import GB, MIB
+from lib.units import GB, KIB, MIB
 from lib.vocabulary import Precision
 from scripts.experiments.offload.host import describe_machine
 from scripts.experiments.offload.page_cache import drop_page_cache
@@ -59,9 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(dir=args.model.parent, prefix=".bench-load-") as folder:
             for again in (False, True) if keeps else (False,):
                 read_seconds = sum(read_directly(file) for file in files)
+                drop_page_cache(args.model)
+                cat_seconds = sum(read_like_cat(file) for file in files)
                 run = start_worker(args, precision, records=folder if keeps else "")
                 seconds = sum(run[stage] for stage in STAGES)
-                run |= {"read": read_seconds, "total": seconds, "ratio": seconds / read_seconds}
+                run |= {"read": read_seconds, "cat": cat_seconds, "total": seconds}
+                run |= {"ratio": seconds / read_seconds, "cat_ratio": seconds / cat_seconds}
                 runs.setdefault((precision, again), []).append(run)
     num_bytes = sum(file.stat().st_size for file in files)
     document = {
@@ -88,6 +92,15 @@ def read_directly(path: Path) -> float:
             return time.perf_counter() - start
     finally:
         os.close(descriptor)
+
+
+def read_like_cat(path: Path) -> float:
+    """Read a file in order, 128 KiB at a time, through the page cache; returns the seconds."""
+    with path.open("rb", buffering=0) as file:
+        buffer, start = bytearray(128 * KIB), time.perf_counter()
+        while file.readinto(buffer):
+            pass
+        return time.perf_counter() - start
 
 
 def start_worker(args: argparse.Namespace, precision: Precision, *, records: str) -> Fields:
@@ -155,10 +168,13 @@ def summarize(precision: Precision, again: bool, runs: Sequence[Fields], num_byt
     return {
         "precision": str(precision),
         "again": again,
-        "seconds": {key: median[key] for key in ("imports", *STAGES, "total", "processor", "read")},
+        "seconds": {
+            key: median[key] for key in ("imports", *STAGES, "total", "processor", "read", "cat")
+        },
         "read_gb_s": num_bytes / median["read"] / GB,
         "load_gb_s": num_bytes / median["total"] / GB,
         "ratio": median["ratio"],
+        "cat_ratio": median["cat_ratio"],
         "ratios": [run["ratio"] for run in runs],
     }
 
@@ -167,7 +183,7 @@ def format_table(results: Sequence[Fields]) -> str:
     """Return one line per precision: medians, in seconds."""
     lines = [
         f"{'precision':<12}{'load':>7}{'attach':>8}{'token':>7}{'total':>7}{'cpu':>7}"
-        f"{'read file':>11}{'ratio':>7}   (seconds, medians; imports before)"
+        f"{'read file':>11}{'ratio':>7}{'cat':>7}{'ratio':>7}   (seconds, medians; imports before)"
     ]
     for result in results:
         seconds = result["seconds"]
@@ -176,7 +192,8 @@ def format_table(results: Sequence[Fields]) -> str:
             f"{name:<12}{seconds['load']:>7.2f}{seconds['attach']:>8.2f}"
             f"{seconds['first_token']:>7.2f}{seconds['total']:>7.2f}"
             f"{seconds['processor']:>7.2f}{seconds['read']:>11.2f}"
-            f"{result['ratio']:>7.2f}   ({seconds['imports']:.1f})"
+            f"{result['ratio']:>7.2f}{seconds['cat']:>7.2f}{result['cat_ratio']:>7.2f}"
+            f"   ({seconds['imports']:.1f})"
         )
     return "\n".join(lines)
 
