@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

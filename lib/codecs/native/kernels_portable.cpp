@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
+#include <type_traits>
 
 namespace tierhints {
 

@@ -18,8 +18,6 @@ from .base import Store
 
 _WAITING_BYTES = 8 * MIB
 """Parts that are in memory until they are written, at most; a larger one waits alone."""
-
-
 _PAUSE_SECONDS = 0.5
 """For the first token, before anything is written for the next load."""
 Add = Callable[[int, Tensor, bool], None]

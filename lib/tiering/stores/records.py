@@ -127,13 +127,10 @@ class KeptRecords:
         try:
             self.finish()
         finally:
-            self._close()
-
-    def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if self._store is not None:
-            self._store.close()
+            if self._writer is not None:
+                self._writer.close()
+            if self._store is not None:
+                self._store.close()
 
     def _open(self) -> None:
         """Open the first folder that can be written, or keep nothing."""
