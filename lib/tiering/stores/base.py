@@ -65,7 +65,8 @@ class Store(Protocol):
 
     def put(self, key: str, num_bytes: int, parts: Iterable[Tensor]) -> None:
         """Keep a copy of the parts (1-D uint8 tensors in host memory, in order, together
-        ``num_bytes``, a multiple of SECTOR_BYTES); takes none where the key is held already.
+        ``num_bytes``, a multiple of SECTOR_BYTES); takes none where the key is held already. A part
+        may be overwritten once the next one is asked for.
 
         Returns once the bytes are safe. Raises PlacementError where they have no room; nothing is
         held then.
