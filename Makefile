@@ -142,7 +142,7 @@ check-reference: $(STAMP) ## Test what computes where there is no C++ compiler
 
 .PHONY: check-sanitized
 check-sanitized: $(STAMP) ## Test the C++ kernels under sanitizers of addresses and undefined behaviour
-	$(Q)TIERHINTS_NATIVE_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g" \
+	$(Q)TIERHINTS_NATIVE_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1" \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest $(CODEC_TESTS)
 
