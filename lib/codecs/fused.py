@@ -270,7 +270,9 @@ class Int4Weight:
         """Pack the codes of a shard, padded to whole blocks of rows, into its place."""
         padded, cols, num_rows = rows.stop - rows.start, layout.cols, len(planes[0])
         words, codes, workspace = self._scratch.split(
-            (torch.int32, padded, cols), (torch.uint8, padded, cols), (torch.uint8, padded, cols)
+            (torch.int32, padded, cols),
+            (torch.uint8, padded, layout.padded_cols),
+            (torch.uint8, padded, layout.padded_cols),
         )
         codes[num_rows:] = 8
         unpack_planes(
@@ -279,6 +281,7 @@ class Int4Weight:
             codes=codes[:num_rows],
             workspace=workspace.flatten(),
         )
+        codes = codes[:, :cols]
         if self._on_cpu:
             packed = torch._convert_weight_to_int4pack_for_cpu(words.copy_(codes), 2)
         else:

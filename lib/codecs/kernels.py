@@ -24,7 +24,7 @@ from .encoded import EncodedWeight
 from .expansion import cpu_computes_bf16
 from .fused import INT4_ROW_BLOCK, Int4Weight, Int8Weight, pad_rows
 from .interface import KERNELS, CompressedWeight, Use, register_kernel
-from .layout import WORD_CODES, Codec, RecordLayout
+from .layout import BLOCK_CODES, Codec, RecordLayout
 from .scratch import Scratch
 
 __all__ = [
@@ -71,7 +71,7 @@ def scratch_bytes(shapes: Iterable[tuple[int, int]]) -> int:
     """
     largest = 0
     for rows, cols in shapes:
-        row_bytes = _BYTES_PER_CODE * -(-cols // WORD_CODES) * WORD_CODES
+        row_bytes = _BYTES_PER_CODE * -(-cols // BLOCK_CODES) * BLOCK_CODES
         share = pad_rows(-(-rows // 16)) * row_bytes
         largest = max(largest, min(share, SCRATCH_BYTES), INT4_ROW_BLOCK * row_bytes)
     return largest + _SCRATCH_GAPS if largest else 0

@@ -30,8 +30,8 @@ PLANE_BITS = {
     Precision.INT3: (2, 1),
     Precision.INT2: (2,),
 }
-WORD_CODES = 32
-"""Codes whose 1-bit plane fills a word."""
+BLOCK_CODES = 64
+"""Codes that lie together in each plane: planes.py."""
 GROUP_SIZES = (0, 32, 64, 128, 256)
 """Weights of a row that share a scale and a zero; 0: the whole row."""
 
@@ -115,8 +115,8 @@ class RecordLayout:
 
     @property
     def padded_cols(self) -> int:
-        """Codes stored per row: whole 32-bit words in every plane."""
-        return -(-self.cols // WORD_CODES) * WORD_CODES
+        """Codes stored per row: whole blocks."""
+        return -(-self.cols // BLOCK_CODES) * BLOCK_CODES
 
     @property
     def num_groups(self) -> int:

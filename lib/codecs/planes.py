@@ -1,10 +1,11 @@
 """Codes of 2 to 8 bits to planes of 4, 2 and 1 bits, and back.
 
-Which codes share a byte is chosen for speed: byte ``j`` of a row's 4-bit plane holds the codes
-``j`` and ``j + row_bytes``, of a 2-bit plane ``j``, ``j + row_bytes``, ``j + 2 * row_bytes`` and
-``j + 3 * row_bytes``, the first in the highest bits. A row unpacks into as many contiguous pieces
-as codes share a byte, so whole words are shifted at once; neighbours sharing a byte would need a
-strided interleave.
+A row's codes come in blocks of 64, and each plane has the bits of a block in bytes of its own: 32
+of a 4-bit plane, 16 of a 2-bit plane, 8 of a 1-bit plane. Which codes share a byte is chosen for
+speed: in a block, byte ``j`` of the 4-bit plane holds the codes ``j`` and ``j + 32``, of a 2-bit
+plane ``j``, ``j + 16``, ``j + 32`` and ``j + 48``, of a 1-bit plane by eights, the first in the
+highest bits. A block unpacks into as many contiguous pieces as codes share a byte, so that whole
+words are shifted at once; neighbours sharing a byte would need a strided interleave.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from .layout import BLOCK_CODES
 
 
 def pack_planes(codes: Tensor, plane_bits: Sequence[int], planes: Sequence[Tensor]) -> None:
@@ -22,10 +25,12 @@ def pack_planes(codes: Tensor, plane_bits: Sequence[int], planes: Sequence[Tenso
         part = codes
         if remaining or plane is not planes[0]:
             part = (codes >> remaining).bitwise_and_((1 << bits) - 1)
-        first, *others = part.view(len(codes), 8 // bits, plane.shape[1]).unbind(1)
-        torch.bitwise_left_shift(first, 8 - bits, out=plane)
+        block_bytes = BLOCK_CODES * bits // 8
+        first, *others = part.view(len(codes), -1, 8 // bits, block_bytes).unbind(2)
+        packed = plane.view(len(codes), -1, block_bytes)
+        torch.bitwise_left_shift(first, 8 - bits, out=packed)
         for place, piece in enumerate(others, start=2):
-            torch.add(plane, piece, alpha=1 << (8 - place * bits), out=plane)
+            torch.add(packed, piece, alpha=1 << (8 - place * bits), out=packed)
 
 
 def unpack_planes(
@@ -39,17 +44,20 @@ def unpack_planes(
     part = workspace[: codes.numel()].view(codes.shape)
     for index, (bits, plane) in enumerate(zip(plane_bits, planes, strict=True)):
         target = part if index else codes
-        # Words are shifted, four bytes at once; what crosses a byte's border is masked away.
-        words = plane.view(torch.int32).unsqueeze(1)
-        pieces = target.view(torch.int32).view(len(codes), 8 // bits, words.shape[2])
-        torch.bitwise_right_shift(words, _shifts(bits, torch.int32, codes.device), out=pieces)
+        # Words are shifted, eight bytes at once; what crosses a byte's border is masked away.
+        words = plane.view(torch.int64).view(-1, 1, BLOCK_CODES * bits // 64)
+        pieces = target.view(torch.int64).view(len(words), 8 // bits, words.shape[2])
+        pieces.copy_(words.expand_as(pieces))
+        target.view(torch.int64).view(len(words), -1).bitwise_right_shift_(
+            _shifts(bits, codes.device)
+        )
         target.bitwise_and_((1 << bits) - 1)
         if index:
             torch.add(part, codes, alpha=1 << bits, out=codes)
 
 
 @cache
-def _shifts(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the place in a byte of each code that shares it: (1, 8 / bits, 1)."""
-    places = range(8 - bits, -1, -bits)
-    return torch.tensor(list(places), dtype=dtype, device=device).view(1, -1, 1)
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    """Return the place in a byte of the codes in each word of a block: (8,)."""
+    places = torch.arange(8 - bits, -1, -bits, dtype=torch.int64, device=device)
+    return places.repeat_interleave(BLOCK_CODES * bits // 64)

@@ -60,7 +60,7 @@ RAW_DTYPES = {
     Precision.FP16: torch.float16,
 }
 _MAGIC = b"TIERHINT"
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<8sHHI8s8sQQ5Q")
 """Magic, version, 0, group size, precision, dtype, rows, cols, checksums of the
 sections; then the checksum of all that.

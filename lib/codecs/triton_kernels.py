@@ -1,11 +1,10 @@
 """Triton kernels that compute from the bytes of a record. ``triton_ops`` launches them.
 
-In the narrowest plane that is read a row has ``piece`` bytes, each with a code of every *piece* of
-the row: byte j with those of columns j, piece + j, 2 piece + j... A program unpacks a block of such
-bytes in registers, all pieces of it, so each byte is loaded once; planes are joined in words, four
-codes at a time. Blocks are (rows, runs, run): within a piece ``run`` columns share a group, the
-largest power of two that divides both group and piece, so scales and zeros are loaded for runs,
-whatever the shape.
+In the narrowest plane that is read a block of 64 codes has RUN bytes, each with a code of every
+*piece* of the block: byte j with those of columns j, RUN + j, 2 RUN + j... (planes.py). A program
+unpacks RUNS such blocks of a row at a time in registers, all their pieces, so each byte is loaded
+once; planes are joined in words, four codes at a time. Tensors are (rows, RUNS, RUN): columns of a
+piece share a group, so scales and zeros are loaded for runs, whatever the shape.
 
 Integers that are 1 become constants when Triton compiles: they have no methods of tensors.
 """
@@ -15,9 +14,10 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .layout import HEADER_BYTES
+from .layout import BLOCK_CODES, HEADER_BYTES
 
 _HEADER = tl.constexpr(HEADER_BYTES)
+_BLOCK = tl.constexpr(BLOCK_CODES)
 _MAGIC = tl.constexpr(0x4B000000)
 """2**23 in float32: or-ed with a code it is 2**23 + code. GPUs convert integers slowly."""
 _MAGIC_VALUE = tl.constexpr(float(2**23))
@@ -28,9 +28,8 @@ class Form:
     """What a kernel is compiled for: how codes are joined and scaled.
 
     ``first``: bits of the first plane; ``rest``: of each of the ``num_rest`` others. The first one
-    spreads the pieces over ``vectors`` bytes, one after another. A weight is code * s * ``dropped``
-    + z + s * ``low``. ``group``: columns that share s and z, 0: all. ``align`` divides a piece's
-    bytes: the compiler loads so many at once.
+    spreads the pieces over ``vectors`` bytes, RUN from each other. A weight is code * s *
+    ``dropped`` + z + s * ``low``. ``group``: columns that share s and z, 0: all.
     """
 
     first: int
@@ -39,12 +38,16 @@ class Form:
     group: int
     dropped: int
     low: float
-    align: int
 
     @property
     def pieces(self) -> int:
         """Codes in a byte of the narrowest plane."""
         return 8 // (self.rest or self.first)
+
+    @property
+    def run(self) -> int:
+        """Bytes of a block in the narrowest plane: RUN."""
+        return BLOCK_CODES // self.pieces
 
     @property
     def vectors(self) -> int:
@@ -53,10 +56,10 @@ class Form:
 
 
 @triton.jit
-def _words(record: tl.tensor, plane_at: tl.tensor, word: tl.tensor, inside: tl.tensor) -> tl.tensor:
+def _words(record: tl.tensor, plane_at: tl.tensor, word: tl.tensor, exists: tl.tensor) -> tl.tensor:
     """Load four bytes of a plane at once; ``word``: where they are in it."""
     plane = (record + plane_at).to(tl.pointer_type(tl.uint32))
-    return tl.load(plane + word, mask=inside, other=0)
+    return tl.load(plane + word, mask=exists, other=0)
 
 
 @triton.jit
@@ -64,17 +67,19 @@ def _rest(
     record: tl.tensor,
     second_at: tl.tensor,
     third_at: tl.tensor,
+    number: tl.tensor,
     word: tl.tensor,
-    inside: tl.tensor,
+    exists: tl.tensor,
     FORM: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Load a block of the planes behind the first; of those that aren't read anything will do."""
-    second = word
-    third = word
+    """Load what further planes have of blocks, ``number`` of each; of those not read, anything."""
+    at = number * (FORM.run // 4) + word
+    second = at
+    third = at
     if FORM.num_rest > 0:
-        second = _words(record, second_at, word, inside)
+        second = _words(record, second_at, at, exists)
     if FORM.num_rest > 1:
-        third = _words(record, third_at, word, inside)
+        third = _words(record, third_at, at, exists)
     return second, third
 
 
@@ -142,7 +147,7 @@ def multiply_few(
     rows: tl.tensor,
     cols: tl.tensor,
     num_groups: tl.tensor,
-    units: tl.tensor,
+    blocks: tl.tensor,
     zeros_at: tl.tensor,
     first_at: tl.tensor,
     second_at: tl.tensor,
@@ -151,7 +156,6 @@ def multiply_few(
     X_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     RUNS: tl.constexpr,
-    RUN: tl.constexpr,
     LANE: tl.constexpr,
 ) -> None:
     """Multiply a block of weight rows by ``X_ROWS`` activation rows, a block of bytes at a time.
@@ -160,27 +164,27 @@ def multiply_few(
     """
     VECTORS: tl.constexpr = FORM.vectors
     PLACES: tl.constexpr = 8 // FORM.first
-    piece = units * FORM.align
-    words = units * (FORM.align // 4)
+    RUN: tl.constexpr = FORM.run
+    WORDS: tl.constexpr = RUN // 4
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     held = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
     scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
-    run = tl.arange(0, RUNS)[None, :, None] * RUN
+    # A thread takes as many columns of weights as a load of activations gives it, or layouts differ,
+    # and weights go from one to the other through shared memory.
+    word = tl.max_contiguous(tl.arange(0, WORDS)[None, None, :], [1, 1, LANE // 4])
     in_run = tl.arange(0, RUN)[None, None, :]
     sums: tl.tuple = ()
     for _ in tl.static_range(X_ROWS):
         sums = sums + (tl.zeros((BLOCK_ROWS, RUNS, RUN), tl.float32),)
-    for start in range(0, piece, RUNS * RUN):
-        word = start // 4 + run // 4 + tl.arange(0, RUN // 4)[None, None, :]
-        # A thread takes as many columns of weights as a load of activations gives it, or layouts
-        # differ, and weights go from one to the other through shared memory.
-        word = tl.max_contiguous(word, [1, 1, LANE // 4])
-        kept_word = word < words
-        second, third = _rest(record, second_at, third_at, held * words + word, kept_word, FORM)
+    for start in range(0, blocks, RUNS):
+        block = start + tl.arange(0, RUNS)[None, :, None]
+        exists = block < blocks
+        number = held * blocks + block
+        second, third = _rest(record, second_at, third_at, number, word, exists, FORM)
         for vector in tl.static_range(VECTORS):
-            row_start = (held * VECTORS + vector) * words
-            first = _words(record, first_at, row_start + word, kept_word)
+            at = (number * VECTORS + vector) * WORDS
+            first = _words(record, first_at, at + word, exists)
             for place in tl.static_range(PLACES):
                 index = place * VECTORS + vector
                 weights = _weights(
@@ -189,16 +193,16 @@ def multiply_few(
                     third,
                     scales,
                     zeros,
-                    index * piece + start + run,
+                    block * _BLOCK + index * RUN,
                     num_groups,
                     place,
                     index,
                     FORM,
                 )
                 # Activations are loaded for every row, for the same reason.
-                j = tl.broadcast_to(start + run + in_run, (BLOCK_ROWS, RUNS, RUN))
-                column = index * piece + j
-                wanted = (j < piece) & (column < cols)
+                column = block * _BLOCK + index * RUN + in_run
+                column = tl.broadcast_to(column, (BLOCK_ROWS, RUNS, RUN))
+                wanted = column < cols
                 added: tl.tuple = ()
                 for m in tl.static_range(X_ROWS):
                     values = tl.load(x + m * cols + column, mask=wanted, other=0.0)
@@ -221,7 +225,7 @@ def multiply_tiles(
     rows: tl.tensor,
     cols: tl.tensor,
     num_groups: tl.tensor,
-    units: tl.tensor,
+    blocks: tl.tensor,
     zeros_at: tl.tensor,
     first_at: tl.tensor,
     second_at: tl.tensor,
@@ -230,30 +234,30 @@ def multiply_tiles(
     BLOCK_X: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     RUNS: tl.constexpr,
-    RUN: tl.constexpr,
     OPERAND: tl.constexpr,
 ) -> None:
     """Multiply a block of weight rows by a block of activation rows, y transposed."""
     VECTORS: tl.constexpr = FORM.vectors
     PLACES: tl.constexpr = 8 // FORM.first
-    piece = units * FORM.align
-    words = units * (FORM.align // 4)
+    RUN: tl.constexpr = FORM.run
+    WORDS: tl.constexpr = RUN // 4
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     m = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     held = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
     x_start = tl.minimum(m, x_rows - 1).to(tl.int64)[None, :] * cols
     scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
-    run = tl.arange(0, RUNS)[None, :, None] * RUN
+    word = tl.arange(0, WORDS)[None, None, :]
     flat = tl.arange(0, RUNS * RUN)[:, None]
     total = tl.zeros((BLOCK_ROWS, BLOCK_X), tl.float32)
-    for start in range(0, piece, RUNS * RUN):
-        word = start // 4 + run // 4 + tl.arange(0, RUN // 4)[None, None, :]
-        kept_word = word < words
-        second, third = _rest(record, second_at, third_at, held * words + word, kept_word, FORM)
+    for start in range(0, blocks, RUNS):
+        block = start + tl.arange(0, RUNS)[None, :, None]
+        exists = block < blocks
+        number = held * blocks + block
+        second, third = _rest(record, second_at, third_at, number, word, exists, FORM)
         for vector in tl.static_range(VECTORS):
-            row_start = (held * VECTORS + vector) * words
-            first = _words(record, first_at, row_start + word, kept_word)
+            at = (number * VECTORS + vector) * WORDS
+            first = _words(record, first_at, at + word, exists)
             for place in tl.static_range(PLACES):
                 index = place * VECTORS + vector
                 weights = _weights(
@@ -262,15 +266,15 @@ def multiply_tiles(
                     third,
                     scales,
                     zeros,
-                    index * piece + start + run,
+                    block * _BLOCK + index * RUN,
                     num_groups,
                     place,
                     index,
                     FORM,
                 )
                 weights = tl.reshape(weights, (BLOCK_ROWS, RUNS * RUN))
-                column = index * piece + start + flat
-                wanted = (start + flat < piece) & (column < cols)
+                column = (start + flat // RUN) * _BLOCK + index * RUN + flat % RUN
+                wanted = column < cols
                 values = tl.load(x + x_start + column, mask=wanted, other=0.0)
                 total = tl.dot(weights.to(OPERAND), values.to(OPERAND), total)
     if bias is not None:
@@ -290,7 +294,7 @@ def decode_rows(
     rows: tl.tensor,
     cols: tl.tensor,
     num_groups: tl.tensor,
-    units: tl.tensor,
+    blocks: tl.tensor,
     zeros_at: tl.tensor,
     first_at: tl.tensor,
     second_at: tl.tensor,
@@ -298,13 +302,12 @@ def decode_rows(
     FORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     RUNS: tl.constexpr,
-    RUN: tl.constexpr,
 ) -> None:
     """Decode a block of bytes of a block of rows, to where they belong in ``out``."""
     VECTORS: tl.constexpr = FORM.vectors
     PLACES: tl.constexpr = 8 // FORM.first
-    piece = units * FORM.align
-    words = units * (FORM.align // 4)
+    RUN: tl.constexpr = FORM.run
+    WORDS: tl.constexpr = RUN // 4
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     kept = (row < num_rows)[:, None, None]
     held = tl.minimum(row, num_rows - 1).to(tl.int64) + start_row
@@ -317,16 +320,15 @@ def decode_rows(
     held = held[:, None, None]
     scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
-    run = tl.arange(0, RUNS)[None, :, None] * RUN
+    word = tl.arange(0, WORDS)[None, None, :]
     target = out + row.to(tl.int64)[:, None, None] * cols
-    start = tl.program_id(1) * (RUNS * RUN)
-    j = start + run + tl.arange(0, RUN)[None, None, :]
-    word = start // 4 + run // 4 + tl.arange(0, RUN // 4)[None, None, :]
-    kept_word = word < words
-    second, third = _rest(record, second_at, third_at, held * words + word, kept_word, FORM)
+    block = tl.program_id(1) * RUNS + tl.arange(0, RUNS)[None, :, None]
+    exists = block < blocks
+    number = held * blocks + block
+    second, third = _rest(record, second_at, third_at, number, word, exists, FORM)
     for vector in tl.static_range(VECTORS):
-        row_start = (held * VECTORS + vector) * words
-        first = _words(record, first_at, row_start + word, kept_word)
+        at = (number * VECTORS + vector) * WORDS
+        first = _words(record, first_at, at + word, exists)
         for place in tl.static_range(PLACES):
             index = place * VECTORS + vector
             weights = _weights(
@@ -335,13 +337,13 @@ def decode_rows(
                 third,
                 scales,
                 zeros,
-                index * piece + start + run,
+                block * _BLOCK + index * RUN,
                 num_groups,
                 place,
                 index,
                 FORM,
             )
-            column = index * piece + j
-            wanted = kept & (j < piece) & (column < cols)
+            column = block * _BLOCK + index * RUN + tl.arange(0, RUN)[None, None, :]
+            wanted = kept & (column < cols)
             weights = tl.where(known, weights, float("nan"))
             tl.store(target + column, weights.to(out.dtype.element_ty), mask=wanted)

@@ -12,7 +12,6 @@ Sizes of blocks were chosen by reading what the compiler makes of them: no GPU h
 
 from dataclasses import dataclass
 from functools import cache
-from math import gcd
 
 import torch
 import triton
@@ -38,19 +37,19 @@ _PRECISIONS = {sum(bits): precision for precision, bits in PLANE_BITS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A layout as kernels take it: ``places`` are the integers that they all share."""
+    """A layout as kernels take it: ``places`` are the integers that they all share, ``row_bytes``
+    those of a row in the narrowest plane.
+    """
 
     form: Form
     rows: int
     cols: int
-    piece: int
+    row_bytes: int
     places: tuple[int, ...]
 
-    def runs(self, block: int) -> tuple[int, int]:
-        """Cut so many bytes of a piece into runs of one group: their number, their length."""
-        form = self.form
-        run = min(gcd(form.group, self.piece), block) if form.group else block
-        return block // run, run
+    def runs(self, num_bytes: int) -> int:
+        """Return the blocks that have so many bytes in the narrowest plane, 1 at least."""
+        return max(1, num_bytes // self.form.run)
 
 
 @cache
@@ -58,7 +57,7 @@ def _describe(rows: int, cols: int, group_size: int, stored_bits: int, bits: int
     codec = Codec(_PRECISIONS[stored_bits], group_size)
     layout = codec.layout(rows, cols).prefix(_PRECISIONS[bits])
     first, *rest = layout.planes
-    piece = layout.planes[-1].row_bytes
+    row_bytes = layout.planes[-1].row_bytes
     dropped = 1 << layout.dropped_bits
     form = Form(
         first=first.bits,
@@ -67,13 +66,11 @@ def _describe(rows: int, cols: int, group_size: int, stored_bits: int, bits: int
         group=group_size,
         dropped=dropped,
         low=(dropped - 1) / 2 - (1 << (stored_bits - 1)),
-        align=gcd(piece, 16),
     )
     offsets = [plane.offset for plane in layout.planes]
     offsets += [0] * (3 - len(offsets))
-    units = piece // form.align
-    places = (rows, cols, layout.num_groups, units, layout.zeros_offset, *offsets)
-    return Record(form=form, rows=rows, cols=cols, piece=piece, places=places)
+    places = (rows, cols, layout.num_groups, row_bytes // form.run, layout.zeros_offset, *offsets)
+    return Record(form=form, rows=rows, cols=cols, row_bytes=row_bytes, places=places)
 
 
 def linear(
@@ -93,24 +90,24 @@ def linear(
     2**-20 (up to ``FEW_ROWS`` activation rows) or ``TILE_ERROR`` (more).
     """
     described = _describe(rows, cols, group_size, stored_bits, bits)
-    form, piece = described.form, described.piece
+    form, row_bytes = described.form, described.row_bytes
     flat = x.reshape(-1, cols).contiguous()
     y = flat.new_empty(len(flat), rows)
     if not len(flat):
         return y.view(*x.shape[:-1], rows)
     with torch.cuda.device(record.get_device()):
         if len(flat) <= FEW_ROWS:
-            block, block_rows = _few_block(form, piece, len(flat))
+            block, block_rows = _few_block(form, row_bytes, len(flat))
             grid = (triton.cdiv(rows, block_rows), 1)
             lane = 16 // x.element_size()
-            sizes = (form, len(flat), block_rows, *described.runs(block))
+            sizes = (form, len(flat), block_rows, described.runs(block))
             kernels.multiply_few[grid](flat, record, bias, y, *described.places, *sizes, lane)
         else:
             # Triton's interpreter can't multiply in bf16.
             halves = x.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret
-            columns, block = _tile_block(form, piece, len(flat))
+            columns, block = _tile_block(form, row_bytes, len(flat))
             grid = (triton.cdiv(len(flat), columns), triton.cdiv(rows, _TILE_ROWS))
-            sizes = (form, columns, _TILE_ROWS, *described.runs(block))
+            sizes = (form, columns, _TILE_ROWS, described.runs(block))
             kernels.multiply_tiles[grid](
                 flat,
                 record,
@@ -173,25 +170,25 @@ def _decode_into(
     out = torch.empty(num_rows, described.cols, dtype=dtype, device=record.device)
     if not num_rows:
         return out
-    block, block_rows = _few_block(described.form, described.piece, 1)
-    grid = (triton.cdiv(num_rows, block_rows), triton.cdiv(described.piece, block))
-    sizes = (described.form, block_rows, *described.runs(block))
+    block, block_rows = _few_block(described.form, described.row_bytes, 1)
+    grid = (triton.cdiv(num_rows, block_rows), triton.cdiv(described.row_bytes, block))
+    sizes = (described.form, block_rows, described.runs(block))
     with torch.cuda.device(record.get_device()):
         kernels.decode_rows[grid](ids, start, num_rows, record, out, *described.places, *sizes)
     return out
 
 
-def _few_block(form: Form, piece: int, x_rows: int) -> tuple[int, int]:
-    """Choose the bytes of a piece, and the rows, that four warps unpack at once: few enough that
-    codes and sums stay in registers, in blocks that waste little of a row.
+def _few_block(form: Form, row_bytes: int, x_rows: int) -> tuple[int, int]:
+    """Choose the bytes of the narrowest plane, and the rows, that four warps unpack at once: few
+    enough that codes and sums stay in registers, cut so that little of a row is wasted.
     """
     size = _FEW_WEIGHTS // form.pieces // triton.next_power_of_2(x_rows)
-    block = next((n for n in (512, 256, 128) if -(-piece // n) * n <= 1.25 * piece), 64)
+    block = next((n for n in (512, 256, 128) if -(-row_bytes // n) * n <= 1.25 * row_bytes), 64)
     return block, max(1, size // block)
 
 
-def _tile_block(form: Form, piece: int, x_rows: int) -> tuple[int, int]:
-    """Choose the activation rows, and the bytes of a piece, of a tile."""
+def _tile_block(form: Form, row_bytes: int, x_rows: int) -> tuple[int, int]:
+    """Choose the activation rows, and the bytes of the narrowest plane, of a tile."""
     columns = min(_MOST_TILE_COLUMNS, max(16, triton.next_power_of_2(x_rows)))
-    block = min(64, _TILE_WEIGHTS // form.pieces, triton.next_power_of_2(piece))
+    block = min(64, _TILE_WEIGHTS // form.pieces, triton.next_power_of_2(row_bytes))
     return columns, max(16, block)

@@ -95,13 +95,16 @@ static inline void quantize_group(const float* values, int64_t count, float zero
 // One plane of a row: `width` bits of each code, of which `dropped` follow in other planes.
 template <int width, int dropped>
 static inline void pack_plane(const uint8_t* codes, int64_t row_bytes, uint8_t* plane) {
-  for (int64_t i = 0; i < row_bytes; ++i) {
-    uint8_t packed = 0;
-    for (int piece = 0; piece < 8 / width; ++piece) {
-      const uint8_t code = (uint8_t)(codes[i + piece * row_bytes] >> dropped) & ((1 << width) - 1);
-      packed = (uint8_t)(packed << width | code);
+  constexpr int64_t kBytes = kBlockCodes * width / 8;
+  for (int64_t block = 0; block < row_bytes; block += kBytes, codes += kBlockCodes) {
+    for (int64_t i = 0; i < kBytes; ++i) {
+      uint8_t packed = 0;
+      for (int piece = 0; piece < 8 / width; ++piece) {
+        const uint8_t code = (uint8_t)(codes[i + piece * kBytes] >> dropped) & ((1 << width) - 1);
+        packed = (uint8_t)(packed << width | code);
+      }
+      plane[block + i] = packed;
     }
-    plane[i] = packed;
   }
 }
 

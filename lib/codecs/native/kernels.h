@@ -1,6 +1,7 @@
 // Products with records, and their decoding, on a CPU: for each instruction set the same functions.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "record.h"
@@ -15,50 +16,59 @@ constexpr int64_t kGrainWeights = 1 << 15;
 
 inline int64_t lanes_of(int64_t count) { return round_up(count, 16); }
 
-// Activations as products take them: int16 codes x ~ scale * code, in blocks of a row that lie
-// within a group of weights. int16 and not int8: products stay at memory speed, and rounding, at
-// most 1/65024 of a block's largest magnitude, is far below that of bfloat16. Arrays of blocks and
-// of groups end with zeros, up to a multiple of 16.
+// Activations as products take them: int16 codes x ~ scale * code, in blocks of a row, or half
+// blocks, that lie within a group of weights. int16 and not int8: products stay at memory speed,
+// and rounding, at most 1/65024 of a block's largest magnitude, is far below that of bfloat16.
+// Arrays of scales and of groups end with zeros, up to a multiple of 16.
+constexpr int64_t kActivationBytes = 2 * kBlockCodes;  // of a block
+
 struct Activations {
-  int64_t rows;        // of activations
-  int64_t tile;        // of them that are multiplied together: 1 or kTile (the last has zeros)
+  int64_t rows;              // of activations
+  int64_t tile;              // of them that are multiplied together: 1 or kTile (the last: zeros)
   int64_t num_tiles;
-  int64_t block;       // codes of a block: 32 or 64
-  int64_t num_blocks;  // of a row; the last may be half as long
-  int64_t blocks_per_group;
-  int64_t block_stride, group_stride;
-  int64_t array_bytes;  // of one of the two arrays of a row, if it is two
-  uint8_t* codes;      // int16 (num_tiles, padded_cols / 32, tile, 32), 0 beyond cols; or of each row
-                       // its high bytes, then the low ones, with zeros for 64 columns more
-  float* scales;       // (num_tiles * tile, block_stride): times 2^(bits that weights have dropped)
-  float* sums;         // (num_tiles * tile, group_stride): of scale * code
+  int64_t num_blocks;        // of a row
+  int64_t scales_per_block;  // 2 where groups of weights are half as long
+  int64_t scales_per_group;
+  int64_t num_scales;        // of a row
+  int64_t scale_stride, group_stride;
+  uint8_t* codes;  // (num_tiles * tile, num_blocks, kActivationBytes), 0 beyond cols
+  float* scales;   // (num_tiles * tile, scale_stride): times 2^(bits that weights have dropped)
+  float* sums;     // (num_tiles * tile, group_stride): of scale * code
 
   Activations(const Layout& layout, int64_t count)
       : rows(count), tile(count == 1 ? 1 : kTile), num_tiles((count + tile - 1) / tile),
-        block(layout.group_size % 64 == 0 || layout.num_groups == 1 ? 64 : 32),
-        num_blocks((layout.padded_cols + block - 1) / block),
-        blocks_per_group(layout.num_groups == 1 ? num_blocks : layout.group_size / block),
-        block_stride(lanes_of(num_blocks)),
-        group_stride(lanes_of(layout.num_groups)),
-        array_bytes(round_up(layout.padded_cols, 64) + 64) {}
+        num_blocks(layout.padded_cols / kBlockCodes),
+        scales_per_block(layout.group_size % kBlockCodes && layout.num_groups > 1 ? 2 : 1),
+        num_scales(num_blocks * scales_per_block), scale_stride(lanes_of(num_scales)),
+        group_stride(lanes_of(layout.num_groups)) {
+    scales_per_group = layout.num_groups == 1
+                           ? num_scales
+                           : layout.group_size * scales_per_block / kBlockCodes;
+  }
 
-  int64_t row_bytes() const { return 2 * array_bytes; }
+  int64_t row_bytes() const { return num_blocks * kActivationBytes; }
   uint8_t* row_codes(int64_t row) const { return codes + row * row_bytes(); }
 
   int64_t num_bytes() const {
-    return num_tiles * tile * (row_bytes() + (block_stride + group_stride) * 4);
+    return num_tiles * tile * (row_bytes() + (scale_stride + group_stride) * 4);
   }
   // Takes so many bytes from `memory` on, which starts at a multiple of 64.
   void use(uint8_t* memory) {
     codes = memory;
     scales = reinterpret_cast<float*>(row_codes(num_tiles * tile));
-    sums = scales + num_tiles * tile * block_stride;
+    sums = scales + num_tiles * tile * scale_stride;
   }
 };
 
-// Memory for kTile rows of weights as products take them.
+// Codes and their scale; their sum.
+struct QuantizedBlock {
+  float scale;
+  int32_t sum;
+};
+
+// What a thread works in: the codes of a row of weights as bytes, or scales of blocks of kTile rows.
 inline int64_t working_bytes(const Layout& layout) {
-  return kTile * (round_up(layout.padded_cols, 64) + lanes_of(layout.padded_cols / 32) * 4);
+  return std::max(layout.padded_cols, kTile * lanes_of(layout.padded_cols / 32) * 4);
 }
 
 struct Kernels {

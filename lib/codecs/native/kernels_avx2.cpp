@@ -5,17 +5,20 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#define INLINE inline __attribute__((always_inline))
+#define FORCED __attribute__((always_inline))  // of a lambda
 
 namespace tierhints {
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
-#define TIERHINTS_AVX2
+#pragma GCC optimize("no-tree-slp-vectorize")  // it computes pairs of addresses in vectors
 namespace avx2 {
+#include "avx2.inl"
 #include "kernels.inl"
 }  // namespace avx2
 #pragma GCC pop_options

@@ -7,17 +7,16 @@ namespace tierhints {
 
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kHeaderBytes = 256;
-constexpr int64_t kWordCodes = 32;  // codes of a row are padded to whole words of every plane
+constexpr int64_t kBlockCodes = 64;  // that lie together in each plane; rows are padded to them
 constexpr int kMaxPlanes = 3;
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // The bits of each plane of a code, the most significant first; 0 ends the list.
-inline const int* plane_bits(int64_t bits) {
-  static constexpr int kBits[9][kMaxPlanes + 1] = {
-      {0}, {0}, {2, 0}, {2, 1, 0}, {4, 0}, {4, 1, 0}, {4, 2, 0}, {0}, {4, 2, 2, 0}};
-  return kBits[bits >= 0 && bits <= 8 ? bits : 0];
-}
+inline constexpr int kPlaneBits[9][kMaxPlanes + 1] = {
+    {0}, {0}, {2, 0}, {2, 1, 0}, {4, 0}, {4, 1, 0}, {4, 2, 0}, {0}, {4, 2, 2, 0}};
+
+inline const int* plane_bits(int64_t bits) { return kPlaneBits[bits >= 0 && bits <= 8 ? bits : 0]; }
 
 struct Layout {
   int64_t rows, cols, padded_cols;
@@ -29,7 +28,7 @@ struct Layout {
   int64_t plane_offset[kMaxPlanes], row_bytes[kMaxPlanes];
 
   Layout(int64_t rows_, int64_t cols_, int64_t group, int64_t stored, int64_t read)
-      : rows(rows_), cols(cols_), padded_cols(round_up(cols_, kWordCodes)),
+      : rows(rows_), cols(cols_), padded_cols(round_up(cols_, kBlockCodes)),
         group_size(group ? group : cols_), num_groups((cols_ + group_size - 1) / group_size),
         bits(static_cast<int>(read)), stored_bits(static_cast<int>(stored)) {
     const int64_t parameters = round_up(rows * num_groups * 2, kAlignment);

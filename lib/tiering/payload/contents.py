@@ -13,7 +13,7 @@ from ...errors import InputError
 from .layout import _PART_BYTES, Payload, Shard
 from .parts import Part
 
-_FORMAT = 2
+_FORMAT = 3
 """The version of payloads and of their records: with a new one, what earlier versions stored isn't
 read.
 """

@@ -36,12 +36,12 @@ def decode_in_float64(record: Tensor, layout: RecordLayout) -> Tensor:
     codes = torch.zeros(layout.rows, layout.padded_cols, dtype=torch.float64)
     for plane in layout.planes:
         end = plane.offset + layout.rows * plane.row_bytes
-        data = record[plane.offset : end].view(layout.rows, plane.row_bytes).int()
+        data = record[plane.offset : end].view(layout.rows, -1, 8 * plane.bits).int()
         pieces = [
             data >> shift & (1 << plane.bits) - 1
             for shift in range(8 - plane.bits, -1, -plane.bits)
         ]
-        codes = codes * 2**plane.bits + torch.cat(pieces, 1)
+        codes = codes * 2**plane.bits + torch.cat(pieces, 2).flatten(1)
     scales, zeros = (spread(part, layout) for part in parameter_views(record, layout))
     dropped = 2**layout.dropped_bits
     stored = codes[:, : layout.cols] * dropped + (dropped - 1) / 2

@@ -43,7 +43,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "streamed": {"budget": {"HBM": "28KiB", "SSD": None}},
     "resident": {"budget": EVERYTHING},
     "int4": {"budget": EVERYTHING, "precision": "int4"},
-    "int8, streamed": {"budget": {"HBM": "54KiB", "SSD": None}, "precision": "int8"},
+    "int8, streamed": {"budget": {"HBM": "60KiB", "SSD": None}, "precision": "int8"},
     "emulated": {"budget": {"HBM": "28KiB", "SSD": None}, "mode": "emulated"},
     "a checkpoint's": {"budget": {"HBM": "28KiB", "SSD": None}, "weights": "model.safetensors"},
 }

@@ -193,6 +193,7 @@ def ask_command(
         flags += [f"--{name}", str(case[name])] if name in case else []
     if hints is not None:
         flags += ["--tier-hints", str(hints / "hints.json")]
+    capsys.readouterr()  # of what loaded the model before
     code = run_main(lambda: plan_command.main(flags))
     printed, errors = capsys.readouterr()
     if code == 0:
