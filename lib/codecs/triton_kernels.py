@@ -170,8 +170,8 @@ def multiply_few(
     held = tl.minimum(row, rows - 1).to(tl.int64)[:, None, None]
     scales = (record + _HEADER).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
     zeros = (record + zeros_at).to(tl.pointer_type(tl.bfloat16)) + held * num_groups
-    # A thread takes as many columns of weights as a load of activations gives it, or layouts differ,
-    # and weights go from one to the other through shared memory.
+    # A thread takes as many columns of weights as a load of activations gives it, or layouts
+    # differ, and weights go from one to the other through shared memory.
     word = tl.max_contiguous(tl.arange(0, WORDS)[None, None, :], [1, 1, LANE // 4])
     in_run = tl.arange(0, RUN)[None, None, :]
     sums: tl.tuple = ()

@@ -4,9 +4,14 @@ What counts is bytes moved per token. A block that is streamed moves its payload
 one that is resident moves nothing, but a byte less of it makes room for a byte of another one, so
 in a pass that uses every block the price of a byte is the same for both. What is only looked up
 moves a few rows, so it is hardly worth compressing, unless there is nowhere to stream it from.
+
+Fewest bytes are the least time where kernels read all widths at the same speed. A width that this
+machine is slow at costs the bytes that are read meanwhile (``Pace``).
 """
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +19,10 @@ from torch import nn
 
 from ...blocks import Block, unique_parameters
 from ...codecs.kernels import kernel_name
+from ...codecs.records import default_codec
 from ...errors import InputError
 from ...hints import Hints
+from ...machine import MachineProfile
 from ...precision.floors import (
     Curve,
     JointCheck,
@@ -27,9 +34,55 @@ from ...precision.floors import (
     parse_epsilon,
     read_trust,
 )
-from ...vocabulary import Precision
+from ...units import GB
+from ...vocabulary import Precision, Tier
 from ..payload.groups import group_blocks
 from ..payload.layout import Payload, lookup_moved, make_payload
+
+_TOLERANCE = 1.1
+"""Probes differ by as much from one another."""
+_SHAPE = (4096, 1024)
+"""Of a matrix whose bytes per weight are those of large ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many bytes are read while weights of a width are computed with.
+
+    ``weights_per_s``: by precision, as probed; what isn't there is taken to be as fast as its
+    bytes. ``bytes_per_s``: of the memory that they are read from, or (``streams``) of a link.
+    """
+
+    weights_per_s: Mapping[str, float]
+    bytes_per_s: float
+    streams: bool
+
+    def price(self, payload: Payload, moved: int) -> int:
+        """Return what a token costs, in bytes, of which ``moved`` are moved."""
+        rate = self.weights_per_s.get(str(payload.precision))
+        if rate is None or not moved:
+            return moved
+        uses = moved / payload.data_bytes
+        num_params = sum(block.num_params for block in payload.group.blocks)
+        return max(moved, int(uses * num_params / rate * self.bytes_per_s / _TOLERANCE))
+
+
+def paces_of(machine: MachineProfile, budget: Mapping[Any, Any] | None) -> tuple[Pace, ...]:
+    """Return the paces of a machine whose kernels were probed: first of resident weights, which are
+    read as fast as those of the best width, then of streamed ones, which come by the fastest link
+    that the budget (tier -> size) names.
+    """
+    rates = machine.compute
+    if not rates:
+        return ()
+    sizes = {p: default_codec(p).layout(*_SHAPE).num_bytes / math.prod(_SHAPE) for p in Precision}
+    paces = [Pace(rates, max(rate * sizes[Precision(name)] for name, rate in rates.items()), False)]
+    links = [
+        spec.bandwidth_gb_s
+        for tier, spec in machine.tiers.items()
+        if tier is not Tier.HBM and (budget is None or tier in budget)
+    ]
+    return (*paces, Pace(rates, max(links) * GB, True)) if links else tuple(paces)
 
 
 def ledger_of(
@@ -41,12 +94,13 @@ def ledger_of(
     streams: bool = True,
     joint_check: JointCheck = JointCheck.MISSING,
     device: torch.device | str = "cpu",
+    pace: Pace | None = None,
 ) -> Ledger:
     """Return the ledger of a model's groups (``payload.group_blocks``).
 
     Without ``epsilon`` only the floors of the hints hold. ``streams``: there is a tier below fast
-    memory. ``device`` computes. Raises InputError for a wrong epsilon, or one without
-    calibrated hints.
+    memory. ``device`` computes, at such a ``pace`` (None: that of memory). Raises InputError for a
+    wrong epsilon, or one without calibrated hints.
     """
     if epsilon is not None and hints is None:
         raise InputError("epsilon needs hints, which predict what precision costs: give hints")
@@ -62,7 +116,8 @@ def ledger_of(
             payloads = {p: payload for p, payload in payloads.items() if payload.lossy}
             kl_nats = {precision: kl_nats[precision] for precision in payloads}
             for precision, payload in {native.precision: native, **payloads}.items():
-                cost[precision] = _moved_bytes(payload) if streams else payload.data_bytes
+                moved = _moved_bytes(payload) if streams else payload.data_bytes
+                cost[precision] = moved if pace is None else pace.price(payload, moved)
         curves[group.name] = Curve(
             native=native.precision, kl_nats=kl_nats, cost=cost, lowest=lowest
         )

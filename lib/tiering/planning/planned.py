@@ -22,7 +22,7 @@ from ...precision.floors import JointCheck
 from ..transfer.specs import EmulationSpec
 from .budget import Budget, check_names_tiers, warn_of_incompressible
 from .inputs import HintsGiven, check_digest, choose_device, is_in_memory, open_model, read_hints
-from .ledger import ledger_of, may_stream
+from .ledger import Pace, ledger_of, may_stream, paces_of
 from .needs import PrecisionChoice
 from .plans import Mode, Planning
 
@@ -152,31 +152,44 @@ def plan(
     profile = _choose_machine(machine, mode)
     if mode == "emulated" and emulation is None:
         emulation = EmulationSpec(specs=dict(profile.tiers), charge_hbm=machine is None)
-    ledger = ledger_of(
-        empty,
-        blocks,
-        loaded,
-        epsilon=epsilon,
-        streams=may_stream(budget),
-        joint_check=JointCheck.PENDING if will_measure else JointCheck.MISSING,
-        device=compute_device,
-    )
-    planning = Planning(
-        empty,
-        blocks,
-        loaded,
-        precision=precision,
-        at_floors=precision is None and epsilon is not None,
-        floors=ledger.floors,
-        device=compute_device,
-        mode=mode,
-        machine=profile,
-        keeps_originals=checkpoint is None and mode == "real" and is_in_memory(empty),
-        emulation=emulation,
-    )
+    streams = may_stream(budget)
+
+    def attempt(pace: Pace | None) -> tuple[Veto, Planning, Plan]:
+        ledger = ledger_of(
+            empty,
+            blocks,
+            loaded,
+            epsilon=epsilon,
+            streams=streams,
+            joint_check=JointCheck.PENDING if will_measure else JointCheck.MISSING,
+            device=compute_device,
+            pace=pace,
+        )
+        planning = Planning(
+            empty,
+            blocks,
+            loaded,
+            precision=precision,
+            at_floors=precision is None and epsilon is not None,
+            floors=ledger.floors,
+            device=compute_device,
+            mode=mode,
+            machine=profile,
+            keeps_originals=checkpoint is None and mode == "real" and is_in_memory(empty),
+            emulation=emulation,
+        )
+        return Veto(ledger), planning, planning.make_plan(budget, planning.schedule)
+
+    for pace in paces_of(profile, budget) if epsilon is not None else ():
+        try:
+            veto, planning, made = attempt(pace)
+        except InputError:
+            continue  # what is fastest doesn't fit; fewer bytes may
+        if pace.streams or not made.predicted.moved_bytes:
+            break
+    else:
+        veto, planning, made = attempt(None)
     warn_of_incompressible(planning.payloads.values())
-    veto, schedule = Veto(ledger), planning.schedule
-    made = planning.make_plan(budget, schedule)
     return Planned(
         plan=made,
         model=empty,
@@ -189,7 +202,7 @@ def plan(
         planning=planning,
         veto=veto,
         moves=veto.judge(made),
-        schedule=schedule,
+        schedule=planning.schedule,
     )
 
 

@@ -17,10 +17,13 @@ from calibrated_model import (
 )
 
 from lib.blocks import partition_model
+from lib.codecs.records import default_codec
 from lib.errors import InputError, PlacementError
+from lib.machine import UNMEASURED
 from lib.policy.audit import Rule
+from lib.policy.plan import Plan
 from lib.policy.veto import Measured
-from lib.tiering import attach
+from lib.tiering import attach, plan
 from lib.tiering.planning.ledger import ledger_of
 from lib.vocabulary import Precision, is_below
 
@@ -53,6 +56,35 @@ def test_a_precision_asked_for_is_raised_to_the_floor(tmp_path: Path) -> None:
             wanted = floors[name] if is_below(Precision.INT4, floors[name]) else Precision.INT4
             assert held in (wanted, Precision.FP32)
         assert runtime.veto.bound_nats <= 0.01
+
+
+def test_a_width_that_is_slow_here_is_chosen_only_where_its_bytes_are_worth_it(
+    tmp_path: Path,
+) -> None:
+    model().save_pretrained(tmp_path)
+    hints = calibrated()
+    bits = {p: 8 * default_codec(p).layout(4096, 1024).num_bytes / 2**22 for p in Precision}
+    paced = {str(p): 8e10 / size for p, size in bits.items()}
+    slow = paced | {"int6": 5e9, "int5": 5e9}
+
+    def plan_of(compute: dict[str, float], size: str | int) -> Plan:
+        machine = replace(UNMEASURED, compute=compute)
+        budget = {"HBM": size, "SSD": None}
+        return plan(tmp_path, hints, budget=budget, epsilon=0.003, machine=machine).plan
+
+    def held(made: Plan) -> list[Precision]:
+        return [place.precision for place in made.placements.values()]
+
+    fewest = plan_of({}, "1GiB")
+    assert held(plan_of(paced, "1GiB")) == held(fewest)
+    assert {Precision.INT6, Precision.INT5} & set(held(fewest))
+    fastest = plan_of(slow, "1GiB")
+    assert not {Precision.INT6, Precision.INT5} & set(held(fastest))
+    small = plan_of(slow, fewest.fast_bytes)
+    assert held(small) == held(fewest)  # the fastest widths have no room there
+    assert fastest.predicted.seconds < small.predicted.seconds
+    streamed = plan_of(slow, fewest.fast_bytes - 16384)
+    assert streamed.predicted.moved_bytes and held(streamed) == held(fewest)
 
 
 def test_what_kernels_cost_counts_against_epsilon(tmp_path: Path) -> None:
