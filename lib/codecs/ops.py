@@ -1,4 +1,5 @@
-"""The operators ``torch.ops.tierhints``: products with records, lookups in them, their decoding.
+"""The operators ``torch.ops.tierhints``: products with records, lookups in them, their decoding;
+and attention of one token for each sequence, which torch has no kernel for on a CPU.
 
 torch.compile, torch.export and opcheck see them through their fakes. On a CPU the C++ extension
 (``native``) computes them, on CUDA Triton (``triton_ops``), and where those can't be had the
@@ -30,6 +31,9 @@ _LIBRARY.define(
 )
 _LIBRARY.define(f"rows(Tensor ids, Tensor record, {_LAYOUT}, ScalarType dtype) -> Tensor")
 _LIBRARY.define(f"decode(Tensor record, {_LAYOUT}, int start, int end, ScalarType dtype) -> Tensor")
+_LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor"
+)
 _PRECISIONS = {sum(bits): precision for precision, bits in PLANE_BITS.items()}
 _EXPANSION_BYTES = 2**20
 """Scratch of the reference, where the operator has none."""
@@ -151,6 +155,19 @@ def _decode(
     return _open(record, layout, dtype, _scratch_bytes(cols)).expand(start, end)
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend with rows (B, groups, R, D) that share keys and values (B, groups, L, D) of a group.
+
+    ``mask``: added to the scores, (B or 1, 1, 1, L). Returns (B, groups, R, D of values).
+    """
+    scores = query @ key.transpose(-1, -2) * scale
+    return (scores if mask is None else scores + mask).softmax(-1) @ value
+
+
+def _fake_attend(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
 def _scratch_bytes(cols: int) -> int:
     return max(_EXPANSION_BYTES, 32 * cols + 4096)
 
@@ -175,10 +192,12 @@ def _fake_decode(record: Tensor, rows: int, cols: int, *others: Any) -> Tensor:
 
 
 _LIBRARY.impl("linears", _linears, "CompositeExplicitAutograd")
+_LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 for _name, _fake in (
     ("linear", _fake_linear),
     ("linears", _fake_linears),
     ("rows", _fake_rows),
     ("decode", _fake_decode),
+    ("attend", _fake_attend),
 ):
     _torch.register_fake(f"tierhints::{_name}", _fake)

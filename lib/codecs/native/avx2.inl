@@ -170,9 +170,9 @@ INLINE Lanes multiply_add(Lanes a, float b, Lanes sum) {
   return _mm256_fmadd_ps(a, _mm256_set1_ps(b), sum);
 }
 
-INLINE Lanes load_floats(const float* from) { return _mm256_load_ps(from); }
+INLINE Lanes load_floats(const float* from) { return _mm256_loadu_ps(from); }
 
-INLINE void store_floats(float* to, Lanes values) { _mm256_store_ps(to, values); }
+INLINE void store_floats(float* to, Lanes values) { _mm256_storeu_ps(to, values); }
 
 INLINE void total_lanes(const Lanes* four, float* totals) {
   const Lanes pairs = _mm256_hadd_ps(_mm256_hadd_ps(four[0], four[1]),

@@ -116,9 +116,9 @@ INLINE Lanes multiply_add(Lanes a, float b, Lanes sum) {
   return _mm512_fmadd_ps(a, _mm512_set1_ps(b), sum);
 }
 
-INLINE Lanes load_floats(const float* from) { return _mm512_load_ps(from); }
+INLINE Lanes load_floats(const float* from) { return _mm512_loadu_ps(from); }
 
-INLINE void store_floats(float* to, Lanes values) { _mm512_store_ps(to, values); }
+INLINE void store_floats(float* to, Lanes values) { _mm512_storeu_ps(to, values); }
 
 INLINE void total_lanes(const Lanes* four, float* totals) {
   __m256 half[kTile];

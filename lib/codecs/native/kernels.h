@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention.h"
 #include "record.h"
 
 namespace tierhints {
@@ -81,6 +82,8 @@ struct Kernels {
                    int64_t begin, int64_t end, uint8_t* working);
   // Writes a row of cols floats.
   void (*decode)(const Record&, int64_t row, float* out, uint8_t* working);
+  // Writes (rows, value_size) floats, and of each row its partial.
+  void (*attend)(const Attention&, const Span&, float* values, Partial* partials);
 };
 
 constexpr int64_t kAheadBytes = 4096;  // two hundred nanoseconds

@@ -20,10 +20,11 @@ namespace tierhints {
 namespace avx2 {
 #include "avx2.inl"
 #include "kernels.inl"
+#include "attention.inl"
 }  // namespace avx2
 #pragma GCC pop_options
 
-const Kernels kAvx2{"avx2", avx2::quantize, avx2::multiply, avx2::decode};
+const Kernels kAvx2{"avx2", avx2::quantize, avx2::multiply, avx2::decode, avx2::attend};
 
 }  // namespace tierhints
 

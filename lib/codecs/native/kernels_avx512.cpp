@@ -20,10 +20,11 @@ namespace tierhints {
 namespace avx512 {
 #include "avx512.inl"
 #include "kernels.inl"
+#include "attention.inl"
 }  // namespace avx512
 #pragma GCC pop_options
 
-const Kernels kAvx512{"avx512", avx512::quantize, avx512::multiply, avx512::decode};
+const Kernels kAvx512{"avx512", avx512::quantize, avx512::multiply, avx512::decode, avx512::attend};
 
 }  // namespace tierhints
 

@@ -16,9 +16,10 @@ namespace tierhints {
 namespace portable {
 #include "portable.inl"
 #include "kernels.inl"
+#include "attention.inl"
 }  // namespace portable
 #pragma GCC pop_options
 
-const Kernels kPortable{"portable", portable::quantize, portable::multiply, portable::decode};
+const Kernels kPortable{"portable", portable::quantize, portable::multiply, portable::decode, portable::attend};
 
 }  // namespace tierhints

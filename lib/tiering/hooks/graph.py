@@ -2,6 +2,7 @@
 
 import itertools
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,10 +10,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
+from ...codecs.ops import prepare
+
 _aten = torch.ops.aten
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu.default
 _LINEAR = torch.ops.tierhints.linear.default
 _LINEARS = torch.ops.tierhints.linears.default
+_ATTEND = torch.ops.tierhints.attend.default
 _RESHAPE = _aten.reshape.default
 _COPIES = (
     _RESHAPE,
@@ -28,7 +32,9 @@ class DecodingPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Rewrite in place."""
         for node in graph.find_nodes(op="call_function", target=_ATTENTION):
-            _share_heads(graph, node)
+            found = _attention_of(node)
+            if found is not None:
+                _attend_with(graph, node, found)
         _join_linears(graph)
 
     def uuid(self) -> Any:
@@ -64,39 +70,71 @@ def _join_linears(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def _share_heads(graph: Graph, attention: Any) -> None:
-    """Attend with the rows of a group's heads together where keys and values were repeated for each
-    head (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245): that copies the whole
-    cache, in each layer and for each token.
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """What one token for each sequence attends to: keys and values (B, groups, L, D), as they were
+    before they were repeated for the heads of each group (grouped-query attention, Ainslie et al.
+    2023, arXiv:2305.13245). Repeating copies the whole cache, in each layer and for each token.
     """
+
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None
+    scale: float | None
+
+    @property
+    def has_own_kernel(self) -> bool:
+        """Whether ``tierhints::attend`` takes it: torch's kernel multiplies matrices of a row."""
+        given = [node.meta["val"] for node in (self.query, self.key, self.value)]
+        fits = all(
+            each.is_cpu and each.dtype == torch.float32 and each.shape[-1] % 16 == 0
+            for each in given
+        )
+        return fits and prepare("cpu") == "native"
+
+
+def _attention_of(attention: Any) -> _Attention | None:
+    """Read a call of torch's attention; None for one that is left as it is."""
     query, key, value, *others = attention.args
-    mask = attention.kwargs.get("attn_mask")
-    sources = _before_repeat(key), _before_repeat(value)
-    shape = query.meta["val"].shape
-    if others or attention.kwargs.get("is_causal") or None in sources or shape[2] != 1:
-        return
+    mask, scale = attention.kwargs.get("attn_mask"), attention.kwargs.get("scale")
+    if others or attention.kwargs.get("is_causal") or query.meta["val"].shape[2] != 1:
+        return None
     if mask is not None and tuple(mask.meta["val"].shape[1:3]) != (1, 1):
-        return
-    batch, heads, _, size = shape
-    shared = sources[0].meta["val"].shape[1]
-    if sources[1].meta["val"].shape[1] != shared:
-        return
+        return None
+    if any(user.users for user in attention.users if user.args[1]):  # besides what is attended
+        return None
+    sources = _before_repeat(key) or key, _before_repeat(value) or value
+    if sources[0].meta["val"].shape[1] != sources[1].meta["val"].shape[1]:
+        sources = key, value
+    return _Attention(query, *sources, mask, scale)
+
+
+def _attend_with(graph: Graph, attention: Any, found: _Attention) -> None:
+    """Attend with the rows of a group's heads together."""
+    batch, heads, _, size = found.query.meta["val"].shape
+    groups, value_size = (found.value.meta["val"].shape[dim] for dim in (1, 3))
     with graph.inserting_before(attention):
-        rows = _call(graph, _RESHAPE, query, [batch, shared, heads // shared, size])
-    attention.args = (rows, *sources)
-    for output in list(attention.users):
-        if output.target is operator.getitem and output.args[1] == 0:
-            output.meta["val"] = output.meta["val"].new_empty(rows.meta["val"].shape)
-            with graph.inserting_after(output):
-                whole = _call(graph, _RESHAPE, output, [batch, heads, 1, size])
-            output.replace_all_uses_with(whole)
-            whole.args = (output, [batch, heads, 1, size])
+        rows = _call(graph, _RESHAPE, found.query, [batch, groups, heads // groups, size])
+        given = rows, found.key, found.value
+        if found.has_own_kernel:
+            scale = size**-0.5 if found.scale is None else found.scale
+            output = _call(graph, _ATTEND, *given, found.mask, scale)
+        else:
+            both = _call(graph, _ATTENTION, *given, **attention.kwargs)
+            output = _call(graph, operator.getitem, both, 0)
+        whole = _call(graph, _RESHAPE, output, [batch, heads, 1, value_size])
+    for user in list(attention.users):
+        if not user.args[1]:
+            user.replace_all_uses_with(whole)
+        graph.erase_node(user)
+    graph.erase_node(attention)
 
 
-def _call(graph: Graph, function: Any, *args: Any) -> Any:
-    called = graph.call_function(function, args)
-    known = tree_map(lambda arg: arg.meta["val"] if isinstance(arg, Node) else arg, args)
-    called.meta["val"] = function(*known)
+def _call(graph: Graph, function: Any, *args: Any, **kwargs: Any) -> Any:
+    called = graph.call_function(function, args, kwargs)
+    known = tree_map(lambda arg: arg.meta["val"] if isinstance(arg, Node) else arg, (args, kwargs))
+    called.meta["val"] = function(*known[0], **known[1])
     return called
 
 

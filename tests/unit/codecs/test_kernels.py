@@ -2,6 +2,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,8 +170,10 @@ def test_few_rows_cost_no_more_than_int16_activations(codec: Codec) -> None:
 def test_each_set_of_instructions(instructions: str) -> None:
     if ops.prepare("cpu") == "reference":
         pytest.skip("our kernels were not built")
-    command = [sys.executable, "-m", "pytest", "-q", __file__]
-    command += ["-k", "few_rows or not_finite or operators", "-p", "no:cacheprovider"]
+    attention = str(Path(__file__).with_name("test_attend.py"))
+    command = [sys.executable, "-m", "pytest", "-q", __file__, attention]
+    command += ["-k", "few_rows or not_finite or operators or test_attend"]
+    command += ["-p", "no:cacheprovider"]
     environment = {**os.environ, VARIABLE: instructions, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "this processor doesn't have" in found.stdout:

@@ -47,15 +47,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_heads_that_share_keys_attend_without_copies_of_them(batch: int) -> None:
-    query, mask = torch.randn(batch, 6, 1, 8), torch.randn(batch, 1, 1, 16)
-    key, value = torch.randn(2, batch, 2, 16, 8)
+@pytest.mark.parametrize("size", [8, 32])
+def test_heads_that_share_keys_attend_without_copies_of_them(batch: int, size: int) -> None:
+    query, mask = torch.randn(batch, 6, 1, size), torch.randn(batch, 1, 1, 16)
+    key, value = torch.randn(2, batch, 2, 16, size)
     names, attended = rewrite(attend, query, key, value, mask)
-    assert count(names, "aten._scaled_dot") == 1
+    ours = size == 32 and ops.prepare("cpu") == "native"
+    assert count(names, "tierhints.attend" if ours else "aten._scaled_dot") == 1
     assert not count(names, "aten.expand") and not count(names, "aten.clone")
     torch.testing.assert_close(attended, attend(query, key, value, mask))
     expected = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
     torch.testing.assert_close(attended, expected)
+
+
+def test_heads_with_keys_of_their_own_attend_with_our_kernel() -> None:
+    query, (key, value) = torch.randn(2, 6, 1, 64), torch.randn(2, 2, 6, 40, 64)
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, scale=0.3
+        )[0]
+        return attended
+
+    names, attended = rewrite(plain, query, key, value)
+    assert count(names, "tierhints.attend") == (ops.prepare("cpu") == "native")
+    torch.testing.assert_close(attended, plain(query, key, value))
 
 
 @pytest.mark.parametrize("case", ["a mask for each head", "two queries"])
