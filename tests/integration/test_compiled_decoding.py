@@ -72,8 +72,11 @@ def test_decoding_compiles_to_the_same_tokens_and_leaves_no_trace(
 
         monkeypatch.setattr(compiled, "_step", count)
         assert generate(model, ids) == expected and steps == [1] * 7
-        # Another cache, another plan: nothing of the graph is used.
-        steps.clear()
+        # What differs from the call before is noticed, and what is like an earlier one again.
+        alone = generate(model, ids[:1])
+        assert alone == [generate(model, ids[:1], cache_implementation="dynamic")[0]]
+        assert generate(model, ids) == expected
+        steps.clear()  # another cache, another plan: nothing of the graph is used
         generate(model, ids, cache_implementation="dynamic")
         assert not steps
         runtime.budget = {"HBM": runtime.plan.fast_bytes - 1, "SSD": None}
