@@ -5,11 +5,16 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ..vocabulary import Precision
 from . import ops
 from .expansion import Expansion
 from .interface import Use
 from .layout import RecordLayout
+from .records import raw_view
 from .scratch import Scratch
+
+_FEW_ROWS = 32
+"""Rows of activations up to which bf16 weights are multiplied as they are."""
 
 
 class EncodedWeight:
@@ -35,8 +40,12 @@ class EncodedWeight:
         self._scratch = scratch
         self._layout = ops.layout_arguments(layout)
         self._expansion: Expansion | None = None
+        self._halves: Tensor | None = None
         if layout.codec.is_raw:
             self._expansion = Expansion(record, layout, dtype=dtype, scratch=scratch)
+            halves = layout.precision is Precision.BF16 and record.is_cpu
+            if halves and ops.prepare("cpu") == "native":
+                self._halves = raw_view(record, layout)
         else:
             ops.prepare(record.device.type)
 
@@ -70,6 +79,9 @@ class EncodedWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of ``x``."""
+        if self._halves is not None and x.numel() <= _FEW_ROWS * self.shape[1]:
+            halves: Tensor = torch.ops.tierhints.linear_bf16(x, self._halves, bias)
+            return halves
         if self._expansion is not None:
             return self._expansion.linear(x, bias)
         y: Tensor = torch.ops.tierhints.linear(

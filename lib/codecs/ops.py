@@ -29,6 +29,7 @@ _LIBRARY.define(
     "linears(Tensor x, Tensor[] records, Tensor?[] biases, int[] rows, int cols, int group_size, "
     "int stored_bits, int bits, int scratch_bytes) -> Tensor"
 )
+_LIBRARY.define("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.define(f"rows(Tensor ids, Tensor record, {_LAYOUT}, ScalarType dtype) -> Tensor")
 _LIBRARY.define(f"decode(Tensor record, {_LAYOUT}, int start, int end, ScalarType dtype) -> Tensor")
 _LIBRARY.define(
@@ -155,6 +156,16 @@ def _decode(
     return _open(record, layout, dtype, _scratch_bytes(cols)).expand(start, end)
 
 
+def _linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply by weights (rows, cols) as they are, in fp32."""
+    added = None if bias is None else bias.float()
+    return torch.nn.functional.linear(x.float(), weight.float(), added).to(x.dtype)
+
+
+def _fake_linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attend with rows (B, groups, R, D) that share keys and values (B, groups, L, D) of a group.
 
@@ -192,12 +203,14 @@ def _fake_decode(record: Tensor, rows: int, cols: int, *others: Any) -> Tensor:
 
 
 _LIBRARY.impl("linears", _linears, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_bf16", _linear_bf16, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 for _name, _fake in (
     ("linear", _fake_linear),
     ("linears", _fake_linears),
     ("rows", _fake_rows),
     ("decode", _fake_decode),
+    ("linear_bf16", _fake_linear_bf16),
     ("attend", _fake_attend),
 ):
     _torch.register_fake(f"tierhints::{_name}", _fake)

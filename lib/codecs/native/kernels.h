@@ -72,6 +72,13 @@ inline int64_t working_bytes(const Layout& layout) {
   return std::max(layout.padded_cols, kTile * lanes_of(layout.padded_cols / 32) * 4);
 }
 
+// Weights that are bfloat16 (rows, cols), and what they are multiplied by; bias: or null.
+struct Halves {
+  const uint16_t* weights;
+  const float *x, *bias;
+  int64_t rows, cols, x_rows;
+};
+
 struct Kernels {
   const char* name;
   // Quantizes tiles [begin, end) of x, float (rows, cols).
@@ -82,6 +89,8 @@ struct Kernels {
                    int64_t begin, int64_t end, uint8_t* working);
   // Writes a row of cols floats.
   void (*decode)(const Record&, int64_t row, float* out, uint8_t* working);
+  // Writes y (x_rows, rows) of weight rows [begin, end).
+  void (*multiply_halves)(const Halves&, float* y, int64_t begin, int64_t end);
   // Writes (rows, value_size) floats, and of each row its partial.
   void (*attend)(const Attention&, const Span&, float* values, Partial* partials);
 };

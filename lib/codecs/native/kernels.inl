@@ -152,6 +152,40 @@ void multiply(const Record& record, const Activations& x, const float* bias, flo
   }
 }
 
+// A row of weights that are bfloat16, times one of activations.
+INLINE float multiply_halves_row(const uint16_t* weights, const float* x, int64_t cols) {
+  Lanes sums[kTile] = {};
+  int64_t column = 0;
+  for (; column + kTile * kLanes <= cols; column += kTile * kLanes) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kTile; ++part) {
+      const int64_t at = column + part * kLanes;
+      sums[part] = multiply_add(load_parameters(weights + at), load_floats(x + at), sums[part]);
+    }
+  }
+  for (; column + kLanes <= cols; column += kLanes) {
+    sums[0] =
+        multiply_add(load_parameters(weights + column), load_floats(x + column), sums[0]);
+  }
+  float totals[kTile], rest = 0;
+  total_lanes(sums, totals);
+  for (; column < cols; ++column) rest += from_bfloat16(weights[column]) * x[column];
+  return ((totals[0] + totals[1]) + (totals[2] + totals[3])) + rest;
+}
+
+void multiply_halves(const Halves& of, float* y, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const uint16_t* weights = of.weights + row * of.cols;
+    for (int64_t byte = 0; byte < 2 * of.cols; byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const uint8_t*>(weights) + byte + kAheadBytes);
+    }
+    for (int64_t m = 0; m < of.x_rows; ++m) {
+      const float bias = of.bias ? of.bias[row] : 0;
+      y[m * of.rows + row] = multiply_halves_row(weights, of.x + m * of.cols, of.cols) + bias;
+    }
+  }
+}
+
 void quantize(const float* x, const Layout& layout, Activations* to, int64_t begin, int64_t end) {
   const float dropped = static_cast<float>(1 << layout.dropped_bits());
   const int64_t size = kBlockCodes / to->scales_per_block;

@@ -24,7 +24,8 @@ namespace avx2 {
 }  // namespace avx2
 #pragma GCC pop_options
 
-const Kernels kAvx2{"avx2", avx2::quantize, avx2::multiply, avx2::decode, avx2::attend};
+const Kernels kAvx2{"avx2", avx2::quantize, avx2::multiply, avx2::decode, avx2::multiply_halves,
+                       avx2::attend};
 
 }  // namespace tierhints
 

@@ -24,7 +24,8 @@ namespace avx512 {
 }  // namespace avx512
 #pragma GCC pop_options
 
-const Kernels kAvx512{"avx512", avx512::quantize, avx512::multiply, avx512::decode, avx512::attend};
+const Kernels kAvx512{"avx512", avx512::quantize, avx512::multiply, avx512::decode, avx512::multiply_halves,
+                       avx512::attend};
 
 }  // namespace tierhints
 

@@ -20,6 +20,7 @@ namespace portable {
 }  // namespace portable
 #pragma GCC pop_options
 
-const Kernels kPortable{"portable", portable::quantize, portable::multiply, portable::decode, portable::attend};
+const Kernels kPortable{"portable", portable::quantize, portable::multiply, portable::decode, portable::multiply_halves,
+                       portable::attend};
 
 }  // namespace tierhints

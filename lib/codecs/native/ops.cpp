@@ -166,6 +166,32 @@ Tensor linears(const Tensor& x, at::TensorList records,
   return multiply_parts(x, parts, scratch_bytes);
 }
 
+// Weights as they are, a few rows of activations: torch's own product converts all of them first.
+Tensor linear_bf16(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  TORCH_CHECK(kernels, "TIERHINTS_NATIVE names instructions that this processor doesn't have");
+  TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && weight.is_contiguous(),
+              "a matrix of bfloat16 in one piece was expected");
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) == weight.size(1), "activations of ", weight.size(1),
+              " columns were expected, not of shape ", x.sizes());
+  const Tensor floats = x.to(at::kFloat).contiguous();
+  const Tensor added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  at::DimVector shape(x.sizes());
+  shape.back() = weight.size(0);
+  Tensor y = at::empty(shape, at::kFloat);
+  const int64_t rows = weight.size(0), cols = weight.size(1);
+  if (y.numel() > 0 && cols > 0) {
+    const Halves of{static_cast<const uint16_t*>(weight.const_data_ptr()),
+                    floats.const_data_ptr<float>(),
+                    bias ? added.const_data_ptr<float>() : nullptr, rows, cols, x.numel() / cols};
+    float* out = y.mutable_data_ptr<float>();
+    const int64_t grain = std::max<int64_t>(1, kGrainWeights / (cols * of.x_rows));
+    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      kernels->multiply_halves(of, out, begin, end);
+    });
+  }
+  return x.scalar_type() == at::kFloat ? y : y.to(x.scalar_type());
+}
+
 Tensor decode(const Tensor& record, int64_t rows, int64_t cols, int64_t group_size,
               int64_t stored_bits, int64_t bits, int64_t start, int64_t end,
               at::ScalarType dtype) {
@@ -205,6 +231,7 @@ Tensor look_up(const Tensor& ids, const Tensor& record, int64_t rows, int64_t co
 TORCH_LIBRARY_IMPL(tierhints, CPU, library) {
   library.impl("linear", linear);
   library.impl("linears", linears);
+  library.impl("linear_bf16", linear_bf16);
   library.impl("decode", decode);
   library.impl("rows", look_up);
 }

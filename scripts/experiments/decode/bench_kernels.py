@@ -4,8 +4,9 @@
     python scripts/experiments/decode/bench_kernels.py --shapes 576x576 4096x4096 --rows 16
 
 Many matrices of a shape, each in memory of its own, are multiplied one after the other by the same
-activations; widths take turns, and medians of the rounds are reported. The share is that of the
-measured read bandwidth: 1 is the speed of memory.
+activations. Widths take turns with one another and with reading as many bytes (the sum of an fp32
+array): the share is that of the read bandwidth in the same rounds, medians both. 1 is the speed of
+memory.
 """
 
 import argparse
@@ -24,7 +25,6 @@ from lib.commands.cli import Parser, add_json_flag, emit, run_main
 from lib.errors import InputError
 from lib.units import GB
 from lib.vocabulary import Precision
-from scripts.experiments.decode.bench_decode import measure_bandwidth
 
 WIDTHS = [Precision.INT8, Precision.INT6, Precision.INT5]
 WIDTHS += [Precision.INT4, Precision.INT3, Precision.INT2]
@@ -41,12 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scripts.experiments.offload.host import describe_machine
 
     torch.set_num_threads(args.threads)
-    bandwidth = measure_bandwidth()
-    found = [_measure(shape, args) for shape in args.shapes]
-    bandwidth = max(bandwidth, measure_bandwidth())
-    rows = list(itertools.chain.from_iterable(found))
-    for row in rows:
-        row["bandwidth_share"] = row["gb_s"] / bandwidth
+    rows = list(itertools.chain.from_iterable(_measure(shape, args) for shape in args.shapes))
+    bandwidth = statistics.median(row["bandwidth_gb_s"] for row in rows)
     document = {
         "machine": describe_machine("cpu", args.threads, None),
         "instructions": os.environ.get(VARIABLE) or "the best here",
@@ -69,25 +65,30 @@ def _measure(shape: tuple[int, int], args: argparse.Namespace) -> list[dict[str,
     import torch
 
     x = torch.randn(args.rows, shape[1])
-    passes: dict[Precision, Callable[[], float]] = {}
+    array = torch.ones(args.megabytes * 250_000)
+    passes: dict[Precision | None, Callable[[], float]] = {None: lambda: _time(array.sum)}
     sizes: dict[Precision, tuple[int, int]] = {}
-    seconds: dict[Precision, list[float]] = {}
     for width in WIDTHS:
         passes[width], sizes[width] = _make_pass(width, shape, x, args.megabytes * 1e6)
-        passes[width]()  # to warm up
-        seconds[width] = []
-    for _, width in itertools.product(range(args.rounds), WIDTHS):
-        seconds[width].append(passes[width]())
+    seconds: dict[Precision | None, list[float]] = {each: [] for each in passes}
+    for warm_up in (True, *[False] * args.rounds):
+        for each, run in passes.items():
+            elapsed = run()
+            if not warm_up:
+                seconds[each].append(elapsed)
+    bandwidth = array.nbytes / GB / statistics.median(seconds[None])
     rows = []
-    for width, times in seconds.items():
-        count, num_bytes = sizes[width]
-        median = statistics.median(times)
+    for width, (count, num_bytes) in sizes.items():
+        median = statistics.median(seconds[width])
+        speed = count * num_bytes / GB / median
         rows.append(
             {
                 "shape": f"{shape[0]}x{shape[1]}",
                 "width": str(width),
                 "matrices": count,
-                "gb_s": count * num_bytes / GB / median,
+                "gb_s": speed,
+                "bandwidth_gb_s": bandwidth,
+                "bandwidth_share": speed / bandwidth,
                 "weights_per_second": count * shape[0] * shape[1] / median,
             }
         )
@@ -114,13 +115,17 @@ def _make_pass(
     layout = ops.layout_arguments(codec.layout(*shape))
 
     @torch.inference_mode()
-    def run() -> float:
-        begin = time.perf_counter()
+    def multiply() -> None:
         for each in records:
             torch.ops.tierhints.linear(x, each, None, *layout, SCRATCH_BYTES)
-        return time.perf_counter() - begin
 
-    return run, (len(records), record.nbytes)
+    return lambda: _time(multiply), (len(records), record.nbytes)
+
+
+def _time(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def _parse_shape(text: str) -> tuple[int, int]:

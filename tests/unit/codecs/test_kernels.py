@@ -166,6 +166,27 @@ def test_few_rows_cost_no_more_than_int16_activations(codec: Codec) -> None:
         torch.testing.assert_close(weight.linear(x, bias), y + bias)
 
 
+@pytest.mark.parametrize("cols", [1, 7, 40, 100, 576])
+def test_few_rows_of_bf16_weights_are_multiplied_in_fp32(cols: int) -> None:
+    weight, _ = make(Codec(Precision.BF16), 37, cols)
+    bias = torch.randn(37)
+    exact = weight.expand(0, 37).double()
+    for shape in ((cols,), (1, cols), (2, 3, cols), (0, cols)):
+        x = torch.randn(*shape)
+        y = weight.linear(x, bias)
+        expected = x.double() @ exact.t() + bias
+        room = x.double().abs() @ exact.t().abs() + bias.abs()
+        assert y.dtype == x.dtype and y.shape == (*shape[:-1], 37)
+        assert ((y - expected).abs() <= 2.0**-20 * room).all()
+    both = torch.randn(2, cols)
+    assert torch.equal(weight.linear(both)[1:], weight.linear(both[1:]))
+    halves = weight.linear(both.bfloat16(), bias.bfloat16())
+    assert halves.dtype == torch.bfloat16
+    if ops.prepare("cpu") == "native":
+        given = torch.randn(2, cols), torch.randn(5, cols).bfloat16(), torch.randn(5)
+        torch.library.opcheck(torch.ops.tierhints.linear_bf16, given)
+
+
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 def test_each_set_of_instructions(instructions: str) -> None:
     if ops.prepare("cpu") == "reference":
