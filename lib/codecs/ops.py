@@ -169,10 +169,13 @@ def _fake_linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attend with rows (B, groups, R, D) that share keys and values (B, groups, L, D) of a group.
 
-    ``mask``: added to the scores, (B or 1, 1, 1, L). Returns (B, groups, R, D of values).
+    ``mask``: added to the scores, (B or 1, 1, 1, L). Returns (B, groups, R, D of values), 0 where
+    all is masked.
     """
     scores = query @ key.transpose(-1, -2) * scale
-    return (scores if mask is None else scores + mask).softmax(-1) @ value
+    scores = scores if mask is None else scores + mask
+    weights = scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
+    return weights @ value
 
 
 def _fake_attend(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:

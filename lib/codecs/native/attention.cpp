@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -49,7 +50,7 @@ std::vector<Span> cut_spans(const Attention& of, int64_t batches) {
 
 Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value,
               const std::optional<Tensor>& mask, double scale) {
-  const Kernels* kernels = choose_kernels();
+  static const Kernels* const kernels = choose_kernels();
   TORCH_CHECK(kernels, "TIERHINTS_NATIVE names instructions that this processor doesn't have");
   check(query, "query"), check(key, "key"), check(value, "value");
   const int64_t batches = query.size(0), groups = query.size(1), rows = query.size(2);
@@ -91,7 +92,8 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value,
   const Tensor y = at::empty({batches, groups, rows, value_size}, at::kFloat);
   float* const out = y.mutable_data_ptr<float>();
   std::fill_n(out, y.numel(), 0.0f);
-  std::vector<float> peaks(batches * groups * rows, -INFINITY), sums(peaks.size(), 0.0f);
+  std::vector<float> peaks(batches * groups * rows, std::numeric_limits<float>::lowest());
+  std::vector<float> sums(peaks.size(), 0.0f);
   const auto place = [&](const Span& span, int64_t row) {
     return (span.batch * groups + span.group) * rows + row;
   };

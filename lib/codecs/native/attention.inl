@@ -65,7 +65,8 @@ void attend(const Attention& given, const Span& span, float* values, Partial* pa
       for (int64_t k = 0; k < 4; ++k) keys[k] = key + std::min(j + k, count - 1) * of.key_stride;
       score_four(query, keys, of.key_size, scores + j);
     }
-    float peak = -std::numeric_limits<float>::infinity();
+    // Scores may all be -infinity, if they overflow: they count for nothing then.
+    float peak = std::numeric_limits<float>::lowest();
     for (int64_t j = 0; j < count; ++j) {
       scores[j] = scores[j] * of.scale + (mask ? mask[j] : 0);
       peak = scores[j] > peak ? scores[j] : peak;

@@ -26,7 +26,7 @@ constexpr int64_t kFewRows = 32;
 
 Record open_record(const Tensor& record, const Layout& layout) {
   TORCH_CHECK(kernels, "TIERHINTS_NATIVE names instructions that this processor doesn't have");
-  TORCH_CHECK(record.scalar_type() == at::kByte && record.is_contiguous() &&
+  TORCH_CHECK(record.scalar_type() == at::kByte && record.is_contiguous() && record.is_cpu() &&
                   record.numel() >= layout.num_bytes && layout.num_planes > 0,
               "a record of ", layout.num_bytes, " bytes was expected, in one piece");
   return {layout, record.const_data_ptr<uint8_t>()};
@@ -140,9 +140,17 @@ Tensor multiply_parts(const Tensor& x, const std::vector<Part>& parts, int64_t s
   return x.scalar_type() == at::kFloat ? y : y.to(x.scalar_type());
 }
 
+// A bias in float32, or null.
+Tensor open_bias(const std::optional<Tensor>& bias, int64_t rows) {
+  if (!bias) return Tensor();
+  TORCH_CHECK(bias->dim() == 1 && bias->size(0) == rows && bias->is_cpu(), "a bias of ", rows,
+              " elements was expected, not of shape ", bias->sizes());
+  return bias->to(at::kFloat).contiguous();
+}
+
 Part make_part(const Tensor& record, const std::optional<Tensor>& bias, const Layout& layout,
                int64_t start) {
-  return {open_record(record, layout), bias ? bias->to(at::kFloat).contiguous() : Tensor(), start};
+  return {open_record(record, layout), open_bias(bias, layout.rows), start};
 }
 
 Tensor linear(const Tensor& x, const Tensor& record, const std::optional<Tensor>& bias,
@@ -169,12 +177,13 @@ Tensor linears(const Tensor& x, at::TensorList records,
 // Weights as they are, a few rows of activations: torch's own product converts all of them first.
 Tensor linear_bf16(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   TORCH_CHECK(kernels, "TIERHINTS_NATIVE names instructions that this processor doesn't have");
-  TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && weight.is_contiguous(),
+  TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() &&
+                  weight.is_cpu(),
               "a matrix of bfloat16 in one piece was expected");
   TORCH_CHECK(x.dim() > 0 && x.size(-1) == weight.size(1), "activations of ", weight.size(1),
               " columns were expected, not of shape ", x.sizes());
   const Tensor floats = x.to(at::kFloat).contiguous();
-  const Tensor added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const Tensor added = open_bias(bias, weight.size(0));
   at::DimVector shape(x.sizes());
   shape.back() = weight.size(0);
   Tensor y = at::empty(shape, at::kFloat);

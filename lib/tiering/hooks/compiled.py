@@ -3,17 +3,15 @@
 torch.compile checks before each call that nothing has changed which the graph was made from, also
 every module and every function of the library: thousands of guards, milliseconds a token. What a
 runtime holds changes only through the runtime, which then drops the graph; so here the arguments
-alone are checked, and those not when they are like those of the call before. The graph calls its
-kernels from C++ (``cpp_wrapper``), not from Python.
+alone are checked. The graph calls its kernels from C++ (``cpp_wrapper``), not from Python.
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 _OPTIONS: dict[str, Any] = {
     "cpp_wrapper": True,
@@ -36,7 +34,6 @@ class CompiledDecoding:
         self._may_compile = may_compile
         self._plain: Callable[..., Any] = model.forward
         self._step: Any = None  # what torch.compile made
-        self._like: _Likeness | None = None  # the arguments that it was last called with
         # Weights become the graph's own: as its arguments, each is looked up for each token. One
         # object for all calls: torch keeps something of each.
         self._settings_of_dynamo: Any = torch._dynamo.config.patch(install_free_tensors=True)
@@ -47,15 +44,8 @@ class CompiledDecoding:
                 return self._plain(*args, **kwargs)
             if self._step is None:
                 self._step = _compile(self._plain)
-            like = _Likeness(kwargs)
-            if like == self._like:
-                with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-                    return self._step(**kwargs)
-            self._like = None
             with self._settings_of_dynamo:
-                output = self._step(**kwargs)
-            self._like = like
-            return output
+                return self._step(**kwargs)
 
         self._own = vars(model).get("forward")
         vars(model)["forward"] = forward
@@ -68,7 +58,7 @@ class CompiledDecoding:
         """Forget the graph, which has the model's weights as they were held."""
         if self._step is not None:
             torch._dynamo.eval_frame.remove_from_cache(self._step._torchdynamo_orig_callable)
-        self._step = self._like = None
+        self._step = None
 
     def remove(self) -> None:
         """Let the model compute as before."""
@@ -92,42 +82,6 @@ class CompiledDecoding:
             and not torch.compiler.is_compiling()
             and self._may_compile()
         )
-
-
-_PLAIN = frozenset({bool, int, float, str})
-
-
-class _Likeness:
-    """What a graph may depend on of a step's arguments, beside the values of tensors, and of
-    torch's settings. Of a cache its very tensors count; nothing here keeps them alive.
-    """
-
-    def __init__(self, kwargs: dict[str, Any]) -> None:
-        cache = kwargs["past_key_values"]
-        self._cache = weakref.ref(cache)
-        self._parts = [torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()]
-        for name, value in kwargs.items():
-            self._parts.append(name)
-            if isinstance(value, Tensor):
-                self._parts += (value.shape, value.stride(), value.dtype, value.device)
-                self._parts.append(value.is_inference())
-            elif value is not cache:
-                plain = value is None or type(value) in _PLAIN
-                self._parts.append(value if plain else object())  # like no other
-        self._parts += (layer.keys.shape for layer in cache.layers[:1])
-        self._parts += [
-            value if value.__class__ in _PLAIN else id(value)
-            for layer in cache.layers
-            for value in layer.__dict__.values()
-        ]
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Likeness):
-            return NotImplemented
-        cache = self._cache()
-        return cache is not None and cache is other._cache() and self._parts == other._parts
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _compile(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ class DecodingPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Key Inductor's cache with what this file does."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__,)), prepare("cpu")
 
 
 def _join_linears(graph: Graph) -> None:
@@ -86,21 +86,28 @@ class _Attention:
     @property
     def has_own_kernel(self) -> bool:
         """Whether ``tierhints::attend`` takes it: torch's kernel multiplies matrices of a row."""
-        given = [node.meta["val"] for node in (self.query, self.key, self.value)]
-        fits = all(
-            each.is_cpu and each.dtype == torch.float32 and each.shape[-1] % 16 == 0
-            for each in given
-        )
-        return fits and prepare("cpu") == "native"
+        query, key, value = (node.meta["val"] for node in (self.query, self.key, self.value))
+        given = [query, key, value]
+        if any(each.shape[-1] % 16 for each in given):
+            return False
+        if self.mask is not None:
+            mask = self.mask.meta["val"]
+            if mask.shape[0] not in (1, query.shape[0]) or mask.shape[3] != key.shape[2]:
+                return False
+            given.append(mask)
+        own = all(each.is_cpu and each.dtype == torch.float32 for each in given)
+        return own and prepare("cpu") == "native"
 
 
 def _attention_of(attention: Any) -> _Attention | None:
     """Read a call of torch's attention; None for one that is left as it is."""
     query, key, value, *others = attention.args
     mask, scale = attention.kwargs.get("attn_mask"), attention.kwargs.get("scale")
-    if others or attention.kwargs.get("is_causal") or query.meta["val"].shape[2] != 1:
+    if others or attention.kwargs.keys() - {"attn_mask", "scale"}:  # dropout, is_causal
         return None
-    if mask is not None and tuple(mask.meta["val"].shape[1:3]) != (1, 1):
+    if query.meta["val"].shape[2] != 1:
+        return None
+    if mask is not None and (mask.meta["val"].dim() != 4 or mask.meta["val"].shape[1:3] != (1, 1)):
         return None
     if any(user.users for user in attention.users if user.args[1]):  # besides what is attended
         return None

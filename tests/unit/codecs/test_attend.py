@@ -92,6 +92,32 @@ def test_what_is_not_finite_is_seen() -> None:
     assert found[0, 0].isfinite().all() and found[0, 1, 1].isfinite().all()
 
 
+def test_scores_that_overflow_downwards_count_for_nothing() -> None:
+    query, key = torch.full((1, 1, 1, 16), 1e30), torch.ones(1, 1, 148, 16)
+    key[:, :, :128] = -1e30
+    value = torch.randn(1, 1, 148, 16)
+    found = attend(query * 1e-20, key, value)
+    assert torch.allclose(found, value[:, :, 128:].mean(2, keepdim=True), atol=1e-5)
+    assert not attend(query, key[:, :, :128], value[:, :, :128]).any()
+
+
+def test_the_reference_attends_alike() -> None:
+    query, (key, value) = torch.randn(2, 2, 3, 32), torch.randn(2, 2, 2, 70, 32)
+    mask = torch.zeros(2, 1, 1, 70)
+    mask[0], mask[1, ..., :9] = -torch.inf, -torch.inf
+    for some in (None, mask):
+        torch.testing.assert_close(
+            attend(query, key, value, some), ops._attend(query, key, value, some, 0.125)
+        )
+
+
+def test_what_is_expanded_or_empty_is_attended_to() -> None:
+    query, key = torch.randn(3, 2, 2, 16), torch.randn(1, 2, 9, 16).expand(3, 2, 9, 16)
+    mask = torch.zeros(1, 1, 1, 9).expand(3, 1, 1, 9)
+    assert torch.equal(attend(query, key, key, mask), attend(query, key.clone(), key.clone()))
+    assert not attend(query, key[:, :, :0], key[:, :, :0]).any()
+
+
 def test_it_is_an_operator_as_torch_expects() -> None:
     query, (key, value) = torch.randn(1, 2, 3, 32), torch.randn(2, 1, 2, 70, 32)
     for mask in (None, torch.zeros(1, 1, 1, 70)):

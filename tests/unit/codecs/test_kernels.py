@@ -183,6 +183,8 @@ def test_few_rows_of_bf16_weights_are_multiplied_in_fp32(cols: int) -> None:
     halves = weight.linear(both.bfloat16(), bias.bfloat16())
     assert halves.dtype == torch.bfloat16
     if ops.prepare("cpu") == "native":
+        with pytest.raises(RuntimeError, match="a bias of 37 elements was expected"):
+            weight.linear(both, torch.ones(1))
         given = torch.randn(2, cols), torch.randn(5, cols).bfloat16(), torch.randn(5)
         torch.library.opcheck(torch.ops.tierhints.linear_bf16, given)
 

@@ -74,6 +74,13 @@ def test_heads_with_keys_of_their_own_attend_with_our_kernel() -> None:
     torch.testing.assert_close(attended, plain(query, key, value))
 
 
+def test_a_mask_of_one_element_is_left_to_torch() -> None:
+    query, (key, value) = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 2, 9, 32)
+    names, attended = rewrite(attend, query, key, value, torch.zeros(2, 1, 1, 1))
+    assert not count(names, "tierhints.attend")
+    torch.testing.assert_close(attended, attend(query, key, value, torch.zeros(2, 1, 1, 1)))
+
+
 @pytest.mark.parametrize("case", ["a mask for each head", "two queries"])
 def test_other_attention_stays_as_it_is(case: str) -> None:
     heads, length = 6, 2 if case == "two queries" else 1
