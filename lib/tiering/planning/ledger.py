@@ -10,7 +10,7 @@ machine is slow at costs the bytes that are read meanwhile (``Pace``).
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,24 +50,59 @@ class Pace:
     """How many bytes are read while weights of a width are computed with.
 
     ``weights_per_s``: by precision, as probed; what isn't there is taken to be as fast as its
-    bytes. ``bytes_per_s``: of the memory that they are read from, or (``streams``) of a link.
+    bytes. ``bytes_per_s``: of the memory, or the link, that they are read from.
     """
 
     weights_per_s: Mapping[str, float]
     bytes_per_s: float
-    streams: bool
 
     def price(self, payload: Payload, moved: int) -> int:
-        """Return what a token costs, in bytes, of which ``moved`` are moved."""
+        """Return what a token costs, in bytes, of which ``moved`` are moved. A lookup computes
+        nothing.
+        """
         rate = self.weights_per_s.get(str(payload.precision))
-        if rate is None or not moved:
+        uses = len(payload.group.modules) - bool(lookup_moved(payload))
+        if rate is None:
             return moved
-        uses = moved / payload.data_bytes
         num_params = sum(block.num_params for block in payload.group.blocks)
         return max(moved, int(uses * num_params / rate * self.bytes_per_s / _TOLERANCE))
 
 
-def paces_of(machine: MachineProfile, budget: Mapping[Any, Any] | None) -> tuple[Pace, ...]:
+def ledgers_of(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    hints: Hints | None,
+    machine: MachineProfile,
+    budget: Mapping[Any, Any] | None,
+    *,
+    epsilon: float | str | None,
+    joint_check: JointCheck,
+    device: torch.device,
+) -> list[Ledger]:
+    """Return the ledger with the fewest bytes first, and with epsilon those whose floors differ
+    since widths cost the time that they take on this machine, if its kernels were probed.
+
+    Raises InputError like ``ledger_of``.
+    """
+    ledgers: list[Ledger] = []
+    paces = _paces_of(machine, budget) if epsilon is not None else ()
+    for pace in (None, *paces):
+        ledger = ledger_of(
+            model,
+            blocks,
+            hints,
+            epsilon=epsilon,
+            streams=may_stream(budget),
+            joint_check=joint_check,
+            device=device,
+            pace=pace,
+        )
+        if all(ledger.floors != known.floors for known in ledgers):
+            ledgers.append(ledger)
+    return ledgers
+
+
+def _paces_of(machine: MachineProfile, budget: Mapping[Any, Any] | None) -> tuple[Pace, ...]:
     """Return the paces of a machine whose kernels were probed: first of resident weights, which are
     read as fast as those of the best width, then of streamed ones, which come by the fastest link
     that the budget (tier -> size) names.
@@ -76,13 +111,13 @@ def paces_of(machine: MachineProfile, budget: Mapping[Any, Any] | None) -> tuple
     if not rates:
         return ()
     sizes = {p: default_codec(p).layout(*_SHAPE).num_bytes / math.prod(_SHAPE) for p in Precision}
-    paces = [Pace(rates, max(rate * sizes[Precision(name)] for name, rate in rates.items()), False)]
+    paces = [Pace(rates, max(rate * sizes[Precision(name)] for name, rate in rates.items()))]
     links = [
         spec.bandwidth_gb_s
         for tier, spec in machine.tiers.items()
         if tier is not Tier.HBM and (budget is None or tier in budget)
     ]
-    return (*paces, Pace(rates, max(links) * GB, True)) if links else tuple(paces)
+    return (*paces, Pace(rates, max(links) * GB)) if links else tuple(paces)
 
 
 def ledger_of(

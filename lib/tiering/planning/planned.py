@@ -22,7 +22,7 @@ from ...precision.floors import JointCheck
 from ..transfer.specs import EmulationSpec
 from .budget import Budget, check_names_tiers, warn_of_incompressible
 from .inputs import HintsGiven, check_digest, choose_device, is_in_memory, open_model, read_hints
-from .ledger import Pace, ledger_of, may_stream, paces_of
+from .ledger import ledgers_of
 from .needs import PrecisionChoice
 from .plans import Mode, Planning
 
@@ -46,6 +46,8 @@ class Planned:
     """What an emulated run charges; None in real mode."""
     planning: Planning
     """Makes the plans that may follow."""
+    frugal: Planning
+    """Makes those with the fewest bytes, whatever their time."""
     veto: Veto
     """Has admitted the plan; nothing is held yet."""
     moves: tuple[str, ...]
@@ -70,7 +72,7 @@ class Planned:
         Computed at each call.
         """
         budget = self.plan.budget
-        return self.planning.smallest_budget(budget, self.schedule) if budget else None
+        return self.frugal.smallest_budget(budget, self.schedule) if budget else None
 
     @property
     def limit_seconds(self) -> float | None:
@@ -152,19 +154,18 @@ def plan(
     profile = _choose_machine(machine, mode)
     if mode == "emulated" and emulation is None:
         emulation = EmulationSpec(specs=dict(profile.tiers), charge_hbm=machine is None)
-    streams = may_stream(budget)
-
-    def attempt(pace: Pace | None) -> tuple[Veto, Planning, Plan]:
-        ledger = ledger_of(
-            empty,
-            blocks,
-            loaded,
-            epsilon=epsilon,
-            streams=streams,
-            joint_check=JointCheck.PENDING if will_measure else JointCheck.MISSING,
-            device=compute_device,
-            pace=pace,
-        )
+    ledgers = ledgers_of(
+        empty,
+        blocks,
+        loaded,
+        profile,
+        budget,
+        epsilon=epsilon,
+        joint_check=JointCheck.PENDING if will_measure else JointCheck.MISSING,
+        device=compute_device,
+    )
+    tried: list[tuple[Plan, Planning, Veto]] = []
+    for ledger in ledgers:
         planning = Planning(
             empty,
             blocks,
@@ -178,17 +179,12 @@ def plan(
             keeps_originals=checkpoint is None and mode == "real" and is_in_memory(empty),
             emulation=emulation,
         )
-        return Veto(ledger), planning, planning.make_plan(budget, planning.schedule)
-
-    for pace in paces_of(profile, budget) if epsilon is not None else ():
         try:
-            veto, planning, made = attempt(pace)
+            tried.append((planning.make_plan(budget, planning.schedule), planning, Veto(ledger)))
         except InputError:
-            continue  # what is fastest doesn't fit; fewer bytes may
-        if pace.streams or not made.predicted.moved_bytes:
-            break
-    else:
-        veto, planning, made = attempt(None)
+            if not tried:  # not even with the fewest bytes
+                raise
+    made, planning, veto = min(tried, key=lambda each: each[0].predicted.seconds)
     warn_of_incompressible(planning.payloads.values())
     return Planned(
         plan=made,
@@ -200,6 +196,7 @@ def plan(
         machine=profile,
         emulation=emulation,
         planning=planning,
+        frugal=tried[0][1],
         veto=veto,
         moves=veto.judge(made),
         schedule=planning.schedule,

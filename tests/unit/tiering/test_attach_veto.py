@@ -73,13 +73,20 @@ def test_a_width_that_is_slow_here_is_chosen_only_where_its_bytes_are_worth_it(
         return plan(tmp_path, hints, budget=budget, epsilon=0.003, machine=machine).plan
 
     def held(made: Plan) -> list[Precision]:
-        return [place.precision for place in made.placements.values()]
+        places = made.placements.items()  # tables are so small here that padding decides
+        return [place.precision for name, place in places if not name.endswith(("wte", "wpe"))]
 
     fewest = plan_of({}, "1GiB")
     assert held(plan_of(paced, "1GiB")) == held(fewest)
     assert {Precision.INT6, Precision.INT5} & set(held(fewest))
     fastest = plan_of(slow, "1GiB")
     assert not {Precision.INT6, Precision.INT5} & set(held(fastest))
+    machines = [replace(UNMEASURED, compute=rates) for rates in (slow, paced)]
+    one, other = (
+        plan(tmp_path, hints, budget=BUDGET, epsilon=0.003, machine=machine).smallest_hbm_bytes
+        for machine in machines
+    )
+    assert one == other
     small = plan_of(slow, fewest.fast_bytes)
     assert held(small) == held(fewest)  # the fastest widths have no room there
     assert fastest.predicted.seconds < small.predicted.seconds
