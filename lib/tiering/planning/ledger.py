@@ -85,7 +85,7 @@ def ledgers_of(
     Raises InputError like ``ledger_of``.
     """
     ledgers: list[Ledger] = []
-    paces = _paces_of(machine, budget) if epsilon is not None else ()
+    paces = _paces_of(machine, budget) if epsilon is not None else []
     for pace in (None, *paces):
         ledger = ledger_of(
             model,
@@ -102,14 +102,14 @@ def ledgers_of(
     return ledgers
 
 
-def _paces_of(machine: MachineProfile, budget: Mapping[Any, Any] | None) -> tuple[Pace, ...]:
+def _paces_of(machine: MachineProfile, budget: Mapping[Any, Any] | None) -> list[Pace]:
     """Return the paces of a machine whose kernels were probed: first of resident weights, which are
     read as fast as those of the best width, then of streamed ones, which come by the fastest link
     that the budget (tier -> size) names.
     """
     rates = machine.compute
     if not rates:
-        return ()
+        return []
     sizes = {p: default_codec(p).layout(*_SHAPE).num_bytes / math.prod(_SHAPE) for p in Precision}
     paces = [Pace(rates, max(rate * sizes[Precision(name)] for name, rate in rates.items()))]
     links = [
@@ -117,7 +117,9 @@ def _paces_of(machine: MachineProfile, budget: Mapping[Any, Any] | None) -> tupl
         for tier, spec in machine.tiers.items()
         if tier is not Tier.HBM and (budget is None or tier in budget)
     ]
-    return (*paces, Pace(rates, max(links) * GB)) if links else tuple(paces)
+    if links:
+        paces.append(Pace(rates, max(links) * GB))
+    return paces
 
 
 def ledger_of(
