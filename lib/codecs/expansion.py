@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..vocabulary import Precision
-from .layout import BLOCK_CODES, PLANE_BITS, RecordLayout
+from .layout import PLANE_BITS, RecordLayout
 from .planes import unpack_planes
 from .records import add_groups, decode_parameters, scale_codes, section_views
 from .scratch import Scratch
@@ -39,9 +39,9 @@ def compute_dtype(flat: Tensor) -> torch.dtype:
 
 def fits_int8_kernel(cols: int, device: torch.device) -> bool:
     """Whether ``_weight_int8pack_mm`` may be called: it reads 16 codes at a time, and past the end
-    of a row that isn't a multiple of them. Rows of a record are padded to 64.
+    of a row that isn't a multiple of them.
     """
-    return device.type == "cpu" and cols % BLOCK_CODES == 0
+    return device.type == "cpu" and cols % 32 == 0
 
 
 def kernel_activations(flat: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class Expansion:
             )
             y[:, start:end] = torch._weight_int8pack_mm(
                 activations,
-                codes.bitwise_xor_(128).view(torch.int8),
+                codes.bitwise_xor_(128).view(torch.int8)[:, : self.layout.cols].contiguous(),
                 scales[start:end, 0],
             )
         return y.addcmul_(activations.sum(1, keepdim=True, dtype=torch.float32), zeros.t())
