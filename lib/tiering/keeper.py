@@ -57,7 +57,7 @@ class PlanKeeper:
         """Where each group of blocks is, and what that was predicted to cost."""
         self.planning = planned.planning
         self.veto = planned.veto
-        self.payloads = self.planning.payloads
+        self.payloads: Mapping[str, Payload] = self.planning.payloads
         """What groups are held as."""
         self.broken: str | None = None
         """Why nothing can run: moving weights has failed half-way."""
@@ -93,9 +93,9 @@ class PlanKeeper:
         """Bytes that each tier may hold (None: no limit); empty where the hints alone decided."""
         return limits(self.plan)
 
-    def reported_tier(self, group: Group, block: Block) -> Tier:
+    def reported_tier(self, group: Group, block: Block) -> str:
         """Return the tier under which a block is reported: that of its hint where hints place."""
-        return self.plan.hint_tiers.get(block.name, self.plan.placements[group.name].tier)
+        return str(self.plan.hint_tiers.get(block.name, self.plan.placements[group.name].tier))
 
     def bytes_per_tier(self) -> dict[str, int]:
         """Return the bytes of the blocks by the tier under which they are reported."""
@@ -109,40 +109,40 @@ class PlanKeeper:
         return totals
 
     def carry_out(self, plan: Plan) -> None:
-        """Move what must move, unless the veto refuses; where that fails the plan before is carried
-        out again.
-        """
+        """Move what must move, unless the veto refuses; where that fails the plan before stays."""
         payloads, schedule = self.planning.payloads, self.forwards.schedule
         moves = self.veto.judge(plan)
+        before, broken = (self.plan, self.payloads), self.broken
+        anew = [name for name in moves if payloads[name].precision is not before[1][name].precision]
         with plain_tensors():
             try:
                 self.residency.apply(plan, payloads, schedule, moves)
+                self._adopt(plan, payloads)
             except BaseException as error:
                 # The way there, backwards; what was made anew had been let go of first.
-                made = [
-                    name
-                    for name in moves
-                    if payloads[name].precision is not self.payloads[name].precision
-                ]
-                back = [name for name in reversed(moves) if name not in made] + made
+                back = [*(name for name in reversed(moves) if name not in anew), *anew]
                 try:
-                    self.residency.apply(self.plan, self.payloads, schedule, back)
+                    self.residency.apply(*before, schedule, back)
+                    self._adopt(*before)
+                    self.broken = broken
                 except BaseException as again:
                     self.veto.adopt(None)
                     self.broken = (
-                        f"weights could not be moved ({error}), nor back ({again}): free memory "
-                        "or disk and set another budget, or detach"
+                        f"weights could not be moved ({error}), nor back ({again}): free memory or "
+                        "disk and set another budget, or detach"
                     )
+                    self.forwards.follow_plan()
                 raise
-            finally:
-                self.forwards.follow_plan()
+
+    def _adopt(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:
+        """Go by a plan that was carried out."""
+        self.forwards.follow_plan()
         self.broken = None
         self.veto.adopt(plan)
         self.plan, self.payloads = plan, payloads
-        for group in self.residency.groups.values():
-            for block in group.payload.group.blocks:
-                tier = self.reported_tier(group.payload.group, block)
-                self.recorder.blocks[block.name].tier = str(tier)
+        for payload in payloads.values():
+            for block in payload.group.blocks:
+                self.recorder.blocks[block.name].tier = self.reported_tier(payload.group, block)
         now = self.residency.resident_bytes() + self.memory.extra_bytes
         self.recorder.change_resident(now - self.recorder.resident_bytes)
 
@@ -318,7 +318,7 @@ class PlanKeeper:
             device=self.memory.device,
             blocks={
                 block.name: BlockStats(
-                    tier=str(self.reported_tier(payload.group, block)), num_bytes=block.num_bytes
+                    tier=self.reported_tier(payload.group, block), num_bytes=block.num_bytes
                 )
                 for payload in self.payloads.values()
                 for block in payload.group.blocks

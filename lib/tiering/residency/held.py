@@ -92,11 +92,10 @@ class HeldGroup:
 
     def release(self) -> None:
         """End one use; nothing is copied back, since weights don't change."""
-        if self.num_holds == 0:
-            return
-        self.num_holds -= 1
-        if self.num_holds == 0:
-            self._hide()
+        if self.num_holds > 1:
+            self.num_holds -= 1
+        elif self.num_holds:
+            self.end_holds()
             self.memory.prefetcher.release(self.units[0], shared=True)
 
     def hold_again(self, num_holds: int) -> None:
@@ -108,8 +107,8 @@ class HeldGroup:
     def end_holds(self) -> None:
         """Give back what an interrupted forward still holds; the slots are the prefetcher's."""
         if self.num_holds:
+            self._hide()  # first: an interrupt in it leaves a hold to end
             self.num_holds = 0
-            self._hide()
 
     def refuse_written(self) -> None:
         """Raise PlacementError where a write to weights that are away was lost."""

@@ -19,7 +19,9 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from lib.errors import InputError, PlacementError
 from lib.tiering import attach
+from lib.tiering.hooks.forwards import Forwards
 from lib.tiering.residency.away import AwayWeights
+from lib.tiering.residency.weights import GroupWeights
 from lib.tiering.transfer.transport import Arrival
 
 IDS = torch.arange(1, 9).view(1, -1)
@@ -85,6 +87,54 @@ def test_forwards_interrupted_at_any_moment_neither_hang_nor_go_wrong(tmp_path: 
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def _interrupt_once(patch: pytest.MonkeyPatch, owner: type, method: str) -> None:
+    """Let a method's next call be interrupted as it begins."""
+    own = getattr(owner, method)
+
+    def interrupted(*args: object) -> None:
+        patch.setattr(owner, method, own)
+        raise KeyboardInterrupt
+
+    patch.setattr(owner, method, interrupted)
+
+
+def test_a_release_that_is_interrupted_keeps_no_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Tied().eval()
+    with (
+        attach(model, budget={"HBM": "5MiB", "SSD": None}, spill_dir=tmp_path) as runtime,
+        torch.no_grad(),
+    ):
+        want = model(IDS)
+        plan = runtime.plan
+        for _ in range(3):
+            _interrupt_once(monkeypatch, GroupWeights, "hide")
+            with pytest.raises(KeyboardInterrupt):
+                model(IDS)
+            assert torch.equal(model(IDS), want)
+        assert runtime.plan is plan  # no room had to be made
+
+
+def test_a_change_of_plan_that_is_interrupted_at_its_end_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Tied().eval()
+    with (
+        attach(model, budget={"HBM": "5MiB", "SSD": None}, spill_dir=tmp_path) as runtime,
+        torch.no_grad(),
+    ):
+        want, plan = model(IDS), runtime.plan
+        _interrupt_once(monkeypatch, Forwards, "follow_plan")
+        with pytest.raises(KeyboardInterrupt):
+            runtime.budget = {"HBM": None, "SSD": None}
+        assert runtime.plan is plan
+        assert torch.equal(model(IDS), want)
+        runtime.budget = {"HBM": "4900KiB", "SSD": None}
+        assert runtime.plan.fast_bytes <= 4900 * 1024
+        assert torch.equal(model(IDS), want)
 
 
 def test_an_arrival_is_waited_for_once_or_many_times() -> None:
