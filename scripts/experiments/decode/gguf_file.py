@@ -5,13 +5,13 @@ tokenizer: the benchmark feeds token ids. Llama's queries and keys have their ro
 (rotations of neighbours, not of halves), GPT-2's matrices are transposed.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import AutoConfig
 
 from lib.errors import InputError
 from lib.exports.gguf_names import import_gguf
@@ -24,7 +24,7 @@ def write_gguf(checkpoint: Path, path: Path) -> None:
     if path.exists():
         return
     gguf = import_gguf()
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = AutoConfig.from_pretrained(checkpoint).to_dict()  # with what the file leaves out
     kind = config["model_type"]
     partial = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, kind)
