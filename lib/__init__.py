@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from .evaluation.generate import generate
     from .exports.tools import export
     from .hints import load_hints, save_hints
+    from .progressive.attach import attach
     from .signals.analyzer import AdamStateTierAnalyzer
     from .signals.callback import TierHintsCallback
     from .signals.collect import collect_fisher
     from .signals.from_checkpoint import hints_from_checkpoint
     from .text.held_out import read_tokens
-    from .tiering.attach import attach
     from .tiering.planning.planned import plan
 
 __all__ = [
@@ -51,7 +51,7 @@ _MODULES = {
     "InputError": "errors",
     "PlacementError": "errors",
     "TierHintsCallback": "signals.callback",
-    "attach": "tiering.attach",
+    "attach": "progressive.attach",
     "calibrate": "evaluation.calibration",
     "collect_fisher": "signals.collect",
     "evaluate": "evaluation.evaluate",

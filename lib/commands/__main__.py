@@ -20,6 +20,7 @@ VERBS = {
     "what-if": "ask what a faster link or more memory would bring",
     "evaluate": "measure perplexity and KL of a model under a plan",
     "benchmark": "time forward passes under a plan, against the untouched model",
+    "acceptance": "measure how often a model would have chosen its compressed copy's token",
     "frontier": "measure fast memory against tokens per second against KL",
     "export": "write hints in the format of another tool",
     "probe": "measure the memory tiers of this machine",

@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         generate,
         generation_figures,
     )
+    from ..progressive.attach import attach
     from ..report.generation_line import closing_line
     from ..signals.summary import dtype_names
     from ..text.held_out import load_tokenizer
-    from ..tiering import attach
 
     check_sampling(
         args.max_new_tokens,
@@ -89,8 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         spill_dir=args.spill_dir,
         precision=planned_precision(args.precision),
         epsilon=args.epsilon,
+        exact=args.exact,
         device=device,
     ) as runtime:
+        if args.compile:
+            runtime.compile()
         load_seconds = time.perf_counter() - start
         try:
             generation = generate(
@@ -113,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "budget": args.budget,
             "precision": args.precision,
             "epsilon": args.epsilon,
+            "exact": args.exact,
             "dtype": dtype_names(model),
             "device": str(device),
             "sampling": {
@@ -171,6 +175,21 @@ def _parser() -> argparse.ArgumentParser:
     add_budget_flag(tiers, otherwise="%(default)s, all in fast memory")
     parser.set_defaults(budget=_EVERYTHING_FITS)
     add_precision_flags(tiers)
+    tiers.add_argument(
+        "--exact",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=["strict"],
+        help="write the full model's own text: a compressed copy drafts it (of --precision or "
+        "--epsilon, default: the one predicted to be the fastest), passes over the full weights "
+        "check it; strict: near ties are computed as without a draft",
+    )
+    tiers.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile what decodes token by token: takes a minute the first time",
+    )
     tiers.add_argument(
         "--spill-dir",
         type=Path,

@@ -55,19 +55,28 @@ class FullModel:
                     raise FloatingPointError(f"the full model's logits aren't finite: {fault}")
                 save_file({"logits": logits_BTV}, path)
 
-    @torch.inference_mode()
     def compare(self, device: torch.device | str | None = None) -> Quality:
         """Run the model as it is now on the same tokens, and return what has changed.
 
         ``device``: where it computes now (default: where its weights were).
         """
-        used = self._device if device is None else torch.device(device)
         meter = QualityMeter()
+        for ids_BT, reference_BTV, logits_BTV in self.side_by_side(device):
+            meter.add(ids_BT, reference_BTV, logits_BTV)
+        return meter.result()
+
+    @torch.inference_mode()
+    def side_by_side(
+        self, device: torch.device | str | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Run the model as it is now, and yield tokens (B, T) with the full model's logits and
+        those of now, (B, T, V).
+        """
+        used = self._device if device is None else torch.device(device)
         for path, ids_BT in self._show("as placed"):
             ids_BT = ids_BT.to(used)
             reference_BTV = load_file(path)["logits"].to(used)
-            meter.add(ids_BT, reference_BTV, causal_logits(self._model, ids_BT))
-        return meter.result()
+            yield ids_BT, reference_BTV, causal_logits(self._model, ids_BT)
 
     def _show(self, name: str) -> Iterator[tuple[Path, Tensor]]:
         count = len(self._batches)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..progressive.exact import ExactStats
 from ..tiering import Runtime
 from ..vocabulary import Precision, Tier, is_below
 from .forwards import peak_rss
@@ -164,12 +165,13 @@ def generation_figures(runtime: Runtime, generation: Generation) -> dict[str, An
     return {
         **generation.to_json(),
         "peak_weight_bytes": stats.peak_resident_bytes,
-        "budget_bytes": runtime.plan.limit(Tier.HBM),
+        "budget_bytes": runtime.budget.get(Tier.HBM),
         "peak_rss_bytes": peak_rss(),
         "bytes_per_tier": stats.bytes_per_tier,
         "lossless": not lossy,
         "precisions": {str(p): lossy.count(p) for p in Precision if p in lossy},
         **{name: veto[name] for name in ("epsilon_nats", "predicted_nats", "bound_nats")},
+        "drafting": asdict(stats.drafting) if isinstance(stats, ExactStats) else None,
     }
 
 

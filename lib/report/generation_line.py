@@ -32,6 +32,12 @@ def closing_line(document: Mapping[str, Any]) -> str:
 
 def describe_bound(document: Mapping[str, Any]) -> str:
     """Say what the model that ran may differ by from the full one, and who says so."""
+    if (drafting := document["drafting"]) is not None:
+        passes = f"{drafting['windows']} window{'' if drafting['windows'] == 1 else 's'}"
+        return (
+            f"exact: the full model's own text, {drafting['accepted']} of {drafting['drafted']} "
+            f"drafted tokens accepted in {passes}"
+        )
     if document["lossless"]:
         return "lossless: bit for bit"
     predicted = document["predicted_nats"]

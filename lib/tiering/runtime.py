@@ -184,16 +184,19 @@ class Runtime:
     def stats(self) -> Stats:
         """Return what happened since attach or the last reset; waits for a GPU."""
         with self._forwards.lock:
-            return self._keeper.recorder.snapshot(
+            keeper = self._keeper
+            keeper.recorder.link_seconds += keeper.memory.transport.take_link_seconds()
+            return keeper.recorder.snapshot(
                 mode=self.mode,
                 clock=str(self.clock),
-                wait_error=self._keeper.memory.charges.wait_error(),
-                bytes_per_tier=self._keeper.bytes_per_tier(),
+                wait_error=keeper.memory.charges.wait_error(),
+                bytes_per_tier=keeper.bytes_per_tier(),
             )
 
     def reset_stats(self) -> None:
         """Start all statistics anew."""
         with self._forwards.lock:
+            self._keeper.memory.transport.take_link_seconds()
             self._keeper.recorder.reset()
             self._keeper.memory.charges.reset()
 
@@ -212,6 +215,20 @@ class Runtime:
             self._forwards.remove()
             with plain_tensors():
                 self._keeper.residency.close()
+            self._detached = True
+
+    def discard(self) -> None:
+        """Take the hooks off and free the weights, which don't come back: for a model that nobody
+        uses any more.
+        """
+        if self._detached:
+            return
+        with self._forwards.lock:
+            self._forwards.refuse_other_processes()
+            self._forwards.check_idle()
+            self._forwards.remove()
+            with plain_tensors():
+                self._keeper.residency.free()
             self._detached = True
 
     def _return_to(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:

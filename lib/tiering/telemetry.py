@@ -37,7 +37,9 @@ class BlockStats:
 @dataclass(slots=True, kw_only=True)
 class Stats:
     """A snapshot of a runtime's telemetry since attach or the last reset. Resident bytes are
-    weights in fast memory.
+    weights in fast memory. ``transfer_seconds`` were waited for what was on its way;
+    ``link_seconds`` is for how long anything was: what of it was not waited for is hidden behind
+    compute.
     """
 
     mode: str
@@ -46,6 +48,7 @@ class Stats:
     bytes_per_tier: dict[str, int]
     bytes_moved: int
     transfer_seconds: float
+    link_seconds: float
     compute_seconds: float
     resident_bytes: int
     peak_resident_bytes: int
@@ -69,6 +72,7 @@ class Recorder:
     resident_bytes: int
     forwards: int = 0
     peak_resident_bytes: int = 0
+    link_seconds: float = 0.0
     timeline: deque[tuple[float, int]] = field(
         default_factory=lambda: deque(maxlen=_TIMELINE_LIMIT)
     )
@@ -82,7 +86,7 @@ class Recorder:
         self._settle()
         for name, block in self.blocks.items():
             self.blocks[name] = BlockStats(tier=block.tier, num_bytes=block.num_bytes)
-        self.forwards = 0
+        self.forwards, self.link_seconds = 0, 0.0
         self.timeline.clear()
         self._start = self._last = time.perf_counter()
         self.peak_resident_bytes = 0
@@ -148,6 +152,7 @@ class Recorder:
             bytes_per_tier=bytes_per_tier,
             bytes_moved=sum(block.bytes_moved for block in blocks.values()),
             transfer_seconds=sum(block.transfer_seconds for block in blocks.values()),
+            link_seconds=self.link_seconds,
             compute_seconds=sum(block.compute_seconds for block in blocks.values()),
             resident_bytes=self.resident_bytes,
             peak_resident_bytes=self.peak_resident_bytes,

@@ -30,6 +30,7 @@ ARGUMENTS: dict[str, str] = {
     "evaluate": "--model {model} --budget HBM=,SSD= --precision int8 --data {text} --samples 4",
     "benchmark": "--model {model} --tier-hints {hints} --data {text} --samples 4 "
     "--sequence-length 16 --num-iterations 2 --warmup 0 --batch-size 2",
+    "acceptance": "--model {model} --data {text} --samples 4 --sequence-length 8 --new-tokens 4",
     "frontier": "--model {model} --data {text} --samples 4 --budgets 250KiB",
     "export": "--to accelerate --tier-hints {hints} --model {model} --output {out}",
     "probe": "--quick --repeats 1 --size 32MiB --output {out}/machine.json",
@@ -61,6 +62,8 @@ BAD: dict[str, dict[str, str]] = {
         "--budget SSD=": "budget SSD= has no HBM",
         "--budget HBM=1B": "HBM",
         "--budget HBM= --spill-dir {text}": "--spill-dir",
+        "--exact often": "--exact",
+        "--budget HBM=1KiB --exact": "HBM",
     },
     "doctor": {"--speed": "--speed"},
     "plan": {"--budget HBM=many": "'many'", "--epsilon 0.02": "--tier-hints"},
@@ -74,6 +77,11 @@ BAD: dict[str, dict[str, str]] = {
         "--canary 1": "--canary",
         "--num-iterations 0": "--num-iterations 0",
         "--epsilon 0": "--epsilon '0'",
+    },
+    "acceptance": {
+        "--new-tokens 1": "--new-tokens: 1",
+        "--new-tokens 99": "--new-tokens 99",
+        "--samples 0": "--samples: 0",
     },
     "frontier": {
         "--budgets some": "'some'",

@@ -232,6 +232,17 @@ class Residency:
                 f"{len(failures)} parameters could not be restored; free memory and detach again, "
                 f"or reload the model: {name}: {reason}"
             )
+        self._close_stores()
+
+    def free(self) -> None:
+        """Let all weights go, those in fast memory and those that are stored."""
+        self.end_holds()
+        self.memory.prefetcher.drain()
+        for group in self.groups.values():
+            group.weights.forbid("its runtime has discarded them")
+        self._close_stores()
+
+    def _close_stores(self) -> None:
         self.memory.transport.close()
         self._archive.close()
 

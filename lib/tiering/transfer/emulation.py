@@ -107,6 +107,7 @@ class EmulatedTransport:
 
     def __init__(self, time: EmulatedTime) -> None:
         self._time = time
+        self._link_seconds = 0.0
 
     def make_slots(self, num_slots: int, slot_bytes: int) -> None:
         """Nothing is allocated, since nothing moves."""
@@ -116,6 +117,7 @@ class EmulatedTransport:
         self._time.slow_compute()
         ticket = Ticket(unit, slot)
         ticket.due = self._time.enqueue(unit.tier, unit.data_bytes)
+        self._link_seconds += self._time.spec.specs[unit.tier].transfer_seconds(unit.data_bytes)
         ticket.arrived.set()
         return ticket
 
@@ -138,6 +140,11 @@ class EmulatedTransport:
     def slots(self) -> Sequence[Tensor]:
         """There are no slots."""
         return ()
+
+    def take_link_seconds(self) -> float:
+        """Return what the transfers since the last call take one after the other."""
+        seconds, self._link_seconds = self._link_seconds, 0.0
+        return seconds
 
     def close(self) -> None:
         """Nothing to end."""

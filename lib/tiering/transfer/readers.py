@@ -7,6 +7,7 @@ events both ways and no synchronization on the host.
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -41,6 +42,8 @@ class ReaderTransport:
         self._num_own_users = 0
         self._left: list[Left] = []
         """Former slots that others had views of."""
+        self._link_seconds = 0.0
+        self._last_ended = 0.0
         # The threads know the queue alone, so that a forgotten runtime is freed. They end before
         # the interpreter does: it would abort with a thread in the middle of a read.
         self._finish = weakref.finalize(self, _end_threads, self._jobs, self._threads, os.getpid())
@@ -102,6 +105,8 @@ class ReaderTransport:
         ticket.arrived.wait()
         if ticket.error is not None:
             raise ticket.error
+        self._link_seconds += max(0.0, ticket.ended - max(ticket.asked, self._last_ended))
+        self._last_ended = max(self._last_ended, ticket.ended)
         if self._stream is not None:
             assert ticket.copied is not None
             torch.cuda.current_stream(self._device).wait_event(ticket.copied)
@@ -138,6 +143,11 @@ class ReaderTransport:
     def slots(self) -> Sequence[Tensor]:
         """Return the slots, to measure them."""
         return self._slots
+
+    def take_link_seconds(self) -> float:
+        """Return for how long there was something to read since the last call."""
+        seconds, self._link_seconds = self._link_seconds, 0.0
+        return seconds
 
     def close(self) -> None:
         """End the threads and free the slots."""
@@ -203,6 +213,7 @@ def _read_pieces(jobs: "queue.SimpleQueue[_Job]") -> None:
                 except BaseException as error:
                     ticket.error = error
                 ticket.finish = None
+                ticket.ended = time.perf_counter()
                 ticket.arrived.set()
         del ticket
 

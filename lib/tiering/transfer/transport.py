@@ -8,6 +8,7 @@ pass that hypothetical tiers would take. What an emulated machine charges beside
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,11 @@ class Transport(Protocol):
     def slots(self) -> Sequence[Tensor]:
         """Return the slots, to measure them."""
 
+    def take_link_seconds(self) -> float:
+        """Return for how long units were on their way, those that went together counted once, since
+        the last call.
+        """
+
     def close(self) -> None:
         """Free the slots and end the threads."""
 
@@ -127,6 +133,9 @@ class Ticket:
     copied: "torch.cuda.Event | None" = None
     due: float = 0.0
     """When an emulated transfer ends, on its transport's clock."""
+    asked: float = field(default_factory=time.perf_counter)
+    ended: float = 0.0
+    """When it was asked for, and when its last byte had been read."""
     finish: Callable[[], None] | None = None
     """What the reader thread does once all bytes are in host memory."""
     store: Store | None = None

@@ -1,0 +1,260 @@
+"""One call of ``generate``: windows are drafted and checked until all sequences have ended."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .passes import ROWS, Passes, Replay
+from .verify import Chooser, top_gap
+from .windows import Windows
+
+
+@dataclass(slots=True, kw_only=True)
+class Drafting:
+    """What drafting and checking came to since attach or the last reset."""
+
+    windows: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    """Drafted tokens that the full model didn't choose, with those after them in their window."""
+    redone: int = 0
+    """Tokens that ``strict`` has computed again."""
+    draft_seconds: float = 0.0
+    pass_seconds: float = 0.0
+    """Of passes over the full weights, prompts included."""
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of drafted tokens that were accepted; None where none was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+
+@dataclass(slots=True, kw_only=True)
+class Pair:
+    """A full model and its draft, and what they have come to so far.
+
+    ``tolerance``: below which gap of the two largest scores a token is computed again as plain
+    ``generate`` does; None: none is.
+    """
+
+    model: Any
+    draft: Any
+    windows: Windows
+    tolerance: Callable[[], float] | None
+    drafting: Drafting = field(default_factory=Drafting)
+
+
+@dataclass(slots=True)
+class _Text:
+    """One sequence of a batch: its tokens so far, padding and prompt included."""
+
+    ids_T: Tensor
+    length: int
+    start: int
+    """Where it begins, after padding."""
+    done: bool = False
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def so_far(self) -> Tensor:
+        return self.ids_T[: self.length]
+
+    @property
+    def last(self) -> int:
+        return int(self.ids_T[self.length - 1])
+
+    def add(self, token: int) -> None:
+        self.ids_T[self.length] = token
+        self.length += 1
+
+
+class Decoding:
+    """One call of ``generate``."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        ids_BT: Tensor,
+        *,
+        chooser: Chooser,
+        stopping: Any,
+        settings: Any,
+        mask_BT: Tensor | None,
+        streamer: Any,
+    ) -> None:
+        self._pair = pair
+        self._chooser = chooser
+        self._stopping = stopping
+        self._streamer = streamer
+        self._settings = settings
+        self._prompt_BT = ids_BT
+        self._prompt_tokens = ids_BT.shape[1]
+        starts = [0] * len(ids_BT) if mask_BT is None else _starts(mask_BT)
+        longest = settings.max_length
+        self._texts = [
+            _Text(torch.cat([ids_T, ids_T.new_zeros(longest - len(ids_T))]), len(ids_T), start)
+            for ids_T, start in zip(ids_BT, starts, strict=True)
+        ]
+        self._keeps = settings.return_dict_in_generate and (
+            settings.output_scores or settings.output_logits
+        )
+        self._passes = Passes(pair.model, pair.draft, starts, longest + ROWS)
+        self._replay = Replay(pair.model) if pair.tolerance is not None else None
+        if self._replay is not None and (len(ids_BT) > 1 or starts[0]):
+            raise InputError(
+                "exact='strict' computes one sequence without padding at a time: give one, or "
+                "attach with exact=True"
+            )
+
+    def run(self) -> Any:
+        """Decode all sequences to their ends; returns what ``generate`` does."""
+        stats = self._pair.drafting
+        self._pair.windows.begin()
+        begin = time.perf_counter()
+        logits_BV = self._passes.prompt(self._prompt_BT)
+        stats.pass_seconds += time.perf_counter() - begin
+        for number, text in enumerate(self._texts):
+            self._choose(number, text, logits_BV[number])
+        while not all(text.done for text in self._texts):
+            self._window()
+        if self._streamer is not None:
+            self._streamer.end()
+        return self._result()
+
+    def _window(self) -> None:
+        """Draft, check, and take back what is none of the text."""
+        windows, stats, texts = self._pair.windows, self._pair.drafting, self._texts
+        left = max(self._settings.max_length - text.length for text in texts if not text.done)
+        begin = time.perf_counter()
+        drafted_BK = self._draft(min(windows.choose(), left - 1))
+        middle = time.perf_counter()
+        last_B1 = torch.tensor([[text.last] for text in texts], device=drafted_BK.device)
+        logits_BTV = self._passes.check(torch.cat([last_B1, drafted_BK], dim=1))
+        end = time.perf_counter()
+        length, kept, judged = drafted_BK.shape[1], [], []
+        for number, text in enumerate(texts):
+            if text.done:
+                kept.append(0)
+                continue
+            accepted = self._accept(number, text, drafted_BK[number], logits_BTV[number])
+            kept.append(accepted + 1)  # the token before the window, too
+            stats.accepted += accepted
+            if not text.done:  # what lies behind its end was judged by nobody
+                stats.rejected += length - accepted
+                judged.append(accepted)
+        self._passes.cache.take_back(ROWS - torch.tensor(kept, device=drafted_BK.device))
+        seconds = {"draft_seconds": middle - begin, "pass_seconds": end - middle}
+        windows.saw(judged, drafted=length, **seconds)
+        stats.drafted = stats.accepted + stats.rejected
+        stats.windows += 1
+        stats.draft_seconds += middle - begin
+        stats.pass_seconds += end - middle
+
+    def _draft(self, length: int) -> Tensor:
+        """Draft tokens (B, length); the cache is as before afterwards."""
+        texts = self._texts
+        tries = [_Text(text.ids_T.clone(), text.length, text.start, text.done) for text in texts]
+        drafted = [[0] * length for _ in texts]
+        device = texts[0].ids_T.device
+        for number in range(length):
+            last_B1 = torch.tensor([[each.last] for each in tries], device=device)
+            logits_BV = self._passes.guess(last_B1)
+            for sequence, each in enumerate(tries):
+                if each.done or each.length == len(each.ids_T):
+                    continue
+                token, _ = self._chooser.choose(
+                    each.so_far,
+                    logits_BV[sequence],
+                    sequence=sequence,
+                    number=each.length - self._prompt_tokens,
+                )
+                each.add(token)
+                drafted[sequence][number] = token
+        if length:
+            self._passes.cache.take_back(length)
+        return torch.tensor(drafted, device=device, dtype=torch.long).view(len(texts), length)
+
+    def _accept(self, number: int, text: _Text, drafted_K: Tensor, logits_TV: Tensor) -> int:
+        """Add the full model's tokens for as long as it has seen them itself; returns how many of
+        the drafted ones were among them.
+        """
+        guesses = drafted_K.tolist()
+        accepted = 0
+        for row in range(len(logits_TV)):
+            token = self._choose(number, text, logits_TV[row])
+            if row < len(guesses) and token == guesses[row]:
+                accepted += 1
+            else:
+                break
+            if text.done:
+                break
+        return accepted
+
+    def _choose(self, number: int, text: _Text, logits_V: Tensor) -> int:
+        """Add the next token of a sequence, and see whether that ends it."""
+        chooser, place = self._chooser, text.length - self._prompt_tokens
+        token, scores_V = chooser.choose(text.so_far, logits_V, sequence=number, number=place)
+        if self._replay is not None and self._pair.tolerance is not None:
+            noisy_V = chooser.noisy(scores_V, sequence=number, number=place)
+            if top_gap(noisy_V) < self._pair.tolerance():
+                self._pair.drafting.redone += 1
+                logits_V = self._replay.logits(text.so_far, self._prompt_tokens)
+                token, scores_V = chooser.choose(
+                    text.so_far, logits_V, sequence=number, number=place
+                )
+        text.add(token)
+        if self._keeps:
+            text.scores.append(scores_V)
+            text.logits.append(logits_V.to(torch.float32, copy=True))
+        if self._streamer is not None:
+            self._streamer.put(text.ids_T[text.length - 1 : text.length].cpu())
+        stops = bool(self._stopping(text.so_far[None], None)[0])
+        text.done = stops or text.length == len(text.ids_T)
+        return token
+
+    def _result(self) -> Any:
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+        settings, texts = self._settings, self._texts
+        longest = max(text.length for text in texts)
+        pad = settings._pad_token_tensor
+        sequences_BT = torch.stack([text.ids_T[:longest] for text in texts])
+        for ids_T, text in zip(sequences_BT, texts, strict=True):
+            ids_T[text.length :] = 0 if pad is None else pad
+        if not settings.return_dict_in_generate:
+            return sequences_BT
+        kept: dict[str, Any] = {}
+        if settings.output_scores:
+            kept["scores"] = _by_step([text.scores for text in texts])
+        if settings.output_logits:
+            kept["logits"] = _by_step([text.logits for text in texts])
+        return GenerateDecoderOnlyOutput(sequences=sequences_BT, **kept)  # type: ignore[arg-type]
+
+
+def _by_step(scores: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Return (B, V) for each step; zeros for sequences that have ended."""
+    steps = max(map(len, scores))
+    empty = torch.zeros_like(next(each for each in scores if each)[0])
+    return tuple(
+        torch.stack([each[step] if step < len(each) else empty for each in scores])
+        for step in range(steps)
+    )
+
+
+def _starts(mask_BT: Tensor) -> list[int]:
+    """Return where each sequence begins; raises InputError where padding is not in front."""
+    starts: list[int] = (mask_BT == 0).sum(-1).tolist()
+    for mask_T, start in zip(mask_BT, starts, strict=True):
+        if bool((mask_T[start:] == 0).any()):
+            raise InputError(
+                "exact output takes prompts that are padded on the left: tokenize with "
+                "padding_side='left'"
+            )
+    return starts

@@ -1,0 +1,180 @@
+"""The draft: a copy of a model whose weights are held compressed in fast memory.
+
+It has the model's structure and settings, and no weights of its own in full: they are encoded from
+the model's, or from its checkpoint.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import InputError
+from ..tiering import Planned, Runtime, plan
+from ..tiering import attach as attach_tiers
+from ..tiering.planning.budget import check_names_tiers
+from ..units import format_bytes, parse_bytes
+from ..vocabulary import Precision, Tier
+from .windows import expected_tokens
+
+_WIDTHS = (
+    Precision.INT8,
+    Precision.INT6,
+    Precision.INT5,
+    Precision.INT4,
+    Precision.INT3,
+    Precision.INT2,
+)
+_SHARE = 0.6
+"""Of the fast memory, what the draft takes at most where nothing predicts its acceptance."""
+_SPREAD = 0.79
+"""The mean over tokens of the root of their KL, over the root of their mean KL."""
+LONGEST = 31
+"""Tokens drafted for one pass, at most: with one before them a pass has 32 rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Division:
+    """How a budget is divided between the draft, which resides, and the full weights.
+
+    ``acceptance``: the share of drafted tokens that is predicted to be accepted; None: there is no
+    prediction. ``tokens_per_second``: predicted with windows of ``window`` tokens.
+    """
+
+    precision: Precision | None
+    draft: Planned
+    full: Planned
+    acceptance: float | None
+    window: int
+    tokens_per_second: float
+    budget: Mapping[str, int | None]
+    """What the full weights have."""
+
+
+def divide(
+    model: nn.Module | str | Path,
+    hints: Any,
+    *,
+    budget: Mapping[Any, Any],
+    precision: Any = None,
+    epsilon: float | str | None = None,
+    **common: Any,
+) -> Division:
+    """Divide a budget: of the widths that leave room for the full weights to stream, the one with
+    the most tokens per second by what calibrated hints predict, or a given ``precision`` or
+    ``epsilon``. Of ``common`` both sides' plans are made.
+
+    Raises InputError where the budget doesn't hold any draft beside the full weights' slots.
+    """
+    check_names_tiers(budget)
+    given = precision is not None or epsilon is not None
+    everything = {**budget, "HBM": None}
+    found: list[Division] = []
+    for width in (precision,) if given else _WIDTHS:
+        draft = plan(model, hints, budget=everything, precision=width, epsilon=epsilon, **common)
+        rest = _without(budget, draft.plan.fast_bytes)
+        if rest is None:
+            continue
+        try:
+            full = plan(model, hints, budget=rest, **common)
+        except InputError:
+            continue
+        found.append(_predict(width, draft, full, rest))
+    if not found:
+        limit = _hbm_limit(budget)
+        assert limit is not None
+        streaming = plan(model, hints, budget=everything, **common).smallest_hbm_bytes or 0
+        least = draft.plan.fast_bytes + streaming
+        raise InputError(
+            f"HBM={format_bytes(limit)} doesn't hold a draft ({draft.plan.fast_bytes} bytes) and "
+            f"the full weights as they stream ({streaming}): the smallest that works is HBM={least}"
+        )
+    if given or all(each.acceptance is not None for each in found):
+        return max(found, key=lambda each: each.tokens_per_second)
+    limit = _hbm_limit(budget)
+    for each in found:  # the most precise that leaves the full weights their share
+        if limit is None or each.draft.plan.fast_bytes <= _SHARE * limit:
+            return each
+    return found[-1]
+
+
+def predict_acceptance(nats: float) -> float:
+    """Return the share of sampled tokens that a draft of this KL, nats per token, chooses as the
+    full model does with the same noise.
+
+    Where logits of a token differ by independent normal amounts, its KL is half their variance, and
+    the largest after Gumbel noise is another one with a chance of sqrt(2 KL / pi), to first order.
+    Tokens differ in their KL, which leaves 0.79 of that, as measured (docs/exact.md); beyond the
+    first order the chance of the same token falls exponentially.
+    """
+    return math.exp(-_SPREAD * math.sqrt(2 * nats / math.pi))
+
+
+def _predict(width: Any, draft: Planned, full: Planned, rest: Mapping[str, int | None]) -> Division:
+    nats = draft.veto.to_json(draft.plan)["predicted_nats"]
+    acceptance = None if nats is None else predict_acceptance(nats)
+    assumed = 0.9 if acceptance is None else acceptance
+    seconds, step = full.plan.predicted.seconds, draft.plan.predicted.seconds
+    rates = {
+        length: expected_tokens(assumed, length) / max(seconds + length * step, 1e-9)
+        for length in range(LONGEST + 1)
+    }
+    window = max(rates, key=lambda length: rates[length])
+    return Division(
+        precision=width,
+        draft=draft,
+        full=full,
+        acceptance=acceptance,
+        window=window,
+        tokens_per_second=rates[window],
+        budget=rest,
+    )
+
+
+def _without(budget: Mapping[Any, Any], num_bytes: int) -> dict[str, int | None] | None:
+    """Return what a draft leaves of a budget; None: nothing of its fast memory."""
+    left: dict[str, int | None] = {
+        str(tier): None if size is None else parse_bytes(size) for tier, size in budget.items()
+    }
+    limit = _hbm_limit(budget)
+    if limit is not None:
+        if num_bytes >= limit:
+            return None
+        left[str(Tier.HBM)] = limit - num_bytes
+    return left
+
+
+def _hbm_limit(budget: Mapping[Any, Any]) -> int | None:
+    size = budget.get(Tier.HBM)
+    return None if size is None else parse_bytes(size)
+
+
+class Draft:
+    """A compressed copy of a model that is attached to fast memory."""
+
+    def __init__(self, model: nn.Module, hints: Any, division: Division, **common: Any) -> None:
+        """Make one of a model that isn't attached yet."""
+        self.model: Any = _copy_structure(model)
+        self.runtime: Runtime = attach_tiers(
+            self.model, hints, precision=division.precision, **common
+        )
+
+    def close(self) -> None:
+        """Free its weights."""
+        self.runtime.discard()
+
+
+def _copy_structure(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that has its weights where they are: nothing is copied but buffers
+    and settings.
+    """
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.data, requires_grad=False)
+        for parameter in model.parameters()
+    }
+    copied: nn.Module = copy.deepcopy(model, memo)
+    return copied

@@ -1,0 +1,240 @@
+"""The full model's own text at about the speed of its compressed copy.
+
+The copy drafts a window of tokens; one pass over the full weights, which stream, checks them all.
+What comes out is the full model's: each token is chosen from its logits. The ordinary forward of
+one token computes in another order than a pass: where its two largest scores are closer than
+``tolerance`` it may choose another token. ``strict`` computes such tokens as it does.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..tiering import Runtime, Stats
+from ..units import parse_bytes
+from ..vocabulary import Tier
+from .cache import Masks
+from .decoding import Decoding, Drafting, Pair
+from .draft import LONGEST, Draft
+from .passes import ROWS, Passes, Replay
+from .verify import Chooser
+from .windows import Windows
+
+_SAFETY = 4.0
+"""The tolerance over the largest difference that was measured."""
+_TRIED_TOKENS, _TRIED_STEPS = 16, 4
+
+
+@dataclass(slots=True, kw_only=True)
+class ExactStats(Stats):
+    """A snapshot with what drafting came to. Resident bytes are of draft and full weights; all else
+    is of the passes over the full weights.
+    """
+
+    drafting: Drafting
+
+
+class ExactRuntime(Runtime):
+    """A model whose ``generate`` drafts with its compressed copy and checks with its full weights.
+
+    What ``Runtime`` says is of the full weights. Forwards of the model itself are theirs, too.
+    """
+
+    def __init__(self, full: Runtime, model: Any, draft: Draft, *, strict: bool) -> None:
+        super().__init__(full._keeper)
+        self.draft = draft
+        self._model = model
+        self._pair = Pair(
+            model=model,
+            draft=draft.model,
+            windows=Windows(longest=LONGEST),
+            tolerance=(lambda: self.tolerance) if strict else None,
+        )
+        self._tolerance: float | None = None
+        self._generate: Callable[..., Any] | None = model.generate
+        vars(model)["generate"] = self._make_generate(model.generate)
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference of logits between a pass and the ordinary forward of one token, as
+        measured on random tokens, times four; measured when it is first asked for.
+        """
+        if self._tolerance is None:
+            self._tolerance = self._measure_tolerance()
+        return self._tolerance
+
+    @property
+    def budget(self) -> dict[str, int | None]:
+        """The bytes that each tier may hold, draft and full weights together.
+
+        Setting it leaves the draft as it is, and plans the full weights anew: see
+        ``Runtime.budget``.
+        """
+        return self._with_draft(super().budget, 1)
+
+    @budget.setter
+    def budget(self, budget: Mapping[str, str | int | None]) -> None:
+        Runtime.budget.fset(self, self._with_draft(budget, -1))  # type: ignore[attr-defined]
+
+    def stats(self) -> "ExactStats":
+        """Return what happened since attach or the last reset, draft and full weights together."""
+        stats, draft = super().stats(), self.draft.runtime.stats()
+        figures = {each.name: getattr(stats, each.name) for each in fields(Stats)}
+        for name in ("resident_bytes", "peak_resident_bytes"):
+            figures[name] += getattr(draft, name)
+        return ExactStats(**figures, drafting=replace(self._pair.drafting))
+
+    def reset_stats(self) -> None:
+        """Start all statistics anew; what is known of windows stays."""
+        super().reset_stats()
+        self.draft.runtime.reset_stats()
+        self._pair.drafting = Drafting()
+
+    def compile(self) -> None:
+        """Compile the draft's steps: see ``Runtime.compile``."""
+        self.draft.runtime.compile()
+
+    def detach(self) -> None:
+        """Bring every weight back as ``Runtime.detach`` does, and free the draft's."""
+        if self._generate is not None:
+            vars(self._model)["generate"] = self._generate
+            self._generate = None
+        super().detach()
+        self.draft.close()
+
+    def _with_draft(
+        self, budget: Mapping[str, str | int | None], sign: int
+    ) -> dict[str, int | None]:
+        """Return a budget with the draft's bytes (1), or without them (-1)."""
+        sizes = {name: None if size is None else parse_bytes(size) for name, size in budget.items()}
+        limit, own = sizes.get(Tier.HBM), self.draft.runtime.plan.fast_bytes
+        if limit is not None:
+            sizes[str(Tier.HBM)] = max(limit + sign * own, 0)
+        return sizes
+
+    def _make_generate(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(type(self._model).generate)
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(self._model, *args, **kwargs).arguments
+            for name in ("custom_generate", "assistant_model"):
+                if given.get(name) is not None:
+                    raise InputError(
+                        f"generate({name}=...) has a way of its own to decode: attach without exact"
+                    )
+            streamer = given.get("streamer")
+
+            def decode(
+                model: Any,
+                input_ids: Tensor,
+                logits_processor: Any,
+                stopping_criteria: Any,
+                generation_config: Any,
+                **model_kwargs: Any,
+            ) -> Any:
+                return self._decode(
+                    input_ids,
+                    logits_processor,
+                    stopping_criteria,
+                    generation_config,
+                    streamer,
+                    model_kwargs,
+                )
+
+            kwargs = _stop_strings_as_criteria(self._model, given, kwargs)
+            return plain(*args, custom_generate=decode, **kwargs)
+
+        return generate
+
+    def _decode(
+        self,
+        ids_BT: Tensor,
+        processors: Any,
+        stopping: Any,
+        settings: Any,
+        streamer: Any,
+        given: dict[str, Any],
+    ) -> Any:
+        mode = settings.get_generation_mode()
+        if mode not in ("greedy_search", "sample"):
+            raise InputError(
+                f"exact output is greedy or sampled, and this is {mode}: attach without exact"
+            )
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(settings, name):
+                raise InputError(f"{name} has no meaning with exact output: leave it out")
+        seed = None
+        if settings.do_sample:
+            seed = int(torch.randint(2**31 - 1, (1,)))
+        return Decoding(
+            self._pair,
+            ids_BT,
+            chooser=Chooser(processors, seed),
+            stopping=stopping,
+            settings=settings,
+            mask_BT=given.get("attention_mask"),
+            streamer=streamer,
+        ).run()
+
+    @torch.no_grad()
+    def _measure_tolerance(self) -> float:
+        config = self._model.config.get_text_config(decoder=True)
+        generator = torch.Generator().manual_seed(0)
+        tokens = _TRIED_TOKENS + _TRIED_STEPS
+        ids_1T = torch.randint(config.vocab_size, (1, tokens), generator=generator)
+        ids_1T = ids_1T.to(next(iter(self._model.buffers()), ids_1T).device)
+        passes = Passes(self._model, None, [0], _TRIED_TOKENS + ROWS)
+        passes.prompt(ids_1T[:, :_TRIED_TOKENS])
+        checked_TV = passes.check(ids_1T[:, _TRIED_TOKENS:])[0]
+        replay, largest = Replay(self._model), 0.0
+        for step in range(_TRIED_STEPS):
+            logits_V = replay.logits(ids_1T[0, : _TRIED_TOKENS + step + 1], _TRIED_TOKENS)
+            largest = max(largest, float((logits_V - checked_TV[step]).abs().max()))
+        return _SAFETY * largest
+
+
+def _stop_strings_as_criteria(model: Any, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return generate's arguments with what ends at strings as a criterion: of a tokenizer, which
+    that needs, ``generate`` tells no decoding of another's making.
+    """
+    from transformers import StoppingCriteriaList
+    from transformers.generation.stopping_criteria import StopStringCriteria
+
+    settings = given.get("generation_config") or model.generation_config
+    more = given.get("kwargs", {})
+    strings = more.get("stop_strings", settings.stop_strings)
+    if strings is None:
+        return kwargs
+    tokenizer = more.get("tokenizer")
+    if tokenizer is None:
+        raise InputError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
+    criteria = StoppingCriteriaList(given.get("stopping_criteria") or [])
+    criteria.append(StopStringCriteria(tokenizer, strings))
+    changed = {name: value for name, value in kwargs.items() if name != "stop_strings"}
+    if settings.stop_strings is not None:
+        changed["generation_config"] = copy.deepcopy(settings)
+        changed["generation_config"].stop_strings = None
+    return {**changed, "stopping_criteria": criteria}
+
+
+def check_can_draft(model: Any) -> None:
+    """Raise InputError, naming the class, for a model whose text can't be drafted."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    reason = None
+    if config is None or not getattr(model, "can_generate", bool)():
+        reason = "it doesn't generate text"
+    elif config.is_encoder_decoder:
+        reason = "it is an encoder-decoder"
+    elif getattr(model, "_is_stateful", False):
+        reason = "its layers have a state that can't be taken back"
+    elif "position_ids" not in inspect.signature(model.forward).parameters:
+        reason = "it takes no position_ids"
+    if reason is not None:
+        raise InputError(f"a {name} has no exact output, {reason}: attach without exact")
+    Masks(config, 1, [0], torch.device("cpu"))
