@@ -22,7 +22,9 @@ class Drafting:
     drafted: int = 0
     accepted: int = 0
     rejected: int = 0
-    """Drafted tokens that the full model didn't choose, with those after them in their window."""
+    """Drafted tokens that the full model would not have chosen; those after one in its window are
+    neither accepted nor rejected.
+    """
     redone: int = 0
     """Tokens that ``strict`` has computed again."""
     draft_seconds: float = 0.0
@@ -31,8 +33,9 @@ class Drafting:
 
     @property
     def acceptance(self) -> float | None:
-        """The share of drafted tokens that were accepted; None where none was drafted."""
-        return self.accepted / self.drafted if self.drafted else None
+        """The share of the judged tokens that were accepted; None where none was judged."""
+        judged = self.accepted + self.rejected
+        return self.accepted / judged if judged else None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,9 +105,6 @@ class Decoding:
             _Text(torch.cat([ids_T, ids_T.new_zeros(longest - len(ids_T))]), len(ids_T), start)
             for ids_T, start in zip(ids_BT, starts, strict=True)
         ]
-        self._keeps = settings.return_dict_in_generate and (
-            settings.output_scores or settings.output_logits
-        )
         self._passes = Passes(pair.model, pair.draft, starts, longest + ROWS)
         self._replay = Replay(pair.model) if pair.tolerance is not None else None
         if self._replay is not None and (len(ids_BT) > 1 or starts[0]):
@@ -145,14 +145,14 @@ class Decoding:
                 continue
             accepted = self._accept(number, text, drafted_BK[number], logits_BTV[number])
             kept.append(accepted + 1)  # the token before the window, too
+            stats.drafted += length
             stats.accepted += accepted
             if not text.done:  # what lies behind its end was judged by nobody
-                stats.rejected += length - accepted
+                stats.rejected += accepted < length
                 judged.append(accepted)
         self._passes.cache.take_back(ROWS - torch.tensor(kept, device=drafted_BK.device))
         seconds = {"draft_seconds": middle - begin, "pass_seconds": end - middle}
         windows.saw(judged, drafted=length, **seconds)
-        stats.drafted = stats.accepted + stats.rejected
         stats.windows += 1
         stats.draft_seconds += middle - begin
         stats.pass_seconds += end - middle
@@ -210,9 +210,11 @@ class Decoding:
                     text.so_far, logits_V, sequence=number, number=place
                 )
         text.add(token)
-        if self._keeps:
-            text.scores.append(scores_V)
-            text.logits.append(logits_V.to(torch.float32, copy=True))
+        if self._settings.return_dict_in_generate:
+            if self._settings.output_scores:
+                text.scores.append(scores_V)
+            if self._settings.output_logits:
+                text.logits.append(logits_V.to(torch.float32, copy=True))
         if self._streamer is not None:
             self._streamer.put(text.ids_T[text.length - 1 : text.length].cpu())
         stops = bool(self._stopping(text.so_far[None], None)[0])

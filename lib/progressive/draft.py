@@ -158,6 +158,8 @@ class Draft:
 
     def __init__(self, model: nn.Module, hints: Any, division: Division, **common: Any) -> None:
         """Make one of a model that isn't attached yet."""
+        self.precision = division.precision
+        """The width that was asked for; None: what epsilon allows."""
         self.model: Any = _copy_structure(model)
         self.runtime: Runtime = attach_tiers(
             self.model, hints, precision=division.precision, **common

@@ -21,7 +21,7 @@ _TIMES = 5
 _LEARNING = 3
 """Windows after which the times are taken to be known."""
 _FIRST = 1
-"""Tokens drafted in the first window, so that the first words come at once; then it doubles."""
+"""Tokens of the first window while times are unknown; each next one may be twice as long."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,8 +43,13 @@ class Windows:
         return self._accepted / (self._accepted + self._rejected)
 
     def begin(self) -> None:
-        """Say that another text begins."""
-        self._ramp = min(_FIRST, self.longest)
+        """Say that another text begins. So that its first words come at once, drafting takes no
+        longer than the pass that follows; from then on windows may double.
+        """
+        self._ramp = _FIRST
+        if self._knows_times:
+            draft, whole = self._times
+            self._ramp = max(_FIRST, min(self.longest, int(whole / max(draft, 1e-12))))
 
     def choose(self) -> int:
         """Return the number of tokens to draft: that with the most tokens per second."""
@@ -70,14 +75,23 @@ class Windows:
         """Return the length with the most tokens per second, at least 1: without a draft nothing
         more would be learned of it.
         """
-        if len(self._draft_seconds) < _LEARNING:
+        if not self._knows_times:
             return self.longest
-        draft, whole = map(statistics.median, (self._draft_seconds, self._pass_seconds))
+        draft, whole = self._times
         rates = {
             length: expected_tokens(self.acceptance, length) / max(whole + length * draft, 1e-12)
             for length in range(1, self.longest + 1)
         }
         return max(rates, key=lambda length: rates[length])
+
+    @property
+    def _knows_times(self) -> bool:
+        return len(self._draft_seconds) >= _LEARNING
+
+    @property
+    def _times(self) -> tuple[float, float]:
+        """The seconds of a drafted token, and of a pass."""
+        return statistics.median(self._draft_seconds), statistics.median(self._pass_seconds)
 
 
 def expected_tokens(acceptance: float, drafted: int) -> float:

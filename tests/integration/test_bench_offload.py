@@ -13,7 +13,7 @@ from lib.errors import InputError
 from lib.report.offload_plots import plot_offload
 from scripts.experiments.offload import bench_offload
 from scripts.experiments.offload.checkpoint import make_checkpoint
-from scripts.experiments.offload.decode import Recorder, plan_passes
+from scripts.experiments.offload.decode import Recorder, TokenTimes, plan_passes
 from scripts.experiments.offload.figures import (
     add_ratios,
     compare_to_resident,
@@ -178,6 +178,43 @@ def test_ratios_are_to_the_best_peer_that_survived() -> None:
     text = table(runs)
     assert len(text.splitlines()) == 2 + len(runs)
     assert "killed by the limit" in text.splitlines()[-1]
+
+
+def test_what_drafts_is_timed_as_a_whole_and_compared_limit_by_limit() -> None:
+    logits_SV = torch.zeros(5, 2)
+    moved = iter((0, 7, 70))
+    times = TokenTimes(logits_SV, moved_bytes=lambda: next(moved))
+    times.start()
+    times.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in range(5):
+        times.put(torch.tensor([token]))
+    times.end()
+    assert [interval.timed for interval in times.intervals] == [False, True, True, True, True]
+    assert [interval.moved_bytes for interval in times.intervals] == [7, 0, 0, 0, 63]
+    result = {
+        "intervals": [
+            make_interval(9.0, 10**9, 0, timed=False),
+            *[make_interval(0.0, 0, 1)] * 3,
+            make_interval(2.0, 10**9, 1),
+        ],
+        "counted_by": "runtime",
+        "link_bytes_per_s": [1e9, 1e9],
+        "load_seconds": 4.0,
+        "drafting": {"windows": 1, "mean_window": 3.0, "acceptance": 1.0, "hidden_share": 0.5},
+    }
+    figures = summarize_run([result], compute_seconds=0.1)
+    assert figures["tokens_per_s"] == {"median": 2.0, "p95": None, "n": 4}
+    assert figures["windows"] == 1 and figures["hidden_share"] == 0.5
+    runs = [
+        make_run("resident", None, 4.0),
+        make_run("ours-lossless", 800, 2.0),
+        make_run("ours-exact", 800, 8.0),
+        make_run("accelerate", 800, 0.5, peer=True),
+    ]
+    ratios = add_ratios(runs)
+    assert ratios["exact_vs_best_peer"] == {"800": 16.0}
+    assert ratios["exact_vs_lossless"] == {"800": 4.0}
+    assert ratios["exact_vs_resident"] == {"800": 2.0}
 
 
 def test_one_other_bit_is_found() -> None:

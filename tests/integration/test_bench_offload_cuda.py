@@ -141,7 +141,7 @@ def test_the_calls_for_a_gpu_give_the_resident_model_on_a_cpu(tmp_path: Path) ->
             machine=None,
         )
         loaded = system.load(task)
-        tokens[system.name] = generate(loaded, [1, 2, 3], 6, [], "cpu")
+        tokens[system.name] = generate(loaded, [1, 2, 3], 6, None, "cpu")
         if system.peer:
             assert loaded.bytes_per_pass and loaded.bytes_per_pass <= LLAMA.num_bytes()
     assert tokens.keys() >= {"resident", "ours-lossless", "accelerate"}

@@ -18,6 +18,8 @@ from scripts.experiments.offload.settings import (
 )
 
 _DEFAULT_RUN = Path("runs/quickstart")
+_TRAINED_LIMIT_MIB, _TRAINED_BUDGET_MIB = 800, 230
+"""Of SmolLM2's 513 MiB the budget is 45 %; torch, its compiler and activations take the rest."""
 _MAX_TOKENS = 200
 """With the prompt and the untimed tokens they must fit the toy model's context of 256."""
 
@@ -37,10 +39,14 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Set
         args.ours_budget_mib = toy / 2
     if args.gpu_budget_gib:
         args.limits = [round(size * GIB / MIB) for size in args.gpu_budget_gib]
+    if args.trained:
+        args.limits = args.limits or [_TRAINED_LIMIT_MIB]
+        if args.ours_budget_mib is None:
+            args.ours_budget_mib = _TRAINED_BUDGET_MIB
     args.limits = args.limits or (setting.toy_limits_mib if args.quick else setting.limits_mib)
     if args.reserve_mib is None:
         args.reserve_mib = setting.reserve_mib
-    default_run = not args.quick and setting is CPU_SETTING
+    default_run = not args.quick and not args.trained and setting is CPU_SETTING
     if args.quality is None and default_run and (_DEFAULT_RUN / "checkpoint").is_dir():
         args.quality = _DEFAULT_RUN
     if args.quality is not None and not (args.quality / "checkpoint" / "config.json").exists():
@@ -79,6 +85,8 @@ def _check_fit(args: argparse.Namespace, setting: Setting) -> None:
             "--limits are of host memory and have no effect on a GPU: give --gpu-budget-gib, or "
             "--device cpu"
         )
+    if args.trained and (setting is CUDA_SETTING or args.quick):
+        raise InputError("--trained has no effect with --quick or on a GPU: leave one out")
     if args.gpu_budget_gib and setting is CPU_SETTING:
         raise InputError(
             "--gpu-budget-gib has no effect without a GPU: give --limits, or --device cuda"
@@ -140,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--quick", action="store_true", help="a toy model and few tokens, to see that it works"
+    )
+    what.add_argument(
+        "--trained",
+        action="store_true",
+        help="SmolLM2-135M-Instruct in fp32 in the place of random weights, on cpu, with what "
+        f"drafts (default limit: {_TRAINED_LIMIT_MIB}, of which ours has {_TRAINED_BUDGET_MIB})",
     )
     what.add_argument(
         "--quality",

@@ -34,6 +34,8 @@ from scripts.experiments.offload.host import describe_machine
 from scripts.experiments.offload.page_cache import drop_page_cache
 from scripts.experiments.offload.runner import PROMPT_TOKENS, Runner
 from scripts.experiments.offload.settings import Setting
+from scripts.experiments.offload.shapes import Shape
+from scripts.experiments.offload.trained import TrainedModel, find_trained
 
 _FIT = 1.2
 """Memory that a model takes without a limit, over that of its weights."""
@@ -62,11 +64,16 @@ class OffloadBench:
         """Make the checkpoint where it isn't there yet."""
         self._args = args
         self._setting = setting
-        shape = setting.toy if args.quick else setting.shape
+        shape: Shape | TrainedModel
+        if args.trained:
+            checkpoint, shape = find_trained()
+        else:
+            shape = setting.toy if args.quick else setting.shape
+            checkpoint = make_checkpoint(shape, args.work_dir)
         budget = args.ours_budget_mib
         self._runner = Runner(
             folder=args.work_dir,
-            checkpoint=make_checkpoint(shape, args.work_dir),
+            checkpoint=checkpoint,
             shape=shape,
             threads=args.threads,
             reserve_bytes=args.reserve_mib * MIB,
@@ -153,7 +160,8 @@ class OffloadBench:
     def _measure(self, case: Case) -> None:
         """Run a case once more, from a cold page cache where weights come from the disk."""
         if self._setting.cold:
-            case.cached_bytes = max(case.cached_bytes, drop_page_cache(self._args.work_dir)[1])
+            for folder in {self._args.work_dir, self._runner.checkpoint}:
+                case.cached_bytes = max(case.cached_bytes, drop_page_cache(folder)[1])
         attempt = self._runner.measure(case.system, case.limit_mib)
         case.limited.append(attempt.limited)
         case.reason = attempt.reason
@@ -173,7 +181,9 @@ def plan_cases(setting: Setting, args: argparse.Namespace) -> Iterator[Case]:
         for system in setting.systems[1:]:
             if args.only and system.name not in args.only:
                 continue
-            allowed = None if args.quick else system.limits_mib
+            if system.drafts and not args.trained:  # random weights say nothing of a draft
+                continue
+            allowed = None if args.quick or args.trained else system.limits_mib
             if allowed is None or limit in allowed:
                 yield Case(system=system, limit_mib=limit)
 

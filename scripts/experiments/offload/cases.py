@@ -9,6 +9,11 @@ from scripts.experiments.offload.cgroups import LimitedRun
 from scripts.experiments.offload.figures import Fields, summarize_failure, summarize_run
 from scripts.experiments.offload.peers import System
 
+_NOT_EQUAL = {
+    "bit_equal": "logits are not the resident model's bit for bit",
+    "same_tokens": "tokens are not the resident model's",
+}
+
 
 @dataclass(kw_only=True)
 class Case:
@@ -65,7 +70,11 @@ def _summarize_case(case: Case, compute_seconds: float | None, contention: Field
     )
     match = min(case.matches, key=lambda match: match["tokens_equal"], default=None)
     if match is not None:
-        match = {**match, "bit_equal": all(match["bit_equal"] for match in case.matches)}
+        match = {
+            **match,
+            "bit_equal": all(match["bit_equal"] for match in case.matches),
+            "same_tokens": match["tokens_equal"] == match["passes"],
+        }
     facts = case.results[-1] if survived else {}
     return {
         "name": case.system.name,
@@ -90,14 +99,17 @@ def find_problems(cases: Sequence[Case], runs: Sequence[Fields]) -> list[str]:
     Where the resident model is impossible there is nothing to compare with.
     """
     problems = []
+    # Its products may depend on where its memory lies: then it is not its own equal either.
+    itself = runs[0]["match"]
+    what = "bit_equal" if itself is None or itself["bit_equal"] else "same_tokens"
     for case, run in zip(cases, runs, strict=True):
         if case.system.peer or case.impossible:
             continue
         if not run["survived"]:
             problems.append(f"{case.name}: {case.reason}")
-        elif case.system.exact and not (run["match"] and run["match"]["bit_equal"]):
+        elif case.system.exact and not (run["match"] and run["match"][what]):
             if run["match"] or not cases[0].impossible:
-                problems.append(f"{case.name}: logits are not the resident model's bit for bit")
+                problems.append(f"{case.name}: {_NOT_EQUAL[what]}")
     return problems
 
 

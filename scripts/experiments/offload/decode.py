@@ -97,6 +97,52 @@ class Recorder:
         self._time = time.perf_counter()
 
 
+class TokenTimes:
+    """Times the tokens of a system whose passes give several: a streamer for ``generate``."""
+
+    def __init__(
+        self,
+        logits_SV: Tensor,
+        *,
+        moved_bytes: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.logits_SV = logits_SV
+        self.intervals: list[Interval] = []
+        self._moved_bytes = moved_bytes
+        self._seen_prompt = False
+        self._moved, self._disk, self._time = 0, 0, 0.0
+
+    def start(self) -> None:
+        """Begin to measure: call it right before ``generate``."""
+        self._moved, self._disk = self._moved_bytes(), disk_bytes()
+        self._time = time.perf_counter()
+
+    def put(self, ids: Tensor) -> None:
+        """Take the prompt, then one token at a time."""
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            return
+        now = time.perf_counter()
+        first = not self.intervals
+        last = len(self.intervals) == len(self.logits_SV) - 1
+        disk, moved = (disk_bytes(), self._moved_bytes()) if first or last else (0, 0)
+        self.intervals.append(
+            Interval(
+                seconds=now - self._time,
+                disk_bytes=disk - self._disk if first or last else 0,
+                moved_bytes=moved - self._moved if first or last else 0,
+                segment=min(len(self.intervals), 1),
+                timed=not first,
+            )
+        )
+        if first or last:
+            self._disk, self._moved = disk, moved
+        self._time = time.perf_counter() if first else now
+
+    def end(self) -> None:
+        """There is nothing to end."""
+
+
 def plan_passes(num_timed: int) -> tuple[int, list[int]]:
     """Return the passes of a generation with that many timed tokens, and after which of them to
     pause: the prefill, and each segment but the last. Every segment begins with an untimed token.

@@ -39,6 +39,7 @@ def summarize_run(
 ) -> Fields:
     """Return the figures of one system under one limit, over the rounds that it was run.
 
+    Of a system that drafts the mean counts, since tokens come in windows.
     ``compute_seconds`` is what a token takes with every weight in place, where that is known;
     ``contention``: the fields of ``lib.tiering.probe.links.Contention``.
     """
@@ -56,15 +57,18 @@ def summarize_run(
         interval["seconds"] * _segment_bandwidth(result, interval["segment"])
         for interval, result in timed
     )
+    drafting = results[-1].get("drafting")
     bandwidth = could_move / sum(seconds)
     per_token = None if num_bytes is None else num_bytes / len(timed)
     limits = [compute_seconds or 0.0, (per_token or 0.0) / bandwidth]
+    typical = statistics.median(seconds) if drafting is None else statistics.mean(seconds)
     return {
         "tokens_per_s": {
-            "median": 1 / statistics.median(seconds),
-            "p95": 1 / float(np.percentile(seconds, 95)),
+            "median": 1 / typical,
+            "p95": 1 / float(np.percentile(seconds, 95)) if drafting is None else None,
             "n": len(seconds),
         },
+        **(drafting or {}),
         "ttft_s": statistics.median(result["intervals"][0]["seconds"] for result in results),
         "load_s": statistics.median(result["load_seconds"] for result in results),
         "bytes_per_token": None if per_token is None else round(per_token),
@@ -115,10 +119,9 @@ def compare_to_resident(result: Fields, resident: Fields) -> Fields:
     }
 
 
-def add_ratios(
-    runs: Sequence[Fields], *, gpu_limit_mib: int | None = None
-) -> dict[str, float | None]:
-    """Put each run's ratios to its peers into it; return the document's.
+def add_ratios(runs: Sequence[Fields], *, gpu_limit_mib: int | None = None) -> Fields:
+    """Put each run's ratios to its peers into it; return the document's, those of exact output by
+    limit.
 
     ``gpu_limit_mib``: the runs are those of a GPU, and this limit of it is looked at.
     """
@@ -127,7 +130,7 @@ def add_ratios(
         speed, limit = run["tokens_per_s"]["median"], run["limit_mib"]
         run["ratio_to_accelerate"] = _ratio(speed, speeds.get(("accelerate", limit)))
         run["ratio_to_best_peer"] = _ratio(speed, _best_peer(runs, limit))
-    ratios = {
+    ratios: Fields = {
         key: _ratio(speeds.get((name, limit)), _best_peer(runs, limit))
         for key, (name, limit) in RATIOS.items()
     }
@@ -146,6 +149,16 @@ def add_ratios(
         )
         ratios["cuda_lossless_vs_accelerate"] = _ratio(lossless, accelerate)
         ratios["cuda_int4_vs_lossless"] = _ratio(int4, lossless)
+    for run in runs:
+        if run["name"] == "ours-exact":
+            limit = run["limit_mib"]
+            for what, other in (
+                ("best_peer", _best_peer(runs, limit)),
+                ("lossless", speeds.get(("ours-lossless", limit))),
+                ("resident", resident),
+            ):
+                of_limits = ratios.setdefault(f"exact_vs_{what}", {})
+                of_limits[str(limit)] = _ratio(run["tokens_per_s"]["median"], other)
     return ratios
 
 

@@ -16,6 +16,7 @@ from scripts.experiments.offload.cgroups import LimitedRun, run_limited
 from scripts.experiments.offload.figures import Fields
 from scripts.experiments.offload.peers import System
 from scripts.experiments.offload.shapes import Shape
+from scripts.experiments.offload.trained import TrainedModel
 
 PROMPT_TOKENS = 32
 _ROOT = Path(__file__).resolve().parents[3]
@@ -41,7 +42,7 @@ class Runner:
 
     folder: Path
     checkpoint: Path
-    shape: Shape
+    shape: Shape | TrainedModel
     threads: int
     reserve_bytes: int
     budget_bytes: int | None
@@ -93,7 +94,10 @@ class Runner:
             "threads": self.threads,
             "num_tokens": self.num_tokens or system.num_tokens,
             "vocab_size": self.shape.vocab_size,
-            "prompt": random.integers(self.shape.vocab_size, size=PROMPT_TOKENS).tolist(),
+            "prompt": list(self.shape.prompt)
+            if isinstance(self.shape, TrainedModel)
+            else random.integers(self.shape.vocab_size, size=PROMPT_TOKENS).tolist(),
+            "hints": self.shape.hints if isinstance(self.shape, TrainedModel) else None,
             "probe_folder": str(self._files),  # emptied before each run
             "logits": str(self._files / "logits.f32"),
         }

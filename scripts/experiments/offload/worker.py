@@ -10,7 +10,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from scripts.experiments.offload.decode import Recorder, plan_passes
+from scripts.experiments.offload.decode import Recorder, TokenTimes, plan_passes
 from scripts.experiments.offload.meters import CopyMeter, DiskMeter, Meter, describe_gpu
 from scripts.experiments.offload.peers import Loaded, System, Task, anonymous_bytes
 from scripts.experiments.offload.settings import SETTINGS
@@ -37,6 +36,7 @@ def main() -> None:
         budget_bytes=request["budget_bytes"],
         machine=None if request["machine"] is None else Path(request["machine"]),
         device=request["device"],
+        hints=None if request["hints"] is None else Path(request["hints"]),
     )
     task.folder.mkdir(parents=True, exist_ok=True)
     if request["prepare"]:
@@ -82,17 +82,25 @@ def measure(system: System, task: Task, request: dict[str, Any]) -> dict[str, An
     meter.use_units(loaded.unit_bytes)
     if loaded.warm_up_passes:
         print("phase: warming up", flush=True)
-        generate(loaded, request["prompt"], loaded.warm_up_passes, [], task.device)
-    recorder = Recorder(
-        logits_SV,
-        pauses=pauses,
-        on_pause=measure_link,
-        moved_bytes=loaded.moved_bytes or (lambda: 0),
-        synchronize=meter.synchronize,
+        generate(loaded, request["prompt"], loaded.warm_up_passes, None, task.device)
+        loaded.after_warm_up()
+    moved_bytes = loaded.moved_bytes or (lambda: 0)
+    recorder: Recorder | TokenTimes = (
+        TokenTimes(logits_SV, moved_bytes=moved_bytes)
+        if system.drafts
+        else Recorder(
+            logits_SV,
+            pauses=pauses,
+            on_pause=measure_link,
+            moved_bytes=moved_bytes,
+            synchronize=meter.synchronize,
+        )
     )
+    if system.drafts:
+        measure_link()
     print("phase: generating", flush=True)
     recorder.start()
-    tokens = generate(loaded, request["prompt"], num_passes, [recorder], task.device)
+    tokens = generate(loaded, request["prompt"], num_passes, recorder, task.device)
     measure_link()
     contention = None
     if request["contention"]:
@@ -117,7 +125,11 @@ def measure(system: System, task: Task, request: dict[str, Any]) -> dict[str, An
 
 
 def generate(
-    loaded: Loaded, prompt: list[int], num_passes: int, processors: Sequence[Any], device: str
+    loaded: Loaded,
+    prompt: list[int],
+    num_passes: int,
+    recorder: Recorder | TokenTimes | None,
+    device: str,
 ) -> list[int]:
     """Generate greedily, whatever the tokens are; returns the new ones."""
     from transformers import GenerationConfig
@@ -126,13 +138,19 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=num_passes, do_sample=False, use_cache=True, pad_token_id=0
     )
-    output_1T = loaded.model.generate(
-        prompt_1T,
-        attention_mask=torch.ones_like(prompt_1T),
-        generation_config=config,
-        logits_processor=list(processors),
+    given: dict[str, Any] = {}
+    if isinstance(recorder, Recorder):
+        given = {"logits_processor": [recorder]}
+    elif recorder is not None:
+        given = {"streamer": recorder, "return_dict_in_generate": True, "output_logits": True}
+    output = loaded.model.generate(
+        prompt_1T, attention_mask=torch.ones_like(prompt_1T), generation_config=config, **given
     )
-    return output_1T[0, len(prompt) :].tolist()
+    if isinstance(recorder, TokenTimes):
+        for logits_V, logits_1V in zip(recorder.logits_SV, output.logits, strict=True):
+            logits_V[:] = logits_1V[0]
+        output = output.sequences
+    return output[0, len(prompt) :].tolist()
 
 
 def _count_by(loaded: Loaded, device: str) -> str | None:

@@ -24,8 +24,15 @@ def test_first_windows_double() -> None:
         lengths.append(windows.choose())
         windows.saw([lengths[-1]], drafted=lengths[-1], draft_seconds=0.0, pass_seconds=1.0)
     assert lengths == [1, 2, 4, 8, 16, 31, 31]
-    windows.begin()
-    assert windows.choose() == 1
+
+
+def test_a_text_begins_with_as_much_as_a_pass_takes_to_draft() -> None:
+    for draft, first in ((0.1, 10), (2.0, 1), (0.001, 31)):
+        windows = seen(accepted=16, drafted=16, draft=draft, full=1.0)
+        windows.begin()
+        assert windows.choose() <= first
+        if draft < 1:
+            assert windows.choose() == first
 
 
 def test_a_slow_pass_wants_long_windows_and_a_wrong_draft_short_ones() -> None:

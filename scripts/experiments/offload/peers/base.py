@@ -32,6 +32,8 @@ class Task:
     budget_bytes: int | None
     machine: Path | None
     device: str = "cpu"
+    hints: Path | None = None
+    """The model's, where there are any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +50,15 @@ class Loaded:
     unit_bytes: int | None = None
     warm_up_passes: int = 0
     facts: Callable[[], dict[str, Any]] = dict
+    after_warm_up: Callable[[], None] = lambda: None
 
 
 class System(ABC):
     """A way of running the model, on some of ``DEVICES``. ``peer``: not ours; ``num_tokens``
     are timed unless the user says otherwise; ``exact``: its logits must be the resident model's bit
     for bit; ``limits_mib``: those that it is run under, None: all; ``module``: what must be
-    installed, and ``install`` how; ``needs_preparing``: it has ``prepare``.
+    installed, and ``install`` how; ``needs_preparing``: it has ``prepare``; ``drafts``: tokens come
+    in windows, as many as a trained model's draft has right.
     """
 
     name: ClassVar[str]
@@ -65,6 +69,7 @@ class System(ABC):
     num_tokens: ClassVar[int] = 12
     exact: ClassVar[bool] = False
     full_precision: ClassVar[bool] = True
+    drafts: ClassVar[bool] = False
     module: ClassVar[str | None] = None
     install: ClassVar[str] = ""
     needs_preparing: ClassVar[bool] = False

@@ -65,6 +65,38 @@ class Int4FromDisk(Int8FromDisk):
 
 
 @register_system
+class ExactFromDisk(LosslessFromDisk):
+    name = "ours-exact"
+    label = "ours, exact"
+    exact = False
+    drafts = True
+    limits_mib = None
+    num_tokens = 128
+    needs_preparing = True
+
+    def prepare(self, task: Task) -> None:
+        """Let Inductor compile the draft's step, which it keeps."""
+        from lib.checkpoint.load import load
+
+        assert task.budget_bytes is not None
+        loaded = _attach_exact(load(task.checkpoint), task, budget_bytes=task.budget_bytes)
+        import torch
+
+        with torch.no_grad():
+            loaded.model.generate(
+                torch.zeros((1, 8), dtype=torch.long), max_new_tokens=4, min_new_tokens=4
+            )
+
+    def load(self, task: Task) -> Loaded:
+        """Takes the budget that it is given: the compiler's memory comes later."""
+        from lib.checkpoint.load import load
+
+        model = load(task.checkpoint)
+        assert task.budget_bytes is not None
+        return _attach_exact(model, task, budget_bytes=task.budget_bytes)
+
+
+@register_system
 class LosslessFromHost(System):
     name = "ours-lossless"
     label = "ours, lossless"
@@ -97,6 +129,50 @@ class Int4FromHost(Int8FromHost):
     name = "ours-int4"
     label = "ours, int4"
     precision = "int4"
+
+
+def _attach_exact(model: Any, task: Task, *, budget_bytes: int) -> Loaded:
+    """Attach with a compiled draft, of the width that hints predict to be the fastest."""
+    from lib.progressive.attach import attach
+    from lib.progressive.exact import ExactRuntime
+
+    runtime = attach(
+        model,
+        task.hints,
+        budget={"HBM": budget_bytes, "SSD": None},
+        exact=True,
+        weights=task.checkpoint,
+        machine=task.machine,
+        spill_dir=task.folder,
+    )
+    assert isinstance(runtime, ExactRuntime)
+    runtime.compile()
+
+    def facts() -> dict[str, Any]:
+        stats = runtime.stats()
+        drafting = stats.drafting
+        hidden = stats.link_seconds - stats.transfer_seconds
+        return {
+            "budget_bytes": budget_bytes,
+            "plan": runtime.plan.to_json(),
+            "drafting": {
+                "windows": drafting.windows,
+                "mean_window": drafting.drafted / max(drafting.windows, 1),
+                "acceptance": drafting.acceptance,
+                "hidden_share": hidden / stats.link_seconds if stats.link_seconds else None,
+                "draft_seconds": drafting.draft_seconds,
+                "pass_seconds": drafting.pass_seconds,
+                "precision": str(runtime.draft.precision),
+            },
+        }
+
+    return Loaded(
+        model=model,
+        moved_bytes=lambda: runtime.stats().bytes_moved,
+        warm_up_passes=24,
+        after_warm_up=runtime.reset_stats,
+        facts=facts,
+    )
 
 
 def _attach(
