@@ -16,7 +16,8 @@ from ..tiering.planning.inputs import HintsGiven
 from ..tiering.planning.needs import PrecisionChoice
 from ..tiering.planning.plans import Mode
 from .draft import Draft, divide
-from .exact import ExactRuntime, check_can_draft
+from .exact import ExactRuntime
+from .requests import check_can_draft
 
 Exact = bool | Literal["strict"]
 

@@ -50,6 +50,7 @@ class Pair:
     draft: Any
     windows: Windows
     tolerance: Callable[[], float] | None
+    device: torch.device
     drafting: Drafting = field(default_factory=Drafting)
 
 
@@ -87,25 +88,27 @@ class Decoding:
         ids_BT: Tensor,
         *,
         chooser: Chooser,
+        guesser: Chooser,
         stopping: Any,
         settings: Any,
         mask_BT: Tensor | None,
         streamer: Any,
     ) -> None:
         self._pair = pair
-        self._chooser = chooser
+        self._chooser, self._guesser = chooser, guesser
         self._stopping = stopping
         self._streamer = streamer
         self._settings = settings
-        self._prompt_BT = ids_BT
         self._prompt_tokens = ids_BT.shape[1]
+        self._home = ids_BT.device
+        self._prompt_BT = ids_BT = ids_BT.to(pair.device)
         starts = [0] * len(ids_BT) if mask_BT is None else _starts(mask_BT)
         longest = settings.max_length
         self._texts = [
             _Text(torch.cat([ids_T, ids_T.new_zeros(longest - len(ids_T))]), len(ids_T), start)
             for ids_T, start in zip(ids_BT, starts, strict=True)
         ]
-        self._passes = Passes(pair.model, pair.draft, starts, longest + ROWS)
+        self._passes = Passes(pair.model, pair.draft, starts, longest, pair.device)
         self._replay = Replay(pair.model) if pair.tolerance is not None else None
         if self._replay is not None and (len(ids_BT) > 1 or starts[0]):
             raise InputError(
@@ -169,7 +172,7 @@ class Decoding:
             for sequence, each in enumerate(tries):
                 if each.done or each.length == len(each.ids_T):
                     continue
-                token, _ = self._chooser.choose(
+                token, _ = self._guesser.choose(
                     each.so_far,
                     logits_BV[sequence],
                     sequence=sequence,
@@ -203,7 +206,7 @@ class Decoding:
         token, scores_V = chooser.choose(text.so_far, logits_V, sequence=number, number=place)
         if self._replay is not None and self._pair.tolerance is not None:
             noisy_V = chooser.noisy(scores_V, sequence=number, number=place)
-            if top_gap(noisy_V) < self._pair.tolerance():
+            if top_gap(noisy_V) < self._pair.tolerance() * _stretch(self._settings):
                 self._pair.drafting.redone += 1
                 logits_V = self._replay.logits(text.so_far, self._prompt_tokens)
                 token, scores_V = chooser.choose(
@@ -217,7 +220,8 @@ class Decoding:
                 text.logits.append(logits_V.to(torch.float32, copy=True))
         if self._streamer is not None:
             self._streamer.put(text.ids_T[text.length - 1 : text.length].cpu())
-        stops = bool(self._stopping(text.so_far[None], None)[0])
+        scores = tuple(score_V[None] for score_V in text.scores) or None
+        stops = bool(self._stopping(text.so_far[None], scores)[0])
         text.done = stops or text.length == len(text.ids_T)
         return token
 
@@ -227,7 +231,7 @@ class Decoding:
         settings, texts = self._settings, self._texts
         longest = max(text.length for text in texts)
         pad = settings._pad_token_tensor
-        sequences_BT = torch.stack([text.ids_T[:longest] for text in texts])
+        sequences_BT = torch.stack([text.ids_T[:longest] for text in texts]).to(self._home)
         for ids_T, text in zip(sequences_BT, texts, strict=True):
             ids_T[text.length :] = 0 if pad is None else pad
         if not settings.return_dict_in_generate:
@@ -237,7 +241,15 @@ class Decoding:
             kept["scores"] = _by_step([text.scores for text in texts])
         if settings.output_logits:
             kept["logits"] = _by_step([text.logits for text in texts])
+        kept["past_key_values"] = self._passes.cache
         return GenerateDecoderOnlyOutput(sequences=sequences_BT, **kept)  # type: ignore[arg-type]
+
+
+def _stretch(settings: Any) -> float:
+    """Return by how much processors pull logits apart, at most: by temperature, and penalty."""
+    temperature = settings.temperature if settings.do_sample else None
+    penalty = settings.repetition_penalty or 1.0
+    return max(1.0, 1.0 / (temperature or 1.0)) * max(penalty, 1.0 / penalty)
 
 
 def _by_step(scores: list[list[Tensor]]) -> tuple[Tensor, ...]:

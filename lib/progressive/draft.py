@@ -74,6 +74,7 @@ def divide(
     given = precision is not None or epsilon is not None
     everything = {**budget, "HBM": None}
     found: list[Division] = []
+    failure: InputError | None = None
     for width in (precision,) if given else _WIDTHS:
         draft = plan(model, hints, budget=everything, precision=width, epsilon=epsilon, **common)
         rest = _without(budget, draft.plan.fast_bytes)
@@ -81,12 +82,15 @@ def divide(
             continue
         try:
             full = plan(model, hints, budget=rest, **common)
-        except InputError:
+        except InputError as error:
+            failure = error
             continue
         found.append(_predict(width, draft, full, rest))
     if not found:
         limit = _hbm_limit(budget)
-        assert limit is not None
+        if limit is None:
+            assert failure is not None
+            raise failure
         streaming = plan(model, hints, budget=everything, **common).smallest_hbm_bytes or 0
         least = draft.plan.fast_bytes + streaming
         raise InputError(

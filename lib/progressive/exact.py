@@ -6,7 +6,6 @@ one token computes in another order than a pass: where its two largest scores ar
 ``tolerance`` it may choose another token. ``strict`` computes such tokens as it does.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,10 +18,16 @@ from ..errors import InputError
 from ..tiering import Runtime, Stats
 from ..units import parse_bytes
 from ..vocabulary import Tier
-from .cache import Masks
 from .decoding import Decoding, Drafting, Pair
 from .draft import LONGEST, Draft
 from .passes import ROWS, Passes, Replay
+from .requests import (
+    arguments_to_pass,
+    check_arguments,
+    check_length,
+    check_settings,
+    for_drafts,
+)
 from .verify import Chooser
 from .windows import Windows
 
@@ -54,6 +59,7 @@ class ExactRuntime(Runtime):
             model=model,
             draft=draft.model,
             windows=Windows(longest=LONGEST),
+            device=full._keeper.memory.device,
             tolerance=(lambda: self.tolerance) if strict else None,
         )
         self._tolerance: float | None = None
@@ -80,6 +86,12 @@ class ExactRuntime(Runtime):
 
     @budget.setter
     def budget(self, budget: Mapping[str, str | int | None]) -> None:
+        limit, own = budget.get("HBM"), self.draft.runtime.plan.fast_bytes
+        if limit is not None and parse_bytes(limit) <= own:
+            raise InputError(
+                f"budget HBM={limit} is too small for the draft alone, which takes {own} bytes: "
+                "give more, or attach again with a lower precision"
+            )
         Runtime.budget.fset(self, self._with_draft(budget, -1))  # type: ignore[attr-defined]
 
     def stats(self) -> "ExactStats":
@@ -123,12 +135,7 @@ class ExactRuntime(Runtime):
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(self._model, *args, **kwargs).arguments
-            for name in ("custom_generate", "assistant_model"):
-                if given.get(name) is not None:
-                    raise InputError(
-                        f"generate({name}=...) has a way of its own to decode: attach without exact"
-                    )
-            streamer = given.get("streamer")
+            check_arguments(given)
 
             def decode(
                 model: Any,
@@ -138,49 +145,24 @@ class ExactRuntime(Runtime):
                 generation_config: Any,
                 **model_kwargs: Any,
             ) -> Any:
-                return self._decode(
+                check_settings(generation_config, given, batch=len(input_ids))
+                check_length(model.config, generation_config.max_length)
+                seed = int(torch.randint(2**31 - 1, (1,))) if generation_config.do_sample else None
+                drafts = for_drafts(logits_processor, given.get("logits_processor"))
+                return Decoding(
+                    self._pair,
                     input_ids,
-                    logits_processor,
-                    stopping_criteria,
-                    generation_config,
-                    streamer,
-                    model_kwargs,
-                )
+                    chooser=Chooser(logits_processor, seed),
+                    guesser=Chooser(drafts, seed),
+                    stopping=stopping_criteria,
+                    settings=generation_config,
+                    mask_BT=model_kwargs.get("attention_mask"),
+                    streamer=given.get("streamer"),
+                ).run()
 
-            kwargs = _stop_strings_as_criteria(self._model, given, kwargs)
-            return plain(*args, custom_generate=decode, **kwargs)
+            return plain(custom_generate=decode, **arguments_to_pass(self._model, given))
 
         return generate
-
-    def _decode(
-        self,
-        ids_BT: Tensor,
-        processors: Any,
-        stopping: Any,
-        settings: Any,
-        streamer: Any,
-        given: dict[str, Any],
-    ) -> Any:
-        mode = settings.get_generation_mode()
-        if mode not in ("greedy_search", "sample"):
-            raise InputError(
-                f"exact output is greedy or sampled, and this is {mode}: attach without exact"
-            )
-        for name in ("output_attentions", "output_hidden_states"):
-            if getattr(settings, name):
-                raise InputError(f"{name} has no meaning with exact output: leave it out")
-        seed = None
-        if settings.do_sample:
-            seed = int(torch.randint(2**31 - 1, (1,)))
-        return Decoding(
-            self._pair,
-            ids_BT,
-            chooser=Chooser(processors, seed),
-            stopping=stopping,
-            settings=settings,
-            mask_BT=given.get("attention_mask"),
-            streamer=streamer,
-        ).run()
 
     @torch.no_grad()
     def _measure_tolerance(self) -> float:
@@ -188,8 +170,9 @@ class ExactRuntime(Runtime):
         generator = torch.Generator().manual_seed(0)
         tokens = _TRIED_TOKENS + _TRIED_STEPS
         ids_1T = torch.randint(config.vocab_size, (1, tokens), generator=generator)
-        ids_1T = ids_1T.to(next(iter(self._model.buffers()), ids_1T).device)
-        passes = Passes(self._model, None, [0], _TRIED_TOKENS + ROWS)
+        ids_1T = ids_1T.to(self._pair.device)
+        longest = min(_TRIED_TOKENS + ROWS, _context(config))
+        passes = Passes(self._model, None, [0], longest, self._pair.device)
         passes.prompt(ids_1T[:, :_TRIED_TOKENS])
         checked_TV = passes.check(ids_1T[:, _TRIED_TOKENS:])[0]
         replay, largest = Replay(self._model), 0.0
@@ -199,42 +182,6 @@ class ExactRuntime(Runtime):
         return _SAFETY * largest
 
 
-def _stop_strings_as_criteria(model: Any, given: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return generate's arguments with what ends at strings as a criterion: of a tokenizer, which
-    that needs, ``generate`` tells no decoding of another's making.
-    """
-    from transformers import StoppingCriteriaList
-    from transformers.generation.stopping_criteria import StopStringCriteria
-
-    settings = given.get("generation_config") or model.generation_config
-    more = given.get("kwargs", {})
-    strings = more.get("stop_strings", settings.stop_strings)
-    if strings is None:
-        return kwargs
-    tokenizer = more.get("tokenizer")
-    if tokenizer is None:
-        raise InputError("stop_strings need the tokenizer: generate(..., tokenizer=tokenizer)")
-    criteria = StoppingCriteriaList(given.get("stopping_criteria") or [])
-    criteria.append(StopStringCriteria(tokenizer, strings))
-    changed = {name: value for name, value in kwargs.items() if name != "stop_strings"}
-    if settings.stop_strings is not None:
-        changed["generation_config"] = copy.deepcopy(settings)
-        changed["generation_config"].stop_strings = None
-    return {**changed, "stopping_criteria": criteria}
-
-
-def check_can_draft(model: Any) -> None:
-    """Raise InputError, naming the class, for a model whose text can't be drafted."""
-    name, config = type(model).__name__, getattr(model, "config", None)
-    reason = None
-    if config is None or not getattr(model, "can_generate", bool)():
-        reason = "it doesn't generate text"
-    elif config.is_encoder_decoder:
-        reason = "it is an encoder-decoder"
-    elif getattr(model, "_is_stateful", False):
-        reason = "its layers have a state that can't be taken back"
-    elif "position_ids" not in inspect.signature(model.forward).parameters:
-        reason = "it takes no position_ids"
-    if reason is not None:
-        raise InputError(f"a {name} has no exact output, {reason}: attach without exact")
-    Masks(config, 1, [0], torch.device("cpu"))
+def _context(config: Any) -> int:
+    """Return the most positions that a model has; no limit is a large number."""
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)

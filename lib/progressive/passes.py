@@ -21,11 +21,14 @@ ROWS = LONGEST + 1
 class Passes:
     """Forwards of the full model and of its draft, on one cache."""
 
-    def __init__(self, model: Any, draft: Any, starts: Sequence[int], room: int) -> None:
+    def __init__(
+        self, model: Any, draft: Any, starts: Sequence[int], longest: int, device: torch.device
+    ) -> None:
+        """Have a cache for sequences of at most ``longest`` tokens, padding included."""
         config = model.config.get_text_config(decoder=True)
-        device = next(iter(model.buffers()), torch.empty(0)).device
         self.model, self.draft = model, draft
-        self.cache = CroppableCache(config.num_hidden_layers, room)
+        self.cache = CroppableCache(config.num_hidden_layers, longest + ROWS)
+        self._longest = longest
         self._masks = Masks(model.config, self.cache.room, starts, device)
         self._starts_B1 = torch.tensor(starts, device=device)[:, None]
         self._dtype = model.dtype
@@ -52,7 +55,9 @@ class Passes:
     ) -> Tensor:
         tokens = ids_BT.shape[1]
         places_T = torch.arange(tokens, device=ids_BT.device).clamp_(max=num_real - 1)
-        positions_BT = (lengths_B[:, None] - self._starts_B1 + places_T).clamp_(min=0)
+        # Rows beyond a text, also of those that have ended, have a position that there is.
+        places_BT = (lengths_B[:, None] + places_T).clamp_(max=self._longest - 1)
+        positions_BT = (places_BT - self._starts_B1).clamp_(min=0)
         output = model(
             input_ids=ids_BT,
             position_ids=positions_BT,

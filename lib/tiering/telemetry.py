@@ -38,8 +38,7 @@ class BlockStats:
 class Stats:
     """A snapshot of a runtime's telemetry since attach or the last reset. Resident bytes are
     weights in fast memory. ``transfer_seconds`` were waited for what was on its way;
-    ``link_seconds`` is for how long anything was: what of it was not waited for is hidden behind
-    compute.
+    ``link_seconds`` is for how long anything was; copies from host memory to a GPU aren't counted.
     """
 
     mode: str
@@ -55,6 +54,11 @@ class Stats:
     blocks: dict[str, BlockStats]
     timeline: list[tuple[float, int]]
     wait_error: dict[str, float] | None = None
+
+    @property
+    def hidden_seconds(self) -> float:
+        """Of the link's time what was not waited for."""
+        return max(0.0, self.link_seconds - self.transfer_seconds)
 
     def to_json(self) -> dict[str, Any]:
         """Return the snapshot as plain JSON types."""

@@ -92,7 +92,7 @@ def test_the_device_decides_what_is_compared() -> None:
 
 def test_who_is_run_under_which_limit() -> None:
     def plan(setting: Any, **choices: Any) -> list[str]:
-        defaults = {"limits": setting.limits_mib, "only": None, "quick": False}
+        defaults = {"limits": setting.limits_mib, "only": None, "quick": False, "trained": False}
         cases = bench_offload.plan_cases(setting, Namespace(**defaults | choices))
         return [case.name for case in cases]
 
@@ -106,7 +106,9 @@ def test_who_is_run_under_which_limit() -> None:
         "ours-int4, 600 MiB",
     ]
     assert sum("ours-lossless" in name for name in names) == 5
-    assert len(plan(CPU_SETTING, limits=[700], quick=True)) == len(CPU_SETTING.systems)
+    without_drafts = [system for system in CPU_SETTING.systems if not system.drafts]
+    assert len(plan(CPU_SETTING, limits=[700], quick=True)) == len(without_drafts)
+    assert "ours-exact, 700 MiB" in plan(CPU_SETTING, limits=[700], trained=True)
     assert plan(CUDA_SETTING) == [
         "resident, no limit",
         *[f"{system.name}, 6144 MiB" for system in CUDA_SETTING.systems[1:]],
@@ -116,7 +118,7 @@ def test_who_is_run_under_which_limit() -> None:
 
 
 def test_a_resident_model_larger_than_the_gpu_is_no_failure() -> None:
-    args: Any = Namespace(limits=[6144], only=["ours-lossless"], quick=False)
+    args: Any = Namespace(limits=[6144], only=["ours-lossless"], quick=False, trained=False)
     cases = list(bench_offload.plan_cases(CUDA_SETTING, args))
     runs = [make_run("resident", None, None), make_run("ours-lossless", 6144, 6.0)]
     assert len(find_problems(cases, runs)) == 2

@@ -1,5 +1,7 @@
 """Exact output: the full model's text, whatever drafts it."""
 
+import inspect
+import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
@@ -32,6 +35,8 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 39,
 }
+LETTERS = string.ascii_letters[:40]
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 MIXED: dict[str, Any] = {
     **SMALL,
     "head_dim": 8,
@@ -78,6 +83,23 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
 }
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "gpt_neo": (
+        lambda: build(
+            "GPTNeoForCausalLM",
+            {
+                "hidden_size": 32,
+                "num_layers": 2,
+                "num_heads": 4,
+                "vocab_size": 40,
+                "attention_types": [[["global", "local"], 1]],
+            },
+        ),
+        "GPTNeoForCausalLM",
+    ),
+    "falcon alibi": (
+        lambda: build("FalconForCausalLM", {**SMALL, "alibi": True, "num_kv_heads": 2}),
+        "ALiBi",
+    ),
     "bloom": (
         lambda: build(
             "BloomForCausalLM", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 40}
@@ -303,6 +325,104 @@ def test_what_has_another_way_to_decode_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="padded on the left"):
             greedy(model, PADDED.flip(1), attention_mask=MASK.flip(1))
         assert torch.equal(greedy(model), greedy(model))
+
+
+def test_arguments_without_an_exact_output_are_refused(tmp_path: Path) -> None:
+    model = perturb(tiny_llama())
+    embeds = torch.randn(1, 4, 32)
+    with exact(model, tmp_path):
+        for kwargs in (
+            {"inputs_embeds": embeds},
+            {"past_key_values": transformers.DynamicCache()},
+            {"position_ids": torch.arange(8)[None]},
+            {"guidance_scale": 2.0},
+            {"custom_generate": "somewhere/else"},
+        ):
+            with pytest.raises(InputError, match=next(iter(kwargs))):
+                greedy(model, **kwargs)
+        for kwargs in ({"streamer": Streamer()}, {"prefix_allowed_tokens_fn": lambda *_: [1]}):
+            with pytest.raises(InputError, match="of a batch"):
+                greedy(model, PADDED, attention_mask=MASK, **kwargs)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="autocast"):
+            greedy(model)
+        assert greedy(model, custom_generate=None).shape == (1, 28)
+        with pytest.raises(InputError, match="draft alone"):
+            model_budget(model, 20_000)
+
+
+def model_budget(model: Any, limit: int) -> None:
+    """Set the budget of the runtime that a model's generate belongs to."""
+    closure = inspect.getclosurevars(vars(model)["generate"]).nonlocals
+    closure["self"].budget = {"HBM": limit, "SSD": None}
+
+
+@pytest.mark.parametrize("precision", ["int8", "int2"])
+def test_texts_go_to_the_end_of_the_context(precision: str, tmp_path: Path) -> None:
+    model = perturb(tiny_gpt2())  # of 32 positions, each with an embedding of its own
+    ids = torch.randint(1, 40, (4, 8), generator=torch.Generator().manual_seed(0))
+    one, batch = (
+        greedy(model, given, max_new_tokens=None, max_length=32) for given in (ids[:1], ids)
+    )
+    with exact(model, tmp_path, precision=precision):
+        assert torch.equal(greedy(model, ids[:1], max_new_tokens=None, max_length=32), one)
+        assert torch.equal(greedy(model, ids, max_new_tokens=None, max_length=32), batch)
+
+
+def test_rotary_embeddings_that_change_on_the_way_are_refused(tmp_path: Path) -> None:
+    config = {**SMALL, "max_position_embeddings": 16, "rope_parameters": DYNAMIC}
+    model = perturb(build("LlamaForCausalLM", config))
+    plain = greedy(model, max_new_tokens=8)
+    with exact(model, tmp_path):
+        assert torch.equal(greedy(model, max_new_tokens=8), plain)
+        with pytest.raises(InputError, match="beyond 16"):
+            greedy(model, max_new_tokens=9)
+
+
+class Counts(transformers.LogitsProcessor):
+    """Forbids a token that depends on how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        scores[:, self.calls % 40] = -torch.inf
+        return scores
+
+
+def test_a_users_processor_sees_each_token_once(tmp_path: Path) -> None:
+    model = perturb(tiny_llama())
+    processors = transformers.LogitsProcessorList
+    plain = greedy(model, logits_processor=processors([Counts()]))
+    with exact(model, tmp_path):
+        ours = Counts()
+        assert torch.equal(greedy(model, logits_processor=processors([ours])), plain)
+        assert ours.calls == 20
+
+
+def test_stop_strings_of_arguments_and_of_settings(tmp_path: Path) -> None:
+    model, tokenizer = perturb(tiny_llama()), letters()
+    plain = greedy(model)
+    words = tokenizer.decode(plain[0, 14:16])
+    stopped = greedy(model, stop_strings=[words], tokenizer=tokenizer)
+    assert stopped.shape[1] < plain.shape[1]
+    with exact(model, tmp_path):
+        assert torch.equal(greedy(model, stop_strings=[words], tokenizer=tokenizer), stopped)
+        with pytest.raises(InputError, match="need the tokenizer"):
+            greedy(model, stop_strings=[words])
+        model.generation_config.stop_strings = [words]
+        assert torch.equal(greedy(model, tokenizer=tokenizer), stopped)
+        settings = transformers.GenerationConfig(max_new_tokens=20, do_sample=False)
+        assert torch.equal(model.generate(IDS, settings, tokenizer=tokenizer), stopped)
+    model.generation_config.stop_strings = None
+
+
+def letters() -> Any:
+    """A tokenizer of 40 letters."""
+    made = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(LETTERS)}, "a"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def test_settings_that_exclude_each_other_are_refused() -> None:
