@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 from ..checkpoint.models import quiet_transformers
 from ..machine import choose_machine
-from ..report.plan_table import plan_sections
+from ..progressive.draft import divide
+from ..progressive.requests import check_can_draft
+from ..report.plan_table import division_text, plan_sections
 from ..tiering import plan
 from ..tiering.planning.budget import read_budget
 from .cli import Parser, add_json_flag, emit
@@ -34,21 +36,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_epsilon(args)
     quiet_transformers(progress=False)
     machine = choose_machine(args.machine)
-    planned = plan(
-        args.model,
-        args.tier_hints,
-        budget=read_budget(args.budget),
-        precision=planned_precision(args.precision),
-        epsilon=args.epsilon,
-        machine=machine,
-        device=planned_device(args.device),
-    )
+    given = {
+        "budget": read_budget(args.budget),
+        "precision": planned_precision(args.precision),
+        "epsilon": args.epsilon,
+        "machine": machine,
+        "device": planned_device(args.device),
+    }
+    division = divide(args.model, args.tier_hints, **given) if args.exact else None
+    planned = plan(args.model, args.tier_hints, **given) if division is None else division.full
+    if division is not None:
+        check_can_draft(planned.model)
     note_unmeasured(machine)
-    precision = args.precision or ("lossless" if args.epsilon is None else None)
-    document = {"model": str(args.model), "precision": precision, **planned.to_json()}
+    lossless = args.exact or args.epsilon is None
+    precision = None if args.exact else args.precision
+    precision = precision or ("lossless" if lossless else None)
+    document = {
+        "model": str(args.model),
+        "precision": precision,
+        **planned.to_json(),
+        "exact": None if division is None else division.to_json(),
+    }
     held = precision or f"epsilon {args.epsilon}"
     head = f"{args.model} on {planned.machine.name}, {held}, device {planned.device}"
     table = plan_sections(planned, document, every_block=args.blocks)
+    if division is not None:
+        table += f"\n\n{division_text(division.to_json())}"
     emit(f"{head}\n\n{table}", document, args.json)
     return 0
 
@@ -61,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     plan_flags = parser.add_argument_group("plan")
     add_budget_flag(plan_flags, required=True)
     add_precision_flags(plan_flags)
+    plan_flags.add_argument(
+        "--exact",
+        action="store_true",
+        help="as generate --exact divides the budget: a draft (of --precision or --epsilon, "
+        "default: the one predicted to be the fastest) resides, the full weights stream beside it",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--blocks", action="store_true", help="a row for each block")
     add_json_flag(output)

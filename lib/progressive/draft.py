@@ -54,6 +54,19 @@ class Division:
     budget: Mapping[str, int | None]
     """What the full weights have."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what was chosen, and predicted of it, as a document."""
+        return {
+            "precision": None if self.precision is None else str(self.precision),
+            "draft_bytes": self.draft.plan.fast_bytes,
+            "full_bytes": self.full.plan.fast_bytes,
+            "acceptance": self.acceptance,
+            "window": self.window,
+            "draft_ms": self.draft.plan.predicted.seconds * 1e3,
+            "pass_ms": self.full.plan.predicted.seconds * 1e3,
+            "tokens_per_s": self.tokens_per_second,
+        }
+
 
 def divide(
     model: nn.Module | str | Path,

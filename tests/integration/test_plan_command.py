@@ -52,6 +52,25 @@ def run(
     return code, "\n".join(table), json.loads(last) if code == 0 else None, errors
 
 
+def test_a_budget_is_divided_for_exact_output(
+    gpt2: Path, machine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", gpt2, "--machine", machine, "--budget", "HBM=14MiB,SSD=", "--exact"]
+    code, table, document, _ = run(plan, capsys, *flags)
+    exact = document["exact"]
+    assert code == 0 and document["precision"] == "lossless"
+    assert exact["precision"] == "int8" and exact["acceptance"] is None  # nothing predicts it
+    assert exact["draft_bytes"] + exact["full_bytes"] <= 14 * MIB
+    assert exact["full_bytes"] == document["predicted"]["peak_fast_bytes"]
+    assert exact["draft_ms"] < exact["pass_ms"] and 1 <= exact["window"] <= 31
+    assert "unknown, 0.9 taken" in table and "tokens/s predicted" in table
+    code, _, narrow, _ = run(plan, capsys, *flags, "--precision", "int4")
+    assert code == 0 and narrow["exact"]["precision"] == "int4"
+    assert narrow["exact"]["draft_bytes"] < exact["draft_bytes"]
+    code, _, _, errors = run(plan, capsys, *flags[:-3], "--budget", "HBM=2MiB,SSD=", "--exact")
+    assert code == 2 and "the smallest that works is HBM=" in errors
+
+
 def test_a_plan_is_printed_and_written_as_json(
     gpt2: Path, machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
