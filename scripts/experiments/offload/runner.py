@@ -97,7 +97,9 @@ class Runner:
             "prompt": list(self.shape.prompt)
             if isinstance(self.shape, TrainedModel)
             else random.integers(self.shape.vocab_size, size=PROMPT_TOKENS).tolist(),
-            "hints": self.shape.hints if isinstance(self.shape, TrainedModel) else None,
+            "hints": str(_ROOT / self.shape.hints)
+            if isinstance(self.shape, TrainedModel)
+            else None,
             "probe_folder": str(self._files),  # emptied before each run
             "logits": str(self._files / "logits.f32"),
         }

@@ -21,6 +21,7 @@ class TrainedModel:
     weight_bytes: int
     seed: int = 0
     hints: str
+    """In the checkout."""
     prompt: Sequence[int] = field(repr=False)
 
     def num_bytes(self) -> int:
@@ -45,6 +46,6 @@ def find_trained() -> tuple[Path, TrainedModel]:
         dtype="float32",
         vocab_size=config["vocab_size"],
         weight_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        hints=str(HINTS),
+        hints=str(HINTS.relative_to(ROOT)),
         prompt=tuple(encoded["input_ids"]),
     )
