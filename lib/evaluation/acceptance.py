@@ -14,20 +14,12 @@ import torch
 from torch import Tensor
 
 from ..precision.quality import QualityMeter
-from ..progressive.draft import predict_acceptance
+from ..progressive.draft import WIDTHS, predict_acceptance
 from ..tiering import attach, plan
 from ..tiering.planning.inputs import HintsGiven
 from ..vocabulary import Precision
 from .full_model import FullModel
 
-WIDTHS = (
-    Precision.INT8,
-    Precision.INT6,
-    Precision.INT5,
-    Precision.INT4,
-    Precision.INT3,
-    Precision.INT2,
-)
 _DRAWS = 8
 """Times that noise is drawn at each token."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
+from ..precision.perturb import CURVE_PRECISIONS
 from ..tiering import Planned, Runtime, plan
 from ..tiering import attach as attach_tiers
 from ..tiering.planning.budget import check_names_tiers
@@ -21,14 +22,8 @@ from ..units import format_bytes, parse_bytes
 from ..vocabulary import Precision, Tier
 from .windows import expected_tokens
 
-_WIDTHS = (
-    Precision.INT8,
-    Precision.INT6,
-    Precision.INT5,
-    Precision.INT4,
-    Precision.INT3,
-    Precision.INT2,
-)
+WIDTHS = tuple(width for width in CURVE_PRECISIONS if width is not Precision.BF16)
+"""Of drafts, the most precise first."""
 _SHARE = 0.6
 """Of the fast memory, what the draft takes at most where nothing predicts its acceptance."""
 _SPREAD = 0.79
@@ -84,11 +79,16 @@ def divide(
     Raises InputError where the budget doesn't hold any draft beside the full weights' slots.
     """
     check_names_tiers(budget)
+    if Tier.HBM not in budget:
+        raise InputError(
+            f"the budget names {', '.join(map(str, budget))} and no HBM, which draft and full "
+            "weights divide: add its size, such as HBM=4GiB"
+        )
     given = precision is not None or epsilon is not None
     everything = {**budget, "HBM": None}
     found: list[Division] = []
     failure: InputError | None = None
-    for width in (precision,) if given else _WIDTHS:
+    for width in (precision,) if given else WIDTHS:
         draft = plan(model, hints, budget=everything, precision=width, epsilon=epsilon, **common)
         rest = _without(budget, draft.plan.fast_bytes)
         if rest is None:

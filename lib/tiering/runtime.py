@@ -6,7 +6,7 @@ What forwards themselves bring about is in ``keeper``.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -207,20 +207,15 @@ class Runtime:
         memory is short): the parameters concerned stay unusable rather than wrong, and detach may
         be called again.
         """
-        if self._detached:
-            return
-        with self._forwards.lock:
-            self._forwards.refuse_other_processes()
-            self._forwards.check_idle()
-            self._forwards.remove()
-            with plain_tensors():
-                self._keeper.residency.close()
-            self._detached = True
+        self._end(self._keeper.residency.close)
 
     def discard(self) -> None:
         """Take the hooks off and free the weights, which don't come back: for a model that nobody
         uses any more.
         """
+        self._end(self._keeper.residency.free)
+
+    def _end(self, let_go: Callable[[], None]) -> None:
         if self._detached:
             return
         with self._forwards.lock:
@@ -228,7 +223,7 @@ class Runtime:
             self._forwards.check_idle()
             self._forwards.remove()
             with plain_tensors():
-                self._keeper.residency.free()
+                let_go()
             self._detached = True
 
     def _return_to(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:

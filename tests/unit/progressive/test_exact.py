@@ -430,6 +430,8 @@ def test_settings_that_exclude_each_other_are_refused() -> None:
     budget = {"HBM": 400_000, "SSD": None}
     with pytest.raises(InputError, match="give one"):
         attach(model, exact=True)
+    with pytest.raises(InputError, match="names CPU, SSD and no HBM"):
+        attach(model, budget={"CPU": "1GiB", "SSD": None}, exact=True)
     with pytest.raises(InputError, match="allowed: False, True, 'strict'"):
         attach(model, budget=budget, exact="very")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no effect"):
