@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..units import SECTOR_BYTES
 from ..vocabulary import Precision, State, Tier
 from .timeline import PassTime
 
@@ -22,6 +23,8 @@ class BlockNeed:
     ``uses``: uses in a pass before one was traced. ``lookup_bytes``: what a use moves that takes
     rows of an embedding only; 0: it has no such use. ``compute_seconds``: of one full use.
     ``computed_as_is``: of a precision below the model's own, multiplied with without expansion.
+    ``routed``: an expert, one of which a token takes so many in its layer, and which is known only
+    then; where not all blocks fit the experts are below, and come into a cache. 0: none.
     """
 
     name: str
@@ -37,6 +40,12 @@ class BlockNeed:
     importance: float | None = None
     compute_seconds: float = 0.0
     computed_as_is: bool = False
+    routed: int = 0
+
+    @property
+    def unit(self) -> int:
+        """Bytes of its payload as one transfer, in whole sectors."""
+        return -(-self.stored_bytes // SECTOR_BYTES) * SECTOR_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +80,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Every block's place. Fast memory holds resident blocks, slots and scratch."""
+    """Every block's place. Fast memory holds resident blocks, slots, a cache and scratch."""
 
     placements: Mapping[str, Placement]
     slot_bytes: int
@@ -83,6 +92,8 @@ class Plan:
     """What the originals of compressed weights take on the SSD, within its budget."""
     expanded_bytes: int = 0
     """The share of ``scratch_bytes`` that is taken only for as long as weights are expanded."""
+    cache_bytes: int = 0
+    """What the cache for experts that are below takes of fast memory."""
     hint_tiers: Mapping[str, Tier] = field(default_factory=dict)
     """In a plan by hints what each block's hint says, by the blocks' own names: what is reported.
     Where they are is in ``placements``.
@@ -92,7 +103,8 @@ class Plan:
     def fast_bytes(self) -> int:
         """Fast memory in use, never above the budget."""
         resident = sum(placement.resident_bytes for placement in self.placements.values())
-        return resident + self.num_slots * self.slot_bytes + self.scratch_bytes
+        slots = self.num_slots * self.slot_bytes
+        return resident + slots + self.scratch_bytes + self.cache_bytes
 
     def limit(self, tier: Tier) -> int | None:
         """Return the bytes that a tier may hold. None: no limit; 0: the budget doesn't name it."""
@@ -113,6 +125,7 @@ class Plan:
             "num_slots": self.num_slots,
             "slot_bytes": self.slot_bytes,
             "scratch_bytes": self.scratch_bytes,
+            "cache_bytes": self.cache_bytes,
             "original_bytes": self.original_bytes,
             "bytes_per_tier": {str(tier): size for tier, size in self.bytes_per_tier().items()},
             "predicted": {

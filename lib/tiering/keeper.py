@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from ..blocks import Block, BlockKind
+from ..blocks import Block
 from ..errors import InputError, PlacementError
 from ..policy.audit import Record
 from ..policy.plan import Plan
@@ -228,6 +228,10 @@ class PlanKeeper:
         placement = self.plan.placements[group]
         self._unplanned |= placement.tier is not Tier.HBM and not placement.unit_bytes
 
+    def called(self, group: str) -> None:
+        """Count a use of an expert."""
+        self.forwards.count_call(group)
+
     def took(self, num_bytes: int) -> None:
         """Book fast memory beside slots and residents."""
         self.recorder.change_resident(num_bytes)
@@ -305,7 +309,8 @@ class PlanKeeper:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _carry_out_first(self, planned: Planned, originals: Originals) -> None:
-        originals.prepare(planned.device, one_expert_at_a_time=_compressed_experts(self.payloads))
+        experts = self.residency.whole_experts
+        originals.prepare(planned.device, one_expert_at_a_time=experts)
         total = sum(payload.num_bytes for payload in self.payloads.values())
         with placing_bar(total) as progress:
             self.residency.apply(
@@ -332,15 +337,6 @@ class PlanKeeper:
 def limits(plan: Plan) -> dict[str, int | None]:
     """Return the budget of a plan; empty: it is by the hints."""
     return {str(tier): size for tier, size in plan.budget.items()}
-
-
-def _compressed_experts(payloads: Mapping[str, Payload]) -> list[str]:
-    """Name the modules whose packed experts are held compressed."""
-    return [
-        payload.group.modules[0]
-        for payload in payloads.values()
-        if payload.lossy and payload.group.kind is BlockKind.EXPERT
-    ]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

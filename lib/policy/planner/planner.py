@@ -7,6 +7,7 @@ saves is time of a link: setup + bytes / bandwidth of each transfer that it make
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ...errors import InputError
 from ...machine import MachineProfile
@@ -14,7 +15,7 @@ from ...units import KIB, MIB, format_bytes, format_seconds
 from ...vocabulary import Tier
 from ..plan import BlockNeed, Placement, Plan, Step
 from ..states import placed_state
-from .problem import Problem, SlotLayout, least
+from .problem import NOWHERE, Problem, SlotLayout, least, most_cached
 from .search import Choice, Search
 
 
@@ -34,11 +35,14 @@ def make_plan(
     """
     if Tier.HBM not in budget:
         raise InputError("the budget lacks HBM, the memory of the compute device: give HBM=SIZE")
-    problem = Problem(needs, schedule, budget, machine, scratch_bytes)
     fast = least(budget[Tier.HBM], machine.capacity_bytes.get(Tier.HBM))
     everything = scratch_bytes + sum(need.resident_bytes for need in needs)
     if fast is None:
         fast = everything
+    caches = everything > fast and len(budget) > 1
+    if caches:
+        needs = _expect_misses(needs, fast - everything)
+    problem = Problem(needs, schedule, budget, machine, scratch_bytes, caches=caches)
     layouts = [layout for layout in problem.layouts if layout.smallest_bytes <= fast]
     if everything <= fast:
         # A block that would stay in a slot of its own is predicted to be as fast as a resident one.
@@ -46,11 +50,13 @@ def make_plan(
     if not layouts:
         raise InputError(_explain_infeasible(problem, fast))
     choice = Search(problem, fast).best(layouts)
+    spare = fast - problem.taken_bytes - choice.fast_bytes
     return Plan(
         placements=_placements(problem, choice),
         slot_bytes=choice.layout.slot_bytes,
         num_slots=choice.layout.num_slots,
         scratch_bytes=scratch_bytes,
+        cache_bytes=min(problem.cache_bytes + spare, most_cached(needs)) if caches else 0,
         budget=dict(budget),
         predicted=choice.predicted,
     )
@@ -66,8 +72,23 @@ def smallest_budget(
     """Return the smallest HBM bytes for which ``make_plan`` finds a plan; HBM's own entry is not
     looked at.
     """
-    problem = Problem(needs, schedule, budget, machine, scratch_bytes)
-    return min(layout.smallest_bytes for layout in problem.layouts)
+    problem = Problem(needs, schedule, budget, machine, scratch_bytes, caches=len(budget) > 1)
+    everything = scratch_bytes + sum(need.resident_bytes for need in needs)
+    return min(everything, *(layout.smallest_bytes for layout in problem.layouts))
+
+
+def _expect_misses(needs: Sequence[BlockNeed], spare: int) -> list[BlockNeed]:
+    """Return needs of which experts move less, by the share of them that a cache holds; ``spare``
+    is negative, what all blocks take beyond the budget.
+    """
+    total = sum(need.stored_bytes for need in needs if need.routed)
+    share = min(-spare / total, 1.0) if total else 1.0
+    return [
+        replace(need, lookup_bytes=max(int(need.lookup_bytes * share), 1))
+        if need.routed
+        else need
+        for need in needs
+    ]
 
 
 def _placements(problem: Problem, choice: Choice) -> dict[str, Placement]:
@@ -98,6 +119,8 @@ def _reason(problem: Problem, layout: SlotLayout, index: int, tier: Tier) -> str
     group = problem.groups[index]
     if tier is not Tier.HBM:
         seconds = group.link_seconds(problem.tiers[tier])
+        if problem.is_cached(group.need):
+            return f"an expert: read from {tier} when it is routed to, unless it is cached"
         if not group.full_uses and group.lookups:
             return f"only looked up: {format_seconds(seconds)} per pass from {tier}"
         if not seconds:
@@ -118,6 +141,15 @@ def _explain_infeasible(problem: Problem, fast: int) -> str:
     """Name the smallest budget that works, and what takes it."""
     layout = min(problem.layouts, key=lambda layout: layout.smallest_bytes)
     parts: list[tuple[int, str]] = []
+    if layout.smallest_bytes >= NOWHERE:
+        size = sum(need.stored_bytes for need in problem.needs.values() if need.routed)
+        return (
+            f"the tiers below HBM don't hold the model's experts, {format_bytes(size)}: give one "
+            "of them a larger budget, or no limit, such as SSD="
+        )
+    if problem.cache_bytes:
+        size = problem.cache_bytes
+        parts.append((size, f"{format_bytes(size)} for the experts of a layer that a token takes"))
     if layout.slot_bytes:
         size = layout.num_slots * layout.slot_bytes
         parts.append((size, f"{format_bytes(size)} for a slot to stream through"))

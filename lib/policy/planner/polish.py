@@ -31,7 +31,8 @@ def exchanges(
         for name in group.members:
             if tiers[name] is not Tier.HBM:
                 room[tiers[name]] -= needs[name].stored_bytes
-                streamed.append(name)
+                if not problem.is_cached(needs[name]):
+                    streamed.append(name)
             elif problem.slot_needs[index] <= slot_bytes:
                 movable.append(name)
     for num_up, num_down in _SIZES:

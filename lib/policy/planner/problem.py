@@ -24,6 +24,10 @@ _MAX_SLOT_SIZES = 12
 _MAX_SLOT_SIZES_OF_MANY = 4
 _MANY_GROUPS = 500
 _NEVER = math.inf
+NOWHERE = 2**62
+"""Fast memory that a layout needs where experts have no room below."""
+_FIRST = 1e6
+"""How much sooner than others they get it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,8 @@ class Problem:
         budget: Mapping[Tier, int | None],
         machine: MachineProfile,
         scratch_bytes: int,
+        *,
+        caches: bool = False,
     ) -> None:
         self.needs = {need.name: need for need in needs}
         if len(self.needs) < len(needs):
@@ -106,7 +112,11 @@ class Problem:
             if capacity is not None and capacity < 0:
                 raise InputError(f"budget {tier}={capacity} must be 0 bytes or more")
         self.tiers = machine.tiers
+        self.cache_bytes = least_cache(needs) if caches else 0
+        """What a cache for experts takes at least; all of them are below then."""
         self.scratch_bytes = scratch_bytes
+        self.taken_bytes = scratch_bytes + self.cache_bytes
+        """Fast memory that is spent already."""
         self.uses = read_schedule(schedule, self.needs)
         self.compute_seconds = sum(use.compute_seconds for use in self.uses)
         self.groups = form_cohorts(self.needs.values(), self.uses)
@@ -120,6 +130,10 @@ class Problem:
             key=lambda item: -machine.tiers[item[0]].bandwidth_gb_s,
         )
         """Tiers below fast memory, fastest first, with what may be put there."""
+
+    def is_cached(self, need: BlockNeed) -> bool:
+        """Say whether a block is below, and in a cache at times."""
+        return self.cache_bytes > 0 and need.routed > 0
 
     @cached_property
     def layouts(self) -> list[SlotLayout]:
@@ -140,9 +154,11 @@ class Problem:
         resident = 0
         for index, group in enumerate(self.groups):
             held = group.count - sum(counts[index] for counts in kept)
+            if held and kept and self.is_cached(group.need):
+                return SlotLayout(num_slots, slot_bytes, forced, kept, NOWHERE)
             if index in forced or kept:
                 resident += group.need.resident_bytes * held
-        smallest = self.scratch_bytes + num_slots * slot_bytes + resident
+        smallest = self.taken_bytes + num_slots * slot_bytes + resident
         return SlotLayout(num_slots, slot_bytes, forced, kept, smallest)
 
     def _keep_below(self, forced: frozenset[int]) -> tuple[tuple[int, ...], ...]:
@@ -154,7 +170,11 @@ class Problem:
         for _, capacity in self.below:
             assert capacity is not None
             kinds = [
-                Kind(group.need.stored_bytes, group.need.resident_bytes, count)
+                Kind(
+                    group.need.stored_bytes,
+                    group.need.resident_bytes * (_FIRST if self.is_cached(group.need) else 1),
+                    count,
+                )
                 for group, count in zip(self.groups, left, strict=True)
             ]
             counts = fill(kinds, capacity)
@@ -192,6 +212,26 @@ class Problem:
         return best
 
 
+def least_cache(needs: Iterable[BlockNeed]) -> int:
+    """Return the bytes of the smallest cache for experts: what one token takes of a layer, and one
+    expert more, to read into.
+    """
+    layers: dict[str, list[BlockNeed]] = {}
+    for need in needs:
+        if need.routed:
+            layers.setdefault(need.name.rpartition(".")[0], []).append(need)
+    least = 0
+    for experts in layers.values():
+        sizes = sorted((need.unit for need in experts), reverse=True)
+        least = max(least, sum(sizes[: experts[0].routed]) + sizes[0])
+    return min(least, most_cached(needs))
+
+
+def most_cached(needs: Iterable[BlockNeed]) -> int:
+    """Return the bytes of a cache that holds all experts."""
+    return sum(need.unit for need in needs if need.routed)
+
+
 def least(*limits: int | None) -> int | None:
     """Return the smallest of some limits, None if there is none."""
     return min((limit for limit in limits if limit is not None), default=None)
@@ -205,7 +245,7 @@ def pad(num_bytes: int) -> int:
 def read_schedule(
     schedule: Sequence[str | Step], needs: Mapping[str, BlockNeed]
 ) -> tuple[TimedUse, ...]:
-    """Return the uses of a pass. A lookup computes nothing worth counting."""
+    """Return the uses of a pass. A lookup of rows computes nothing worth counting."""
     uses: list[TimedUse] = []
     seen: set[str] = set()
     for entry in schedule:
@@ -216,11 +256,12 @@ def read_schedule(
         if isinstance(entry, str):
             lookup = need.lookup_bytes > 0 and name not in seen
         else:
-            lookup = entry.lookup
+            lookup = entry.lookup or need.routed > 0
         if lookup and not need.lookup_bytes:
             raise InputError(f"the schedule looks {name!r} up, but its lookup_bytes are 0")
         seen.add(name)
-        uses.append(TimedUse(name, 0.0 if lookup else need.compute_seconds, lookup))
+        computes = not lookup or need.routed
+        uses.append(TimedUse(name, need.compute_seconds if computes else 0.0, lookup))
     return tuple(uses)
 
 
@@ -239,6 +280,7 @@ def form_cohorts(needs: Iterable[BlockNeed], uses: Sequence[TimedUse]) -> tuple[
             need.unit_bytes,
             need.must_reside,
             need.lookup_bytes,
+            need.routed,
             need.compute_seconds,
             full.get(need.name, 0),
             lookups.get(need.name, 0),

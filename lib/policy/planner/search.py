@@ -134,7 +134,7 @@ class Search:
             count, value = group.count, values[index]
             if layout.kept:
                 count = sum(counts[index] for counts in layout.kept)
-            if index in layout.forced:
+            if index in layout.forced or self._problem.is_cached(group.need):
                 count = 0
             if index == favoured:
                 value *= _FAVOUR
@@ -190,6 +190,9 @@ class Search:
         kinds = self._kinds(layout, favoured)
         chosen = fill(kinds, self._fast - layout.smallest_bytes)
         left = [kind.count - count for kind, count in zip(kinds, chosen, strict=True)]
+        for index, group in enumerate(groups):
+            if self._problem.is_cached(group.need):
+                left[index] = group.count
         fast = tuple(group.count - count for group, count in zip(groups, left, strict=True))
         below: list[tuple[int, ...]] = []
         for tier, capacity in self._problem.below:
@@ -251,7 +254,7 @@ class Search:
         improved = True
         while improved:
             improved = False
-            space = self._fast - self._problem.scratch_bytes - choice.fast_bytes
+            space = self._fast - self._problem.taken_bytes - choice.fast_bytes
             for tiers in exchanges(self._problem, choice.tiers, choice.layout.slot_bytes, space):
                 if self._steps > end:
                     return choice

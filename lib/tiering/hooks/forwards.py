@@ -21,6 +21,7 @@ from ..residency.casting import UnkeptCopies, autocast_dtype
 from ..residency.held import HeldGroup
 from ..residency.residency import Residency
 from ..telemetry import Recorder
+from .experts import serve_experts
 from .group_hook import GroupHook
 from .progress import PassBar, count_passes
 from .surroundings import Surroundings
@@ -80,6 +81,7 @@ class Forwards:
         """A forward has shown the uses of all blocks, and whether the model enters autocast."""
         self._watches = False
         """The next forward is to show them."""
+        serve_experts(list(residency.packed.values()), residency.experts)
         self.around = Surroundings(
             self, model, residency, save_state=self._save_state, generation=self._generation
         )
@@ -101,7 +103,8 @@ class Forwards:
         self._watches = self._memory.is_limited and not self._has_traced_all
         copies = self._memory.is_limited and bool(self.casts)
         every = residency.emulated or self._watches or copies
-        hooked = residency.groups if every else [each.name for each in residency.moving]
+        watched = residency.groups.values() if every else residency.moving
+        hooked = [group.name for group in watched if not group.is_routed]
         self._hooks_changed |= self.around.follow(hooked)
 
     @property
@@ -114,6 +117,10 @@ class Forwards:
         users = (use.hook for use in self._held if not use.hook.lookup)
         if not any(group == own.name for hook in users for own in hook.groups):
             self.trace.append(Step(group))
+
+    def count_call(self, group: str) -> None:
+        """Count a use of an expert, which no module's hook sees."""
+        self._recorder.count_call(self._residency.groups[group].payload.group.blocks[0].name)
 
     @property
     def running(self) -> list[str]:

@@ -77,7 +77,7 @@ class Surroundings:
         if self.decoding is not None:
             self.decoding.reset()
         self._direct.follow(self._model, self._residency.groups.values())
-        self.moves = self._residency.emulated or bool(self._residency.moving)
+        self.moves = self._residency.emulated or self._residency.moves
         changes = self.hooked != frozenset(hooked)
         if changes:
             self.hooked = frozenset(hooked)

@@ -44,11 +44,11 @@ def payload_bytes(payload: Payload, read: Reader) -> Iterator[Tensor]:
             yield from _padding(part.offset - end)
             if part.record is not None:
                 yield _encode_part(payload, part, part.record, read)
-            elif part.is_contiguous:
+            elif part.is_contiguous and part.expert is None:
                 for start, stop in _row_steps(part):
                     yield flat_bytes(read(part.parameter, start, stop))
             else:
-                yield flat_bytes(read(part.parameter, None, None))
+                yield flat_bytes(read_part(part, read))
             end = part.offset + part.num_bytes
     yield from _padding(payload.num_bytes - end)
 
@@ -66,9 +66,16 @@ def payload_pieces(payload: Payload, read: Reader) -> Iterator[Piece]:
         return
     for part in payload.parts:
         if part.record is None:
-            yield part, 0, read(part.parameter, None, None), None
+            yield part, 0, read_part(part, read), None
         else:
             yield part, 0, _encode_part(payload, part, part.record, read), part.record
+
+
+def read_part(part: Part, read: Reader) -> Tensor:
+    """Read the whole of a part."""
+    if part.expert is None:
+        return read(part.parameter, None, None)
+    return read(part.parameter, part.expert, part.expert + 1)[0]
 
 
 def content_key(payload: Payload, identities: Mapping[str, str]) -> str:
@@ -85,6 +92,8 @@ def content_key(payload: Payload, identities: Mapping[str, str]) -> str:
             f"{codec.precision if codec else 'raw'};{codec.group_size if codec else 0};"
             f"{identities[part.parameter]}|"
         )
+        if part.expert is not None:
+            text += f"expert {part.expert}|"
         digest.update(text.encode())
     return digest.hexdigest()
 
@@ -110,13 +119,13 @@ def _encode_part(payload: Payload, part: Part, layout: RecordLayout, read: Reade
     """Return a parameter's record, made from its native weights a few rows at a time."""
     name, blocks = part.parameter, payload.group.blocks
     try:
-        if len(part.shape) == 2 and not part.transposed:
+        if len(part.shape) == 2 and not part.transposed and part.expert is None:
             return encode_from(lambda a, b: read(name, a, b), layout, part.dtype)
-        weights = read(name, None, None)
+        weights = read_part(part, read)
         matrix = weights.t() if part.transposed else weights.reshape(-1, layout.cols)
         return encode_from(lambda a, b: matrix[a:b], layout, part.dtype)
     except InputError as error:
-        whole = read(name, None, None)
+        whole = read_part(part, read)
         raise name_weights(error, name, blocks, whole, layout.codec) from error
 
 

@@ -1,8 +1,8 @@
 """What moves: groups of blocks, and the payload of a group, the flat bytes that a store holds of
 it.
 
-A group is one block, or the experts that share packed parameters: those are slices of the same
-tensors, and a forward takes the tensors whole. A payload holds a group's parameters one after
+A group is one block, one expert's slices of packed parameters, or all of a module that takes these
+whole. A payload holds a group's parameters one after
 another, each 256-byte-aligned, padded to whole 4096-byte sectors at the end: raw (native dtype, in
 memory order), or as a codec's record. A single 2-D weight that only Embedding and Linear modules
 compute with is cut into shards of rows, each raw or a record by itself, which move one at a time:
@@ -102,10 +102,19 @@ def make_payload(
         packed = group.kind is BlockKind.EXPERT and shapes[name].dim() == 3
         owners = _owners(name, group, model)
         parts.append(
-            make_part(name, shapes[name], precision, owners, offset, packed=packed, plain=plain)
+            make_part(
+                name,
+                shapes[name],
+                precision,
+                owners,
+                offset,
+                packed=packed,
+                plain=plain,
+                expert=group.expert,
+            )
         )
     lossless = min((native_precision(part.dtype) for part in parts), key=precision_rank)
-    by_rows = _moves_by_rows(parts, modules)
+    by_rows = group.expert is None and _moves_by_rows(parts, modules)
     return Payload(
         group=group,
         precision=next((part.codec.precision for part in parts if part.codec), lossless),

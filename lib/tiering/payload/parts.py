@@ -19,6 +19,8 @@ class Part:
     """One parameter in a payload. ``codec`` None: raw bytes in the memory order of the strides."""
 
     parameter: str
+    expert: int | None
+    """The number along dimension 0 of the one expert that it has of the parameter; None: all."""
     offset: int
     num_bytes: int
     shape: torch.Size
@@ -59,11 +61,15 @@ def make_part(
     *,
     packed: bool,
     plain: bool = False,
+    expert: int | None = None,
 ) -> Part:
     """Lay a parameter out. ``owners`` are the modules that it is registered in, the one of that
     name first; ``packed``: it holds experts, which are taken one at a time; ``plain``: its block
-    takes nothing but plain weights. ``precision`` None is lossless.
+    takes nothing but plain weights; ``expert``: no more than this one's slice. ``precision`` None
+    is lossless.
     """
+    if expert is not None:
+        weight = torch.empty(weight.shape[1:], dtype=weight.dtype, device="meta")
     owner = owners[0]
     form = stored_form(name, weight, owner, precision)
     record = form.record if form else None
@@ -78,6 +84,7 @@ def make_part(
     )
     return Part(
         parameter=name,
+        expert=expert,
         offset=offset,
         num_bytes=record.num_bytes if record else native_bytes,
         shape=weight.shape,

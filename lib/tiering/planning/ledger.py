@@ -143,7 +143,7 @@ def ledger_of(
         raise InputError("epsilon needs hints, which predict what precision costs: give hints")
     shapes = dict(unique_parameters(model))
     curves = {}
-    for group in group_blocks(blocks):
+    for group in group_blocks(model, blocks):
         known = [hints.blocks[block.name] for block in group.blocks] if hints is not None else []
         kl_nats, lowest = merge_curves(known)
         native = make_payload(group, model, shapes, None)

@@ -16,7 +16,7 @@ from ...hints import Hints
 from ...machine import MachineProfile
 from ...policy.plan import BlockNeed
 from ...vocabulary import Precision, most_precise
-from ..payload.groups import group_blocks
+from ..payload.groups import group_blocks, routed_experts
 from ..payload.layout import Payload, codec_scratch_bytes, lookup_bytes, lookup_moved, make_payload
 from .demands import Demand
 
@@ -45,7 +45,7 @@ def make_payloads(
     shapes = dict(unique_parameters(model))
     wanted = _wanted_precisions(precision, blocks)
     payloads = {}
-    for group in group_blocks(blocks):
+    for group in group_blocks(model, blocks):
         choices = [wanted.get(group.name)]
         choices += [wanted.get(block.name) for block in group.blocks]
         chosen = most_precise([choice for choice in choices if choice is not None])
@@ -71,7 +71,7 @@ def block_needs(
     for demand in demands:
         residents |= demand.residents(payloads)
     return [
-        _need(payload, hints, device, machine, must_reside=name in residents)
+        _need(model, payload, hints, device, machine, must_reside=name in residents)
         for name, payload in payloads.items()
     ]
 
@@ -94,6 +94,7 @@ def expanded_bytes(payloads: Mapping[str, Payload], demands: Iterable[Demand] = 
 
 
 def _need(
+    model: nn.Module,
     payload: Payload,
     hints: Hints | None,
     device: torch.device,
@@ -120,6 +121,15 @@ def _need(
     known = [importance for importance in importances if importance is not None]
     embedding = payload.by_rows and Use.EMBEDDING in payload.parts[0].uses
     only_lookup = embedding and payload.parts[0].uses == {Use.EMBEDDING}
+    compute_seconds = 0.0 if only_lookup else num_params / (rate or _DEFAULT_COMPUTE)
+    lookup = lookup_moved(payload)
+    routed = 0
+    if group.expert is not None:
+        experts = model.get_submodule(group.modules[0])
+        num_experts = len(next(experts.parameters()))
+        routed = routed_experts(experts, num_experts)
+        share = routed / num_experts
+        lookup, compute_seconds = max(int(share * payload.num_bytes), 1), share * compute_seconds
     return BlockNeed(
         name=group.name,
         kind=str(group.kind),
@@ -130,9 +140,10 @@ def _need(
         unit_bytes=tuple(shard.num_bytes for shard in payload.shards),
         must_reside=must_reside,
         uses=len(group.modules),
-        lookup_bytes=lookup_moved(payload),
+        lookup_bytes=lookup,
+        routed=routed,
         importance=max(known, default=None),
-        compute_seconds=0.0 if only_lookup else num_params / (rate or _DEFAULT_COMPUTE),
+        compute_seconds=compute_seconds,
         computed_as_is=payload.lossy and payload.precision in _COMPUTED_AS_IS,
     )
 
@@ -147,11 +158,13 @@ def _must_reside(payloads: Mapping[str, Payload]) -> set[str]:
     users: dict[str, list[str]] = {}
     for name, payload in payloads.items():
         for module in payload.group.modules:
-            users.setdefault(module, []).append(name)
+            names = users.setdefault(module, [])
+            if payload.group.expert is None:
+                names.append(name)
     residents = {name for name, payload in payloads.items() if payload.written}
     for module, names in users.items():
         enclosed = any(inner != module and _inside(inner, module) for inner in users)
-        largest = max(names, key=lambda name: payloads[name].num_bytes)
+        largest = max(names, key=lambda name: payloads[name].num_bytes, default=None)
         residents |= {name for name in names if enclosed or name != largest}
     return residents
 

@@ -100,8 +100,11 @@ class Archive:
 
     def key(self, payload: Payload) -> str:
         """Return the key of a payload that is made from the originals as they are now."""
+        expert = payload.group.expert
         names = [part.parameter for part in payload.parts]
-        return content_key(payload, {name: self._originals.identity(name) for name in names})
+        return content_key(
+            payload, {name: self._originals.identity(name, expert) for name in names}
+        )
 
     @contextlib.contextmanager
     def reading_ahead(self, names: Iterable[str]) -> Iterator[None]:

@@ -38,6 +38,9 @@ class Watcher(Protocol):
     def used(self, group: str) -> None:
         """Hear of a full use that comes from an operation and not from a module's hooks."""
 
+    def called(self, group: str) -> None:
+        """Hear of a use of an expert, which no module's hook sees."""
+
     def took(self, num_bytes: int) -> None:
         """Hear of fast memory taken (or, negative, given back) beside slots and residents."""
 

@@ -39,7 +39,7 @@ class HeldGroup:
         self.archive = archive
         self._originals = originals
         self.name = payload.group.name
-        self.weights = GroupWeights(payload, originals, memory, self._make_away)
+        self.weights = GroupWeights(payload, originals, memory, self.stand_in)
         """What the model's parameters have of it."""
         self.tier: Tier | None = None
         """Where the plan has put it; None before the first plan."""
@@ -59,6 +59,11 @@ class HeldGroup:
     def by_rows(self) -> bool:
         """It moves in shards, at the request of operations and not of its module's hooks."""
         return bool(self.units) and self.payload.by_rows
+
+    @property
+    def is_routed(self) -> bool:
+        """It comes when tokens are routed to it, and at no module's hook."""
+        return False
 
     @property
     def _writable(self) -> bool:
@@ -150,7 +155,8 @@ class HeldGroup:
         with plain_tensors():
             self.weights.hide(StreamedRows(self) if self.by_rows else None)
 
-    def _make_away(self, part: Part, ops: WeightOps | None) -> AwayWeights:
+    def stand_in(self, part: Part, ops: WeightOps | None) -> AwayWeights:
+        """Make what stands behind a parameter that is away."""
         return AwayWeights(self, part, self._originals.shapes[part.parameter], ops)
 
     # -- placing: while nothing is in use ----------------------------------------------------------

@@ -147,15 +147,20 @@ class Originals:
             return nullcontext()
         return self._checkpoint.reading_ahead(names)
 
-    def identity(self, name: str) -> str:
-        """Name a parameter's weights by their content, or by the file they are in and its times."""
+    def identity(self, name: str, expert: int | None = None) -> str:
+        """Name a parameter's weights, or one expert's, by their content, or by the file they are in
+        and its times.
+        """
         if self._checkpoint is not None:
             return self._checkpoint.identity(name)
-        return self.contents(name)
+        return self.contents(name, expert)
 
-    def contents(self, name: str) -> str:
+    def contents(self, name: str, expert: int | None = None) -> str:
         """Name what a parameter has in memory, or had before it was compressed, by the bytes."""
-        weights = self.read(name) if name in self.stored else self.parameters[name].data
+        if expert is not None:
+            weights = self.read(name, expert, expert + 1)
+        else:
+            weights = self.read(name) if name in self.stored else self.parameters[name].data
         flat = weights.as_strided((weights.numel(),), (1,), weights.storage_offset()).cpu()
         return xxhash.xxh3_128_hexdigest(byte_view(flat.view(torch.uint8)))
 

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from ...blocks import storage_bytes
+from ...blocks import BlockKind, storage_bytes
 from ...errors import PlacementError
 from ...policy.plan import Plan, Step
 from ...vocabulary import Tier
 from ..payload.layout import Payload
 from .archive import Archive
+from .experts import ExpertSlots
 from .fast_memory import FastMemory, trim_heap
 from .held import HeldGroup
 from .originals import Originals
+from .packed import IMPLEMENTATION, PackedExperts
 
 
 class Residency:
@@ -37,16 +39,22 @@ class Residency:
         *,
         emulated: bool,
     ) -> None:
+        self.packed: dict[str, PackedExperts] = {}
+        """The modules whose experts are groups by themselves, by name."""
         self.groups = {
-            name: HeldGroup(payload, memory, archive, originals)
+            name: self._make_group(payload, memory, archive, originals)
             for name, payload in payloads.items()
         }
+        self.experts = ExpertSlots(memory, list(self.packed.values()))
+        """Those of these experts that are below, in fast memory for a while."""
         self.memory = memory
         self._archive = archive
         self._originals = originals
         self.emulated = emulated
         self.moving: list[HeldGroup] = []
-        """The groups that move under the present plan; the others reside in fast memory."""
+        """The groups that move under the present plan, experts apart; the others reside in fast
+        memory.
+        """
         self._compressed: list[nn.Parameter] = []
         """The parameters of groups that reside in fast memory compressed."""
         self._versions: list[int] = []
@@ -75,6 +83,9 @@ class Residency:
         for group in self.groups.values():
             group.refuse_written()
         self.memory.free_slots()  # what fails below leaves none
+        self.experts.free()
+        for packed in self.packed.values():
+            packed.begin(plan)
         for name, group in self.groups.items():
             if payloads[name].precision is not group.payload.precision:
                 group.let_go(payloads[name])
@@ -108,10 +119,15 @@ class Residency:
                 if before not in (None, group.stored):
                     self._sweep()
                 progress(group.payload.num_bytes)
-        steps = [step.block for step in schedule if not step.lookup]
-        self.memory.adopt(plan, [unit for name in steps for unit in self.groups[name].units])
+        for packed in self.packed.values():
+            packed.settle()
+        self._set_implementation()
+        moving = {name: group for name, group in self.groups.items() if not group.is_routed}
+        steps = [step.block for step in schedule if not step.lookup and step.block in moving]
+        self.memory.adopt(plan, [unit for name in steps for unit in moving[name].units])
+        self.experts.adopt(plan)
         self._sweep()
-        self.moving = [group for group in self.groups.values() if group.units]
+        self.moving = [group for group in moving.values() if group.units]
         self._compressed = [
             group.weights.parameter(part)
             for group in self.groups.values()
@@ -141,6 +157,22 @@ class Residency:
             for group, num_holds in holds:
                 group.hold_again(num_holds)
 
+    @property
+    def moves(self) -> bool:
+        """Weights come and go under the present plan."""
+        return bool(self.moving) or self.experts.cache is not None
+
+    @property
+    def whole_experts(self) -> list[str]:
+        """Name the modules whose packed experts are one group, and held compressed."""
+        return [
+            group.payload.group.modules[0]
+            for group in self.groups.values()
+            if group.payload.lossy
+            and group.payload.group.kind is BlockKind.EXPERT
+            and group.payload.group.expert is None
+        ]
+
     def held_at_once(self, groups: Iterable[str]) -> set[str]:
         """Return those of the groups that a module's hooks hold as a whole."""
         return {name for name in groups if not self.groups[name].payload.by_rows}
@@ -159,6 +191,7 @@ class Residency:
         for group in self.moving:
             group.end_holds()
         self.memory.prefetcher.end_holds()
+        self.experts.mend()
 
     def begin_forward(self) -> None:
         """Say that the schedule starts from its beginning; parameters get the flags for it.
@@ -186,7 +219,9 @@ class Residency:
                 for parameter in self._originals.parameters.values()
                 if parameter.device == memory.device
             ]
-        num_bytes = storage_bytes([*there, *memory.buffers()])
+        slots = self.experts.transport.slots()
+        num_bytes = storage_bytes([*there, *memory.buffers(), *slots])
+        num_bytes += sum(packed.resident_bytes() for packed in self.packed.values())
         num_bytes += memory.scratch.num_bytes if memory.scratch is not None else 0
         num_bytes += sum(group.weights.compressed_bytes for group in self.groups.values())
         if self.emulated:
@@ -211,6 +246,7 @@ class Residency:
         failures: dict[str, BaseException] = {}
         self.end_holds()
         self.memory.prefetcher.drain()
+        self.experts.free()
         for group in self.groups.values():
             if group.write_was_lost:
                 warnings.warn(
@@ -238,11 +274,36 @@ class Residency:
         """Let all weights go, those in fast memory and those that are stored."""
         self.end_holds()
         self.memory.prefetcher.drain()
+        self.experts.free()
+        for packed in self.packed.values():
+            packed.forbid("its runtime has discarded them")
         for group in self.groups.values():
             group.weights.forbid("its runtime has discarded them")
         self._close_stores()
 
+    def _make_group(
+        self, payload: Payload, memory: FastMemory, archive: Archive, originals: Originals
+    ) -> HeldGroup:
+        if payload.group.expert is None:
+            return HeldGroup(payload, memory, archive, originals)
+        name = payload.group.modules[0]
+        if name not in self.packed:
+            module = originals.model.get_submodule(name)
+            self.packed[name] = PackedExperts(module, originals, memory)
+        return self.packed[name].add(payload, archive, originals)
+
+    def _set_implementation(self) -> None:
+        """Let experts that are held apart compute by our implementation: layers share a config."""
+        for packed in self.packed.values():
+            packed.config._experts_implementation = packed.implementation
+        for packed in self.packed.values():
+            if not packed.is_plain:
+                packed.config._experts_implementation = IMPLEMENTATION
+
     def _close_stores(self) -> None:
+        for packed in self.packed.values():
+            packed.leave()
+        self.experts.transport.close()
         self.memory.transport.close()
         self._archive.close()
 

@@ -143,7 +143,7 @@ class GroupWeights:
                 made[part.parameter] = self._allocate(part)
             made[part.parameter].fill(start, data, record)
         for part, data in plain:
-            set_weights(self.parameter(part), data)
+            self._set(part, data)
         for part in self.payload.parts:
             if part.parameter in made:
                 self._reside(part, made[part.parameter])
@@ -177,20 +177,20 @@ class GroupWeights:
         """Let nothing compute with what stands for weights that are not there; not ``all_parts``:
         leave those that are.
         """
-        message = (
-            f"weights of {self.payload.group.name} could not be restored ({reason}): free memory "
-            "and detach the runtime again, or reload the model"
-        )
         self.compressed.clear()
         for part in self.payload.parts:
             if all_parts or self.is_away(part):
                 shape = self._originals.shapes[part.parameter]
                 placeholder = torch.empty(0, dtype=part.dtype)
-                set_away(self.parameter(part), _Lost(shape, message), placeholder=placeholder)
+                away = Lost(shape, self.payload.group.name, reason)
+                set_away(self.parameter(part), away, placeholder=placeholder)
 
     def _read_versions(self) -> list[int]:
         with DisableTorchFunctionSubclass():
             return [self.parameter(part)._version for part in self.payload.parts]
+
+    def _set(self, part: Part, weights: Tensor) -> None:
+        set_weights(self.parameter(part), weights)
 
     def _reside(self, part: Part, weight: CompressedWeight) -> None:
         self.compressed[part.parameter] = weight
@@ -220,15 +220,18 @@ class GroupWeights:
         )
 
 
-class _Lost:
+class Lost:
     """Stands for weights that are nowhere."""
 
     ops: WeightOps | None = None
     transposed = False
 
-    def __init__(self, shape: Tensor, message: str) -> None:
+    def __init__(self, shape: Tensor, group: str, reason: object) -> None:
         self.shape = shape
-        self._message = message
+        self._message = (
+            f"weights of {group} could not be restored ({reason}): free memory "
+            "and detach the runtime again, or reload the model"
+        )
 
     def prepare(self, whole: Sequence[Away], by_rows: Sequence[Away]) -> bool:
         """There is nothing to make room for."""

@@ -112,7 +112,18 @@ class EmulatedTransport:
     def make_slots(self, num_slots: int, slot_bytes: int) -> None:
         """Nothing is allocated, since nothing moves."""
 
-    def submit(self, unit: Unit, slot: int) -> Ticket:
+    def another(self) -> "EmulatedTransport":
+        """Make one on the same links."""
+        return EmulatedTransport(self._time)
+
+    def add_slot(self, num_bytes: int) -> int:
+        """There are no slots to tell apart."""
+        return 0
+
+    def drop_slot(self, slot: int) -> None:
+        """Nothing was allocated."""
+
+    def submit(self, unit: Unit, slot: int, *, urgent: bool = True) -> Ticket:
         """Put a transfer in its tier's queue."""
         self._time.slow_compute()
         ticket = Ticket(unit, slot)

@@ -4,11 +4,13 @@ In front of an accelerator they stage through pinned memory and copy on a stream
 events both ways and no synchronization on the host.
 """
 
+import contextlib
 import os
 import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -27,9 +29,10 @@ class ReaderTransport:
     def __init__(self, stores: Mapping[Tier, Store], device: torch.device) -> None:
         self._stores = stores
         self._device = device
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._slots: list[Tensor] = []
-        self._host_slots: list[Tensor] = []
+        self._jobs = _Jobs()
+        self._slots: dict[int, Tensor] = {}
+        self._host_slots: dict[int, Tensor] = {}
+        self._next_slot = 0
         self._stream = (
             torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             if device.type == "cuda"
@@ -51,21 +54,35 @@ class ReaderTransport:
     def make_slots(self, num_slots: int, slot_bytes: int) -> None:
         """Allocate slots in fast memory, and as many pinned ones where a disk feeds a device."""
         self._free_slots()
-        self._slots = [self._allocate(slot_bytes) for _ in range(num_slots)]
-        if self._slots:
-            self._num_own_users = _num_users(self._slots[0])
-        for slot in range(num_slots if self._stream is not None else 0):
+        for _ in range(num_slots):
+            self.add_slot(slot_bytes)
+
+    def another(self) -> "ReaderTransport":
+        """Make one with slots and threads of its own."""
+        return ReaderTransport(self._stores, self._device)
+
+    def add_slot(self, num_bytes: int) -> int:
+        """Allocate a slot in fast memory, and a pinned one where a disk feeds a device."""
+        slot, self._next_slot = self._next_slot, self._next_slot + 1
+        self._slots[slot] = self._allocate(num_bytes)
+        self._num_own_users = _num_users(self._slots[slot])
+        if self._stream is not None:
             # The allocator may have given us memory that kernels on the current stream still use.
             self.done_with(slot, shared=False)
-        if self._stream is not None and any(
-            not isinstance(store, MemoryStore) for store in self._stores.values()
-        ):
-            self._host_slots = [
-                torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True)
-                for _ in range(num_slots)
-            ]
+            if any(not isinstance(store, MemoryStore) for store in self._stores.values()):
+                self._host_slots[slot] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return slot
 
-    def submit(self, unit: Unit, slot: int) -> Ticket:
+    def drop_slot(self, slot: int) -> None:
+        """Free a slot, once nothing writes into it any more."""
+        if (before := self._in_slot.pop(slot, None)) is not None:
+            before.arrived.wait()
+        if self._stream is not None:
+            self._stream.synchronize()
+        for kept in (self._slots, self._host_slots, self._used, self._staged):
+            kept.pop(slot, None)  # type: ignore[attr-defined]
+
+    def submit(self, unit: Unit, slot: int, *, urgent: bool = True) -> Ticket:
         """Queue the unit's pieces for the reader threads, or the copy on the stream."""
         assert unit.num_bytes <= self._slots[slot].numel(), "the plan's slots are too small"
         if (before := self._in_slot.get(slot)) is not None:
@@ -89,7 +106,7 @@ class ReaderTransport:
         try:
             self._in_slot[slot] = ticket
             for _ in range(min(NUM_READERS, ticket._num_open)):
-                self._jobs.put(ticket)
+                self._jobs.put(ticket, urgent=urgent)
         except BaseException:  # KeyboardInterrupt: no thread may write into the slot any more
             unread = 0
             while ticket.take_piece() is not None:
@@ -142,7 +159,7 @@ class ReaderTransport:
 
     def slots(self) -> Sequence[Tensor]:
         """Return the slots, to measure them."""
-        return self._slots
+        return list(self._slots.values())
 
     def take_link_seconds(self) -> float:
         """Return for how long there was something to read since the last call."""
@@ -159,12 +176,12 @@ class ReaderTransport:
             ticket.arrived.wait()
         if self._stream is not None:
             self._stream.synchronize()  # copies into the slots, and out of pinned memory
-        for slot in range(len(self._slots)):
+        for slot in self._slots:
             if self.is_lent(slot):
                 self._leave(slot)
-        self._slots, self._host_slots = [], []
-        for kept in (self._in_slot, self._used, self._staged):
-            kept.clear()
+        for kept in (self._slots, self._host_slots, self._in_slot, self._used, self._staged):
+            kept.clear()  # type: ignore[attr-defined]
+        self._next_slot = 0
 
     def _allocate(self, num_bytes: int) -> Tensor:
         if self._stream is None:
@@ -194,7 +211,33 @@ class ReaderTransport:
             thread.start()
 
 
-def _read_pieces(jobs: "queue.SimpleQueue[_Job]") -> None:
+class _Jobs:
+    """What reader threads have to do, first what is urgent.
+
+    An interrupt in ``put`` leaves it whole: there may be more calls than jobs, or a job without a
+    call, which is taken with the next one.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._urgent: deque[_Job] = deque()
+        self._others: deque[_Job] = deque()
+
+    def put(self, job: _Job, *, urgent: bool) -> None:
+        """Add a job; None ends a thread."""
+        (self._urgent if urgent else self._others).append(job)
+        self._calls.put(None)
+
+    def get(self) -> _Job:
+        """Wait for a job."""
+        while True:
+            for jobs in (self._urgent, self._others):
+                with contextlib.suppress(IndexError):
+                    return jobs.popleft()
+            self._calls.get()
+
+
+def _read_pieces(jobs: _Jobs) -> None:
     """Read and check pieces until told to end; a failure is raised where the unit is waited for."""
     while (ticket := jobs.get()) is not None:
         while (piece := ticket.take_piece()) is not None:
@@ -219,12 +262,12 @@ def _read_pieces(jobs: "queue.SimpleQueue[_Job]") -> None:
 
 
 def _end_threads(
-    jobs: "queue.SimpleQueue[_Job]", threads: list[threading.Thread], process: int
+    jobs: _Jobs, threads: list[threading.Thread], process: int
 ) -> None:
     if os.getpid() != process:
         return  # a forked child, which has none of them
     for _ in threads:
-        jobs.put(None)
+        jobs.put(None, urgent=False)
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join()

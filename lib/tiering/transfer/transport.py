@@ -58,8 +58,17 @@ class Transport(Protocol):
     def make_slots(self, num_slots: int, slot_bytes: int) -> None:
         """Allocate the slots; nothing is allocated afterwards. Frees the ones before."""
 
-    def submit(self, unit: Unit, slot: int) -> "Ticket":
-        """Ask for a unit in a slot; returns at once."""
+    def another(self) -> "Transport":
+        """Make one with slots of its own, which reads the same stores."""
+
+    def add_slot(self, num_bytes: int) -> int:
+        """Allocate one slot more, of a size of its own; returns its number."""
+
+    def drop_slot(self, slot: int) -> None:
+        """Free a slot that is not used any more."""
+
+    def submit(self, unit: Unit, slot: int, *, urgent: bool = True) -> "Ticket":
+        """Ask for a unit in a slot; returns at once. Not ``urgent``: behind all that is."""
 
     def wait(self, ticket: "Ticket") -> Tensor | None:
         """Block until the unit is there; returns its bytes in fast memory, or None where nothing

@@ -1,0 +1,128 @@
+"""Packed experts that are held apart, computed one by one: transformers' interface for experts says
+which are routed to before any weight is touched.
+
+Products are those of each expert's rows, and are added up in the order of ``grouped_mm``, which
+gives the bits that this has on a CPU (for widths that are multiples of 32: torch computes the last
+few of a run of activations by another exponential); where the model computed by ``eager``, those of
+that. Compressed experts are multiplied with as records.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import PlacementError
+from ..residency.experts import ExpertSlots, Weights
+from ..residency.packed import IMPLEMENTATION, PACKED, PackedExperts
+from ..residency.stand_ins import NO_GRADIENTS
+
+
+def serve_experts(packed: Sequence[PackedExperts], slots: ExpertSlots) -> None:
+    """Let modules compute with experts that are held apart, or in ``slots`` for a while."""
+    if packed:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+    for layer, each in enumerate(packed):
+        each.compute = RoutedExperts(layer, each, slots)
+
+
+def _forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Compute what transformers asks of an experts module: hidden (tokens, width), index and
+    weights (tokens, k) -> (tokens, width).
+    """
+    packed = PACKED[module]
+    if not packed.is_plain:
+        assert packed.compute is not None
+        return packed.compute(hidden, index, weights)
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    compute = ALL_EXPERTS_FUNCTIONS.get(packed.implementation, eager)
+    output: Tensor = compute(module, hidden, index, weights)
+    return output
+
+
+class RoutedExperts:
+    """The calls of one experts module, the ``layer``-th of those in ``slots``."""
+
+    def __init__(self, layer: int, packed: PackedExperts, slots: ExpertSlots) -> None:
+        self._layer = layer
+        self._packed = packed
+        self._slots = slots
+        self._products = _Products(packed)
+
+    def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Return what the experts make of hidden, in its dtype."""
+        if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+            raise PlacementError(f"inputs require gradients, {NO_GRADIENTS}")
+        if not index.numel():
+            return torch.zeros_like(hidden)
+        tokens: list[list[int]] = index.tolist()
+        routed = len(tokens[0])
+        pairs: dict[int, list[int]] = {}
+        for rank in range(routed):
+            for place, experts in enumerate(tokens):
+                pairs.setdefault(experts[rank], []).append(place * routed + rank)
+        outputs: Tensor | None = None
+        with self._packed.memory.watcher.alone():
+            for expert, held in self._held(tokens):
+                rows = torch.tensor(pairs[expert], device=hidden.device)
+                output = self._products(hidden[rows // routed], held)
+                if outputs is None:
+                    outputs = output.new_empty(len(tokens) * routed, output.shape[-1])
+                outputs[rows] = output
+        assert outputs is not None
+        weighted = outputs * weights.reshape(-1, 1)
+        if self._packed.implementation != "eager":
+            return weighted.view(len(tokens), routed, -1).sum(dim=1).to(hidden.dtype)
+        total = torch.zeros_like(hidden)
+        for expert in sorted(pairs):
+            rows = torch.tensor(pairs[expert], device=hidden.device)
+            total.index_add_(0, rows // routed, weighted[rows].to(hidden.dtype))
+        return total
+
+    def _held(self, tokens: Sequence[Sequence[int]]) -> Iterator[tuple[int, Weights]]:
+        """Yield the experts that are routed to, each with its weights in fast memory."""
+        if self._slots.cache is not None and self._layer in self._slots.cache.sizes:
+            yield from self._slots.use(self._layer, tokens)
+            return
+        for expert in dict.fromkeys(number for token in tokens for number in token):
+            self._packed.memory.watcher.called(self._packed.experts[expert].name)
+            yield expert, self._packed.held[expert]
+
+
+class _Products:
+    """What one expert computes, from the forms in which transformers' models have their weights."""
+
+    def __init__(self, packed: PackedExperts) -> None:
+        self._module: Any = packed.module
+        prefix = packed.experts[0].payload.group.modules[0]
+        self._up = f"{prefix}.{'gate_up_proj' if self._module.has_gate else 'up_proj'}"
+        self._down = f"{prefix}.down_proj"
+
+    def __call__(self, x: Tensor, weights: Weights) -> Tensor:
+        """Return one expert's output for rows of activations, before routing weights."""
+        module = self._module
+        up = self._linear(x, weights, self._up)
+        inner = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+        output = self._linear(inner, weights, self._down)
+        if getattr(module, "has_post_expert_norm", False):
+            return module.post_expert_norm(output)  # type: ignore[no-any-return]
+        return output
+
+    def _linear(self, x: Tensor, weights: Weights, name: str) -> Tensor:
+        weight, bias = weights[name], weights.get(f"{name}_bias")
+        assert bias is None or isinstance(bias, Tensor)
+        if not isinstance(weight, Tensor):
+            if not self._module.is_transposed:
+                return weight.linear(x, bias)
+            weight = weight.expand(0, weight.shape[0])
+        # As transformers' grouped products, which autocast leaves alone.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(weight.dtype)
+            output = x @ weight if self._module.is_transposed else F.linear(x, weight)
+        return output if bias is None else output.add_(bias)

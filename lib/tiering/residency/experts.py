@@ -1,0 +1,241 @@
+"""The cache for experts that are below: which are in fast memory, and how they get there.
+
+``policy.experts`` decides what stays. What a token is routed to and isn't there is read at once;
+what the next layers are expected to route to is read behind that, into room that is free or worth
+less.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...codecs.kernels import EncodedWeight
+from ...errors import PlacementError
+from ...policy.experts import Admission, ExpertCache
+from ...policy.plan import Plan
+from ..payload.contents import part_view
+from ..transfer.transport import Ticket, Unit
+from .fast_memory import FastMemory
+from .packed import ExpertWeight, HeldExpert, PackedExperts
+from .stand_ins import plain_tensors
+
+Weights = Mapping[str, ExpertWeight]
+"""One expert's weights by parameter."""
+_FEW_TOKENS = 16
+"""More are a prompt's, which must not push out what decoding uses."""
+
+
+@dataclass(slots=True)
+class ExpertCounters:
+    """What decoding met: ``uses`` of experts, of which ``resident`` were there before anything
+    was expected of them, and ``ready`` were there when they were needed. ``predicted`` were read
+    ahead, ``useful`` of them used, ``wasted`` not.
+    """
+
+    uses: int = 0
+    resident: int = 0
+    ready: int = 0
+    predicted: int = 0
+    useful: int = 0
+    wasted: int = 0
+
+
+class ExpertSlots:
+    """Experts in slots of their own sizes, within the bytes that a plan has for them."""
+
+    def __init__(self, memory: FastMemory, packed: Sequence[PackedExperts]) -> None:
+        self._memory = memory
+        self._packed = packed
+        self.transport = memory.transport.another()
+        self.cache: ExpertCache | None = None
+        """What is cached; None where no experts are below."""
+        self.ready = 0
+        self._num_bytes = 0
+        self._taken = 0
+        self._is_busy = False
+        """A use has begun and not come to its end."""
+        self._spare: dict[int, list[int]] = {}
+        self._slots: dict[HeldExpert, tuple[Ticket, Weights | None]] = {}
+
+    # -- placing -----------------------------------------------------------------------------------
+
+    def free(self) -> None:
+        """Have no slots until ``adopt``."""
+        for ticket, _ in self._slots.values():
+            ticket.arrived.wait()
+        self._slots.clear()
+        self._spare.clear()
+        self.transport.make_slots(0, 0)
+        self.cache, self._taken = None, 0
+
+    def adopt(self, plan: Plan) -> None:
+        """Have the slots of a plan; what was cached is read anew."""
+        self._num_bytes = plan.cache_bytes
+        layers = {
+            layer: packed.experts
+            for layer, packed in enumerate(self._packed)
+            if any(each.units for each in packed.experts)
+        }
+        if not layers:
+            return
+        sizes = {
+            layer: [max(_unit(each).num_bytes, 1) if each.units else 1 for each in experts]
+            for layer, experts in layers.items()
+        }
+        largest = max(max(each) for each in sizes.values())
+        per_token = {
+            layer: min(self._packed[layer].routed, len(experts))
+            for layer, experts in layers.items()
+        }
+        self.cache = ExpertCache(sizes, self._num_bytes - largest, per_token=per_token)
+
+    # -- use ---------------------------------------------------------------------------------------
+
+    def use(self, layer: int, tokens: Sequence[Sequence[int]]) -> Iterator[tuple[int, Weights]]:
+        """Yield each expert that the tokens of a layer are routed to with its weights in fast
+        memory, those first that are there. What was yielded may go when the next is asked for.
+
+        Raises PlacementError where stored bytes are not sound.
+        """
+        experts = self._packed[layer].experts
+        experts[0].refuse_written()
+        self._is_busy = True
+        admission = self._admit(layer, tokens)
+        for number in admission.misses:
+            self._submit(experts[number], urgent=True)
+        for number in (*admission.hits, *admission.misses):
+            yield number, self._weights(layer, experts[number])
+            self.transport.done_with(self._slots[experts[number]][0].slot, shared=False)
+        for number in admission.passing:
+            try:
+                self._submit(experts[number], urgent=True)
+                yield number, self._weights(layer, experts[number])
+            finally:
+                self._release(experts[number])
+        self._is_busy = False
+
+    def expect(self, layer: int, number: int) -> bool:
+        """Read an expert that the layer's next call is expected to use, behind what is needed now;
+        returns whether it is on its way for that.
+        """
+        cache, experts = self.cache, self._packed[layer].experts
+        if cache is None or not experts[number].units:
+            return False
+        evicted = cache.admit_predicted(layer, number)
+        if evicted is None:
+            return False
+        self._evict(evicted)
+        self._submit(experts[number], urgent=False)
+        return True
+
+    def _admit(self, layer: int, tokens: Sequence[Sequence[int]]) -> Admission:
+        """Ask the cache, and let go of what it evicts."""
+        cache = self.cache
+        assert cache is not None
+        distinct = list(dict.fromkeys(number for token in tokens for number in token))
+        needed = sum(cache.sizes[layer][number] for number in distinct)
+        if len(tokens) <= _FEW_TOKENS and needed <= cache.capacity_bytes:
+            self.ready += sum(self._is_there(layer, number) for number in distinct)
+            admission = cache.use(layer, distinct)
+        else:
+            admission = cache.use_many(layer, tokens)
+        self._evict(admission.evicted)
+        return admission
+
+    def mend(self) -> None:
+        """Let go of what an interrupted use has left in slots, though the cache let go of it."""
+        if self._is_busy and self.cache is not None:
+            for layer, packed in enumerate(self._packed):
+                for each in packed.experts:
+                    if each in self._slots and (layer, each.number) not in self.cache:
+                        self._release(each)
+        self._is_busy = False
+
+    def _is_there(self, layer: int, number: int) -> bool:
+        held = self._slots.get(self._packed[layer].experts[number])
+        return held is not None and held[0].arrived.is_set()
+
+    def _weights(self, layer: int, expert: HeldExpert) -> Weights:
+        """Wait for an expert; returns its weights."""
+        self._submit(expert, urgent=True)  # after an interrupt it may not have been asked for
+        ticket, weights = self._slots[expert]
+        self._memory.watcher.called(expert.name)
+        if weights is not None:
+            return weights
+        with self._memory.watcher.moving(expert.name) as moved, plain_tensors():
+            try:
+                buffer = self.transport.wait(ticket)
+            except PlacementError:
+                self._forget(layer, expert)
+                raise
+            moved(ticket.unit.data_bytes)
+        if buffer is None:
+            buffer = expert.shard_in_memory(0)
+        weights = self._view(expert, buffer)
+        self._slots[expert] = ticket, weights
+        return weights
+
+    def _view(self, expert: HeldExpert, buffer: Tensor) -> Weights:
+        found: dict[str, ExpertWeight] = {}
+        for part in expert.payload.parts:
+            if part.record is None:
+                found[part.parameter] = part_view(buffer, part)
+                continue
+            assert self._memory.scratch is not None
+            record = buffer[part.offset : part.offset + part.num_bytes]
+            found[part.parameter] = EncodedWeight(
+                record, part.record, dtype=part.dtype, scratch=self._memory.scratch
+            )
+        return found
+
+    # -- slots -------------------------------------------------------------------------------------
+
+    def _submit(self, expert: HeldExpert, *, urgent: bool) -> None:
+        """Ask for an expert in a slot, unless it has one."""
+        if expert in self._slots:
+            return
+        unit = _unit(expert)
+        spare = self._spare.get(unit.num_bytes)
+        if spare:
+            slot = spare.pop()
+        else:
+            self._make_room(unit.num_bytes)
+            slot = self.transport.add_slot(unit.num_bytes)
+            self._taken += unit.num_bytes
+        try:
+            self._slots[expert] = self.transport.submit(unit, slot, urgent=urgent), None
+        except BaseException:
+            self._spare.setdefault(unit.num_bytes, []).append(slot)
+            raise
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Free slots of other sizes for one that is still to be made."""
+        for size, slots in self._spare.items():
+            while slots and self._taken + num_bytes > self._num_bytes:
+                self.transport.drop_slot(slots.pop())
+                self._taken -= size
+
+    def _evict(self, evicted: Sequence[tuple[int, int]]) -> None:
+        for layer, number in evicted:
+            self._release(self._packed[layer].experts[number])
+
+    def _release(self, expert: HeldExpert) -> None:
+        """Let an expert's slot serve another."""
+        held = self._slots.pop(expert, None)
+        if held is not None:
+            ticket = held[0]
+            self.transport.done_with(ticket.slot, shared=False)
+            self._spare.setdefault(ticket.unit.num_bytes, []).append(ticket.slot)
+
+    def _forget(self, layer: int, expert: HeldExpert) -> None:
+        """Take an admission back of which the bytes didn't come."""
+        assert self.cache is not None
+        if (layer, expert.number) in self.cache:
+            self.cache.forget(layer, expert.number)
+        self._release(expert)
+
+
+def _unit(expert: HeldExpert) -> Unit:
+    (unit,) = expert.units
+    return unit
