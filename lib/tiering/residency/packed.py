@@ -30,7 +30,7 @@ from .archive import Archive, Stored
 from .fast_memory import FastMemory
 from .held import HeldGroup
 from .originals import Originals
-from .stand_ins import Away, OffloadedParameter, WeightOps, set_away, set_weights
+from .stand_ins import Away, OffloadedParameter, WeightOps, plain_tensors, set_away, set_weights
 from .weights import GroupWeights, Lost
 
 ExpertWeight = Tensor | CompressedWeight
@@ -319,6 +319,8 @@ class _AwayExperts:
         self.shape = shape
         self._packed = packed
         self._part = part
+        self._kept: weakref.ref[Tensor] | None = None
+        """What was last given out, to be kept."""
 
     def prepare(self, whole: Sequence[Away], by_rows: Sequence[Away]) -> bool:
         """There is nothing to make room for in advance."""
@@ -331,7 +333,7 @@ class _AwayExperts:
         parameter = self._packed.experts[0].weights.parameter(self._part)
         num_bytes = self.shape.numel() * self.shape.element_size()
         with memory.watcher.alone(), memory.taking(num_bytes):
-            with DisableTorchFunctionSubclass():
+            with plain_tensors(), DisableTorchFunctionSubclass():
                 set_weights(parameter, self._packed.expand(self._part, memory.device))
             try:
                 yield
@@ -340,12 +342,18 @@ class _AwayExperts:
                 set_away(parameter, self, placeholder=placeholder)
 
     def copy(self) -> Tensor | None:
-        """Read the weights, where they are as they were given, into memory that the caller keeps."""
-        packed = self._packed
+        """Read the weights, where they are as they were given, into memory that the caller keeps;
+        a second caller meanwhile gets the same.
+        """
+        packed, memory = self._packed, self._packed.memory
         if any(each.payload.lossy for each in packed.experts):
             return None
-        memory = packed.memory
-        with memory.watcher.alone(), DisableTorchFunctionSubclass():
+        with memory.watcher.alone(), plain_tensors(), DisableTorchFunctionSubclass():
             alias = packed.experts[0].weights.parameter(self._part).detach()
+            kept = None if self._kept is None else self._kept()
+            if kept is not None and kept.device == memory.copy_device:
+                alias.data = kept
+                return alias
             alias.data = packed.expand(self._part, memory.copy_device)
+        self._kept = weakref.ref(alias)
         return alias

@@ -90,7 +90,7 @@ def test_no_shard_has_fewer_rows_than_products_need_for_their_bits(
 ) -> None:
     monkeypatch.setattr(payload, "_PART_BYTES", part_bytes)
     model = nn.Linear(WIDTH, rows, bias=False)
-    (group,) = group_blocks(partition_model(model))
+    (group,) = group_blocks(model, partition_model(model))
     shards = payload.make_payload(group, model, dict(model.named_parameters()), None).shards
     assert [shard.start for shard in shards[1:]] == [shard.end for shard in shards[:-1]]
     assert (shards[0].start, shards[-1].end) == (0, rows)
