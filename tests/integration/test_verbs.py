@@ -36,6 +36,7 @@ ARGUMENTS: dict[str, str] = {
     "probe": "--quick --repeats 1 --size 32MiB --output {out}/machine.json",
     "rank-layers": "--model {model} --data {text} --samples 4 --output {out}/layers.json",
     "report": "{run} --output {out}/report.html",
+    "judge-policies": "{routes} --resident 0.25,0.5",
 }
 BAD: dict[str, dict[str, str]] = {
     "collect": {
@@ -95,6 +96,11 @@ BAD: dict[str, dict[str, str]] = {
         "--seed 99999999999999999999999": "--seed",
         "--json {out}/layers.json": "--json",
     },
+    "judge-policies": {
+        "--resident 0": "--resident '0'",
+        "--resident 0.01": "give 0.0625 or more",
+        "--json {routes}": "trace",
+    },
     "report": {"--output {out}": "is a folder", "--json {out}/report.html": "--json"},
 }
 """What is added to the arguments -> what the error names."""
@@ -107,6 +113,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_optimizer(folder / "model", folder / "checkpoint-1")
     lines = [f"line {index}: {index**3 % 1009} jumps over {index**2}\n" for index in range(400)]
     (folder / "text.txt").write_text("".join(lines))
+    steps = [f"{step},{layer},{step % 8}\n" for step in range(40) for layer in range(2)]
+    (folder / "routes.csv").write_text("step,layer,expert\n" + "".join(steps))
     write_json({"tiering": {"generate_json": False}, "run": {}}, folder / "run" / "config.json")
     return folder
 
@@ -138,6 +146,7 @@ def results(folder: Path) -> Path:
                 "text": folder / "text.txt",
                 "checkpoint": folder / "checkpoint-1",
                 "run": folder / "run",
+                "routes": folder / "routes.csv",
                 "out": own / "out",
             }
             words = [verb, *(word.format(**names) for word in ARGUMENTS[verb].split())]

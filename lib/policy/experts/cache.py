@@ -46,7 +46,9 @@ class ExpertCache:
     ``sizes`` has by layer the bytes of each expert, ``per_token`` by layer how many experts a token
     uses. ``policy`` is one of POLICIES; ``counts`` are uses of each expert to start from: router
     counts of the training for ``ours``, and what ``popularity`` goes by. With them the cache starts
-    full. Raises InputError for a capacity that can't hold what one layer needs at once.
+    full. ``spare``: the engine has slots beside the cache's for what one layer needs at once, as
+    prompts have; below the cycle, what is worth least goes through these. Raises InputError for a
+    capacity that can't hold what one layer needs at once.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ExpertCache:
         per_token: Mapping[int, int],
         policy: str = "ours",
         counts: Mapping[Expert, float] | None = None,
+        spare: bool = False,
     ) -> None:
         _check_sizes(sizes, per_token)
         self.sizes = sizes
@@ -69,8 +72,10 @@ class ExpertCache:
         """What a token needs, at most."""
         self._check_capacity(capacity_bytes)
         self.counters = Counters()
-        self.values = _make_values(policy, sizes, capacity_bytes, per_token, counts)
+        self._spare = spare
+        self.values = _make_values(policy, sizes, per_token, counts)
         self._residents = Residents(sizes, capacity_bytes)
+        self._resize(capacity_bytes)
         self._calls: dict[int, int] = dict.fromkeys(sizes, 0)
         self._chosen = self.values.chosen
         self._current: frozenset[Expert] = frozenset()
@@ -104,6 +109,8 @@ class ExpertCache:
     def use(self, layer: int, experts: Sequence[int]) -> Admission:
         """Admit what one decode step routes to in a layer: afterwards all of it is held.
 
+        But for what is ``passing``: only with spare slots, and below the cycle.
+
         Raises InputError where these experts are more than fit, or named twice.
         """
         self._check_experts(layer, experts)
@@ -111,13 +118,15 @@ class ExpertCache:
         call = self._begin(layer)
         self.values.touch(layer, experts, call)
         self._settle(layer, experts)
-        admission = self._residents.admit(layer, experts, self.values.key)
+        enter = self._residents.offer if self._bypasses else self._residents.admit
+        admission = enter(layer, experts, self.values.key)
         self._current = frozenset((layer, index) for index in experts)
         counters = self.counters
         counters.steps += 1
         counters.hits += len(admission.hits)
-        counters.misses += len(admission.misses)
-        counters.missed_bytes += self._bytes(layer, admission.misses)
+        read = (*admission.misses, *admission.passing)
+        counters.misses += len(read)
+        counters.missed_bytes += self._bytes(layer, read)
         self._note_evicted(admission.evicted)
         return admission
 
@@ -172,11 +181,18 @@ class ExpertCache:
         changes nothing, below what one layer needs.
         """
         self._check_capacity(capacity_bytes)
-        self.values.resize(capacity_bytes)
-        self._residents.capacity_bytes = capacity_bytes
+        self._resize(capacity_bytes)
         evicted = self._residents.make_room(0)
         self._note_evicted(evicted)
         return evicted
+
+    @property
+    def _bypasses(self) -> bool:
+        return self._spare and self.below_cycle
+
+    def _resize(self, capacity_bytes: int) -> None:
+        self._residents.capacity_bytes = capacity_bytes
+        self.values.resize(capacity_bytes, bypasses=self._bypasses)
 
     def _begin(self, layer: int) -> int:
         """Start a layer's next call: its residents are older by one; returns its number."""
@@ -246,12 +262,11 @@ class ExpertCache:
 def _make_values(
     policy: str,
     sizes: Mapping[int, Sequence[int]],
-    capacity_bytes: int,
     per_token: Mapping[int, int],
     counts: Mapping[Expert, float] | None,
 ) -> Values:
     if policy == "ours":
-        return ChosenFading(sizes, capacity_bytes, per_token=per_token, counts=counts)
+        return ChosenFading(sizes, per_token=per_token, counts=counts)
     if policy == "lru":
         return Values()
     if policy == "lfu":

@@ -24,7 +24,7 @@ _MEMORY = 512
 
 
 class ChosenFading(FadingUses):
-    """Uses that fade at the half-life of which most hits have come, on ``capacity_bytes``.
+    """Uses that fade at the half-life of which most hits have come.
 
     ``sizes`` and ``per_token`` are those of ``ExpertCache``.
     """
@@ -32,7 +32,6 @@ class ChosenFading(FadingUses):
     def __init__(
         self,
         sizes: Mapping[int, Sequence[int]],
-        capacity_bytes: int,
         *,
         per_token: Mapping[int, int],
         counts: Mapping[Expert, float] | None = None,
@@ -46,11 +45,12 @@ class ChosenFading(FadingUses):
             sum(sorted(sizes[layer], reverse=True)[: per_token[layer]]) for layer in layers
         )
         self._ghosts = [Residents(self._ghost_sizes, 0) for _ in half_lives]
-        self.resize(capacity_bytes)
+        self._bypasses = False
         self._forget()
 
-    def resize(self, capacity_bytes: int) -> None:
-        """Give the ghosts their share of a new capacity; raises nothing."""
+    def resize(self, capacity_bytes: int, *, bypasses: bool) -> None:
+        """Give the ghosts their share of the capacity."""
+        self._bypasses = bypasses
         whole = sum(map(sum, self._sizes.values()))
         share = sum(map(sum, self._ghost_sizes.values())) / whole
         for ghost in self._ghosts:
@@ -65,7 +65,8 @@ class ChosenFading(FadingUses):
         hits = []
         for way, ghost in enumerate(self._ghosts):
             ghost.shift(layer, call * self.rates[way])
-            admission = ghost.admit(layer, experts, partial(self.key_at, way=way))
+            enter = ghost.offer if self._bypasses else ghost.admit
+            admission = enter(layer, experts, partial(self.key_at, way=way))
             hits.append(frozenset(admission.hits))
         mine = hits[self.chosen]
         for way, others in enumerate(hits):

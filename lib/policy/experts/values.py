@@ -39,8 +39,8 @@ class Values:
         """Return the key that an expert would have if its layer's call ``call`` used it."""
         return self.key(expert)
 
-    def resize(self, capacity_bytes: int) -> None:
-        """Hear of a new capacity."""
+    def resize(self, capacity_bytes: int, *, bypasses: bool) -> None:
+        """Hear of the capacity, and whether steps hold only what is worth it."""
 
 
 class Frequency(Values):
