@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from lib.blocks import unique_parameters, whole_tensor
 from lib.checkpoint.optimizer import OPTIMIZER_FILE
 from lib.errors import InputError
+from lib.signals.summary import class_name
 
 from .distributed import is_main, like_parameter
 from .pruning import MASKS_FILE
@@ -40,7 +41,9 @@ STATE_FILE = "trainer_state.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """How far a run is. Losses in nats per token; ``scale`` is MomentScale's state."""
+    """How far a run is. Losses in nats per token; ``scale`` is MomentScale's state, and
+    ``router_counts`` how often each expert's block was routed to.
+    """
 
     step: int
     complete: bool
@@ -51,6 +54,7 @@ class TrainerState:
     tokens: int
     train_seconds: float
     scale: Mapping[str, float]
+    router_counts: Mapping[str, int]
 
 
 def save_checkpoint(
@@ -84,7 +88,7 @@ def save_checkpoint(
     try:
         with _plain_write_errors(folder):
             partial.mkdir(parents=True)
-            network.config.architectures = ["GPT2LMHeadModel"]
+            network.config.architectures = [class_name(network)]
             network.config.save_pretrained(partial)
             network.generation_config.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
@@ -133,7 +137,7 @@ def load_state(folder: Path) -> TrainerState | None:
     if not folder.exists():
         return None
     try:
-        document = json.loads(path.read_text())
+        document = {"router_counts": {}, **json.loads(path.read_text())}  # older ones lack it
         return TrainerState(**{field.name: document[field.name] for field in fields(TrainerState)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(_damaged(path, error)) from error

@@ -63,6 +63,13 @@ class World:
             dist.all_reduce(vector)
         return [float(value) for value in vector.tolist()]
 
+    def add(self, tensor: Tensor) -> Tensor:
+        """Return a tensor's sum over all ranks, without gradients; every rank must call it."""
+        total = tensor.detach().clone().to(self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
     def wait(self) -> None:
         """Wait until all ranks are here."""
         if self.size > 1:

@@ -2,6 +2,7 @@
 with what provenance.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lib.signals import (
     attention_fim_trace,
     fisher_hints,
     measure_fisher,
+    router_signals,
     save_fisher_diagonal,
 )
 
@@ -42,14 +44,15 @@ def write_hints(
     network: Any,
     optimizer: Optimizer,
     scale: MomentScale,
+    router_counts: Mapping[str, int],
     corpus: Corpus,
 ) -> None:
     """Collect the configured signal and write the hints; every rank must call it, the main one
     measures and writes.
 
-    Adam's moments are read from the optimizer, sharded or not. Fisher information and attention are
-    measured on a copy of the network loaded from the checkpoint, whole and in float32, on training
-    text.
+    ``router_counts``, block -> count, go into the hints of experts. Adam's moments are read from
+    the optimizer, sharded or not. Fisher information and attention are measured on a copy of the
+    network loaded from the checkpoint, whole and in float32, on training text.
     """
     tiering = config.tiering
     step = scale.steps
@@ -59,14 +62,20 @@ def write_hints(
         "hbm_threshold": tiering.hbm_threshold,
         "cpu_threshold": tiering.cpu_threshold,
         "extra_provenance": {"corpus": corpus.name, "corpus_digest": corpus.digest},
+        "extra_signals": router_signals(router_counts),
     }
+    if config.model.moe is not None:
+        common["extra_provenance"] |= {
+            "router_counts": "while training",
+            "router_auxiliary_loss": config.model.moe.balance,
+        }
     # Loaded only where something is measured on it; moments need no copy.
     measured = is_main() and (tiering.signal != "adam_state" or tiering.attention_sequences > 0)
     copy = load_model(run.checkpoint, dropout=0.0).to(world.device) if measured else None
     if copy is not None and tiering.attention_sequences:
         log(f"measuring attention on {tiering.attention_sequences} sequences")
         batches = _batches(corpus, config, tiering.attention_sequences)
-        common["extra_signals"] = {
+        common["extra_signals"] |= {
             block: {"attention_fim_trace": heads}
             for block, heads in attention_fim_trace(copy, batches).items()
         }

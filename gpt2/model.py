@@ -1,4 +1,6 @@
-"""The network: a GPT-2 of any size from the configuration, or the weights of a hub id or folder."""
+"""The network: a GPT-2 or a Qwen3-MoE of any size from the configuration, or the weights of a hub
+id or folder.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +8,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from lib.config import ModelConfig
+from lib.config import ModelConfig, MoeConfig
 from lib.errors import InputError
 
 from .tokenizer import first_line
 
 
 def build_model(model: ModelConfig, tokenizer: Any, *, seed: int) -> Any:
-    """Return a float32 GPT2LMHeadModel on the CPU: initialised from ``seed``, or loaded from
+    """Return a float32 causal language model on the CPU: initialised from ``seed``, or loaded from
     GPT2_PRETRAINED.
 
     Raises InputError for sizes that don't fit together, a tokenizer with more tokens than the model
@@ -27,10 +29,14 @@ def build_model(model: ModelConfig, tokenizer: Any, *, seed: int) -> Any:
 
 
 def make_network(model: ModelConfig, *, end_of_text: int = 0) -> Any:
-    """Return a GPT2LMHeadModel of the sizes that are configured, with random weights."""
+    """Return a GPT2LMHeadModel, or with experts a Qwen3MoeForCausalLM, of the sizes that are
+    configured, with random weights.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     _check_heads(model)
+    if model.moe is not None:
+        return _make_moe(model, model.moe, end_of_text=end_of_text)
     config = GPT2Config(
         vocab_size=model.vocab_size,
         n_positions=model.context,
@@ -45,20 +51,52 @@ def make_network(model: ModelConfig, *, end_of_text: int = 0) -> Any:
     return GPT2LMHeadModel(config)
 
 
+def _make_moe(model: ModelConfig, moe: MoeConfig, *, end_of_text: int) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config_class: Any = Qwen3MoeConfig  # whose stub does not know head_dim
+    if model.width // model.heads % 2:
+        raise InputError(
+            f"GPT2_WIDTH={model.width} over GPT2_HEADS={model.heads} gives heads of "
+            f"{model.width // model.heads} channels, and rotary positions need an even number: "
+            "change one of them"
+        )
+    config = config_class(
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.context,
+        hidden_size=model.width,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.heads,
+        head_dim=model.width // model.heads,
+        num_experts=moe.experts,
+        num_experts_per_tok=moe.top_k,
+        moe_intermediate_size=moe.expert_width,
+        norm_topk_prob=True,
+        router_aux_loss_coef=moe.balance,
+        tie_word_embeddings=True,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+    )
+    config._attn_implementation = "sdpa"
+    return Qwen3MoeForCausalLM(config)
+
+
 def load_model(folder: Path, *, dropout: float, attention: str = "sdpa") -> Any:
     """Load the network of a checkpoint folder in float32; raises InputError if it is damaged."""
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would draw on logs too, for a load of milliseconds
-    network_class: Any = GPT2LMHeadModel  # whose stub does not know output_loading_info
+    network_class: Any = AutoModelForCausalLM  # whose stub does not know output_loading_info
     try:
+        gpt2 = AutoConfig.from_pretrained(folder).model_type == "gpt2"
         network, report = network_class.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation=attention,
             output_loading_info=True,
-            **_dropout(dropout),
+            **(_dropout(dropout) if gpt2 else {}),
         )
         if report["missing_keys"]:
             raise ValueError(f"no weights for {sorted(report['missing_keys'])[0]}")

@@ -104,6 +104,7 @@ def train(config: Config, config_path: Path) -> dict[str, Any]:
                 network=trainer.network,
                 optimizer=trainer.optimizer,
                 scale=trainer.scale,
+                router_counts=trainer.state.router_counts,
                 corpus=corpus,
             )
         if finished and is_main():

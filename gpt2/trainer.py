@@ -1,8 +1,9 @@
 """The trainer: AdamW with warm-up and cosine, accumulation, clipping, evaluation, checkpoints.
 
 On a CPU a continued run equals an unbroken one bit for bit: the batch and the dropout of step s are
-functions of (seed, s), and nothing else carries state but the weights, Adam's moments, MomentScale
-and the masks of pruning, all of which the checkpoint holds. Losses are in nats per token.
+functions of (seed, s), and nothing else carries state but the weights, Adam's moments, MomentScale,
+the counts of the routers and the masks of pruning, all of which the checkpoint holds. Losses are in
+nats per token.
 """
 
 import math
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from lib.blocks import unique_parameters, unwrap_model
 from lib.config import Config, TrainConfig
 from lib.errors import InputError
-from lib.signals import MomentScale, reshard
+from lib.signals import MomentScale, RouterCounter, reshard
 
+from .balance import BalanceLoss
 from .checkpoint import TrainerState, keep_checkpoint, load_optimizer, save_checkpoint
 from .data import Corpus, heldout_windows, sample_windows
 from .distributed import (
@@ -49,6 +51,7 @@ class StepResult:
     gradient_norm: float
     clip_coefficient: float
     stop: bool
+    balance: float | None  # mean load-balance loss of the layers, 1 where experts share evenly
 
 
 class Trainer:
@@ -87,6 +90,8 @@ class Trainer:
         self.parameters = list(unique_parameters(self.network).values())
         prune = self.config.prune
         self.pruner = Pruner(self.network, prune, seed=self.seed) if prune else None
+        moe = config.model.moe
+        self.balance = BalanceLoss(self.network, moe.balance, world) if moe else None
         self.heldout = torch.from_numpy(
             heldout_windows(
                 corpus.heldout, num_windows=self.config.eval_sequences, length=self.context
@@ -109,6 +114,7 @@ class Trainer:
                 tokens=0,
                 train_seconds=0.0,
                 scale={},
+                router_counts={},
             )
             size = sum(parameter.numel() for parameter in self.parameters)
             log(
@@ -122,6 +128,7 @@ class Trainer:
                 self.pruner.load_masks(run.checkpoint)
             self.scale = MomentScale.from_state_dict(state.scale)
             log(f"continuing {run.path} after step {state.step} of {self.config.steps}")
+        self.router = RouterCounter(self.network, training=True, counts=state.router_counts)
         self.state = state
 
     @property
@@ -166,6 +173,7 @@ class Trainer:
                     tokens_per_s=self.tokens_per_step / duration,
                     time_s=seconds,
                     **({} if self.pruner is None else {"sparsity": self.pruner.sparsity}),
+                    **({} if result.balance is None else {"balance_loss": result.balance}),
                 )
                 complete = step == self.config.steps
                 if complete or step % self.config.eval_every == 0:
@@ -194,6 +202,7 @@ class Trainer:
                         tokens=step * self.tokens_per_step,
                         train_seconds=seconds,
                         scale=self.scale.state_dict(),
+                        router_counts=self.router.fold(self.world.add),
                     )
                     self._save()
                     saved_step = step
@@ -219,17 +228,27 @@ class Trainer:
             )
         ).split(batch_size)
         loss_sum = torch.zeros((), device=self.world.device)
+        balance_sum = torch.zeros((), device=self.world.device)
         for index, window in enumerate(windows):
             tokens = window[self.world.rows(batch_size)].to(self.world.device)
             with gradient_sync(self.model, last=index == accumulation - 1):
                 with self._autocast():
                     losses = token_losses(self.model, tokens[:, :-1], tokens[:, 1:])
                 loss = losses.mean() / accumulation
+                loss_sum += loss.detach()
+                if self.balance is not None:
+                    balance = self.balance.take() / accumulation
+                    balance_sum += balance.detach()
+                    loss = loss + self.balance.weight * balance
                 loss.backward()
-            loss_sum += loss.detach()
         share = 1 / self.world.size
-        loss_value, norm, stops = self.world.total(
-            [loss_sum * share, gradient_norm(self.parameters) * share, float(stop)]
+        loss_value, norm, stops, balance_value = self.world.total(
+            [
+                loss_sum * share,
+                gradient_norm(self.parameters) * share,
+                float(stop),
+                balance_sum * share,
+            ]
         )
         if not math.isfinite(loss_value) or not math.isfinite(norm):
             kept = (
@@ -252,7 +271,13 @@ class Trainer:
         if self.pruner is not None:
             self.pruner.after_step(self.optimizer, step)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss_value, norm, coefficient, stop=stops > 0)
+        return StepResult(
+            loss_value,
+            norm,
+            coefficient,
+            stop=stops > 0,
+            balance=None if self.balance is None else balance_value,
+        )
 
     @torch.no_grad()
     def evaluate(self) -> float:

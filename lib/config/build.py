@@ -16,6 +16,7 @@ from .groups import (
     FisherLabels,
     Mode,
     ModelConfig,
+    MoeConfig,
     Parallel,
     PrecisionName,
     PruneConfig,
@@ -38,6 +39,7 @@ _DEVICES: dict[str, Device] = {
 
 _SOURCES: dict[str, Source] = {
     "DATA_STDLIB": "stdlib",
+    "DATA_KINDS": "kinds",
     "DATA_FILES": "files",
     "DATA_WIKITEXT_2": "wikitext-2",
     "DATA_WIKITEXT_103": "wikitext-103",
@@ -46,6 +48,10 @@ _SOURCES: dict[str, Source] = {
     "DATA_OPENWEBTEXT": "openwebtext",
     "DATA_FINEWEB_EDU": "fineweb-edu",
 }
+
+
+_FAMILIES = {"MODEL_GPT2": False, "MODEL_QWEN3_MOE": True}
+"""Whether the model has experts."""
 
 
 _PARALLEL: dict[str, Parallel] = {"TRAIN_DDP": "ddp", "TRAIN_FSDP2": "fsdp2"}
@@ -160,6 +166,7 @@ def _model(symbols: Symbols) -> ModelConfig:
         context=symbols.integer("GPT2_CONTEXT"),
         vocab_size=symbols.integer("GPT2_VOCAB_SIZE"),
         dropout=symbols.integer("GPT2_DROPOUT_PCT") / 100,
+        moe=_moe(symbols),
     )
     if config.width % config.heads:
         raise InputError(
@@ -167,6 +174,21 @@ def _model(symbols: Symbols) -> ModelConfig:
             f"which is {config.heads}: change one of them (64 channels per head are usual)"
         )
     return config
+
+
+def _moe(symbols: Symbols) -> MoeConfig | None:
+    config = MoeConfig(
+        experts=symbols.integer("MOE_EXPERTS"),
+        top_k=symbols.integer("MOE_TOP_K"),
+        expert_width=symbols.integer("MOE_EXPERT_WIDTH"),
+        balance=symbols.number("MOE_BALANCE", "[0, 10]", example="0.01"),
+    )
+    if config.top_k > config.experts:
+        raise InputError(
+            f"{symbols.label('MOE_TOP_K')}={config.top_k} is more than MOE_EXPERTS, which is "
+            f"{config.experts}: lower it"
+        )
+    return config if symbols.option(_FAMILIES) else None
 
 
 def _data(symbols: Symbols) -> DataConfig:

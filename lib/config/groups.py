@@ -9,6 +9,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 Source = Literal[
     "stdlib",
+    "kinds",
     "files",
     "wikitext-2",
     "wikitext-103",
@@ -59,6 +60,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoeConfig:
+    """The experts of each layer, and what keeps them all in use."""
+
+    experts: int
+    top_k: int  # experts per token
+    expert_width: int
+    balance: float  # weight of the load-balance loss; 0: off
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The model; with ``pretrained``, layers, heads, width and vocabulary mean nothing."""
 
@@ -69,6 +80,7 @@ class ModelConfig:
     context: int  # tokens
     vocab_size: int
     dropout: float  # in [0, 0.9]
+    moe: MoeConfig | None  # None: a GPT-2; else a Qwen3-MoE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from .interface import (
     signal_hints,
 )
 from .moment_signal import AdamSignal
+from .router import RouterCounter, RouterCounts, router_signals
 from .scale import MomentScale
 from .summary import reshard
 
@@ -37,6 +38,8 @@ __all__ = [
     "FisherResult",
     "FisherTrace",
     "Measurement",
+    "RouterCounter",
+    "RouterCounts",
     "MomentScale",
     "Signal",
     "TierHintsCallback",
@@ -49,6 +52,7 @@ __all__ = [
     "fisher_hints",
     "hints_from_checkpoint",
     "register_signal",
+    "router_signals",
     "reshard",
     "save_fisher_diagonal",
     "signal_hints",

@@ -28,8 +28,9 @@ from ..files import check_writable
 from ..hints import Hints, save_hints
 from ..units import parse_thresholds
 from .adam import adam_hints
-from .meter import UpdateMeter, explain, warn_safely
+from .meter import UpdateMeter, add_over_processes, explain, warn_safely
 from .optimizers import moment_beta2, unwrap_optimizer
+from .router import RouterCounter, router_signals
 from .scale import MomentScale
 from .summary import refuse_fsdp1
 
@@ -73,6 +74,8 @@ class TierHintsCallback(TrainerCallback, ExportableState):
         self._scale: MomentScale | None = None
         self._obstacle: str | None = None
         self._meter: UpdateMeter | None = None
+        self._router: RouterCounter | None = None
+        self._counts: dict[str, int] = {}
         self._pending: tuple[float | None, float | None] = (None, None)
 
     def state(self) -> dict[str, Any]:
@@ -87,7 +90,8 @@ class TierHintsCallback(TrainerCallback, ExportableState):
                 "with_checkpoints": self.with_checkpoints,
             },
             "attributes": {
-                "stored_scale": None if self._scale is None else self._scale.state_dict()
+                "stored_scale": None if self._scale is None else self._scale.state_dict(),
+                "stored_router_counts": self._counts,
             },
         }
 
@@ -114,6 +118,10 @@ class TierHintsCallback(TrainerCallback, ExportableState):
                 clips=bool(args.max_grad_norm),
             )
         )
+        self._counts = _stored(self, state, "stored_router_counts") or {}
+        if self._router is not None:
+            self._router.remove()
+        self._router = RouterCounter(model, training=True, counts=self._counts)
         # A checkpoint made without this callback has no entry for it, and without one the Trainer's
         # next save fails with a KeyError.
         _callback_states(state).setdefault(type(self).__name__, self.state())
@@ -150,6 +158,13 @@ class TierHintsCallback(TrainerCallback, ExportableState):
             tokens, coefficient = self._pending
             with self._measuring(state):
                 self._scale.update(tokens=tokens, clip_coefficient=coefficient)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add up what all processes routed; later, only one of them is asked for a state."""
+        if self._router is not None:
+            self._counts = self._router.fold(add_over_processes)
 
     def on_log(
         self,
@@ -188,6 +203,9 @@ class TierHintsCallback(TrainerCallback, ExportableState):
         if self._meter is not None:
             self._meter.remove()
             self._meter = None
+        if self._router is not None:
+            self._router.remove()
+            self._router = None
         with self._writing(Path(self.path), state):
             self._write(Path(self.path), args, state, final=True, **kwargs)
 
@@ -252,8 +270,10 @@ class TierHintsCallback(TrainerCallback, ExportableState):
             world_size=args.world_size,
             # Loss scaling skips optimizer steps that the Trainer counts: no sign of a reset.
             global_step=None if args.fp16 else state.global_step,
+            extra_signals=router_signals(self._counts),
             extra_provenance={
                 "trainer": "transformers.Trainer",
+                **({"router_counts": "while training"} if self._counts else {}),
                 "scale_unknown": obstacle,
                 "weights_step": weights_step,
                 "router_auxiliary_loss": float(getattr(config, "router_aux_loss_coef", 0.0))
@@ -308,13 +328,20 @@ def _scale_obstacle(args: TrainingArguments, model: nn.Module, beta2: set[float]
 
 def _restore_scale(callback: TierHintsCallback, state: TrainerState, beta2: float) -> MomentScale:
     """Return the scale a checkpoint stored for this callback, or a new one."""
+    stored = _stored(callback, state, "stored_scale")
+    if stored is not None and stored.get("beta2") == beta2:
+        return MomentScale.from_state_dict(stored)
+    return MomentScale(beta2)
+
+
+def _stored(callback: TierHintsCallback, state: TrainerState, name: str) -> Any:
+    """Return what a resumed run's checkpoint stored for this callback, or None."""
     if state.global_step > 0:
         entries = _callback_states(state).get(type(callback).__name__) or []
         for entry in entries if isinstance(entries, list) else [entries]:
-            stored = entry["attributes"].get("stored_scale")
-            if stored is not None and stored.get("beta2") == beta2:
-                return MomentScale.from_state_dict(stored)
-    return MomentScale(beta2)
+            if (stored := entry["attributes"].get(name)) is not None:
+                return stored
+    return None
 
 
 def _callback_states(state: TrainerState) -> dict[str, Any]:

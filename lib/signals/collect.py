@@ -13,6 +13,7 @@ from ..hints import Hints
 from .fisher import FisherTrace, save_fisher_diagonal
 from .gradients import FisherLabels
 from .interface import Measurement, Progress, Signal, signal_hints
+from .router import RouterCounter, router_signals
 
 BATCH_SIZE = 1
 """Sequences per draw: of the same text, more draws say more."""
@@ -78,11 +79,14 @@ def collect_hints(
 ) -> tuple[Hints, Measurement]:
     """Make hints by any signal, of a model in evaluation mode; returns also what was measured.
 
-    As ``collect_fisher``; ``diagonal`` goes with a ``FisherTrace`` that keeps it.
+    As ``collect_fisher``; ``diagonal`` goes with a ``FisherTrace`` that keeps it. The hints of
+    experts also have ``router_counts``, of all passes that the signal took.
     """
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size} must be at least 1")
-    found = signal.measure(model, torch.split(tokens, batch_size), progress=progress)
+    with RouterCounter(model, training=False) as counter:
+        found = signal.measure(model, torch.split(tokens, batch_size), progress=progress)
+    counts = counter.fold()
     config: Any = getattr(model, "config", None)
     provenance: Mapping[str, Any] = {
         "data": source,
@@ -90,6 +94,7 @@ def collect_hints(
         "sequence_length": tokens.shape[1],
         "batch_size": batch_size,
         "diagonal": None if diagonal is None else Path(diagonal).name,
+        **({"router_counts": "while collecting"} if counts else {}),
     }
     hints = signal_hints(
         found,
@@ -98,6 +103,7 @@ def collect_hints(
         revision=getattr(config, "_commit_hash", None) or "",
         hbm_threshold=hbm_threshold,
         cpu_threshold=cpu_threshold,
+        extra_signals=router_signals(counts),
         extra_provenance=provenance,
     )
     if diagonal is not None:

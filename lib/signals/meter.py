@@ -154,6 +154,15 @@ def warn_safely(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
 
+def add_over_processes(tensor: Tensor) -> Tensor:
+    """Return a tensor's sum over all processes, if there are several; each must then call it."""
+    if not torch.distributed.is_initialized():
+        return tensor
+    total = tensor.to(_collective_device(), copy=True)
+    torch.distributed.all_reduce(total)
+    return total
+
+
 def _pick_probes(model: nn.Module) -> list[nn.Parameter]:
     """Return the smallest trained parameters, the last of equals (LoRA's first start at 0)."""
     trained = [p for p in unique_parameters(model).values() if p.requires_grad]

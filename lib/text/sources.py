@@ -1,5 +1,5 @@
-"""Where training text comes from: the standard library of this interpreter, the user's files,
-datasets of the Hub.
+"""Where training text comes from: what every machine has (``library``), the user's files, datasets
+of the Hub.
 
 A source is a stream of documents in a fixed order, each already marked as training or held-out
 text. The mark is a function of the document's content, so a document keeps it when the corpus
@@ -10,11 +10,8 @@ DATA_MAX_MIB. Nothing here tokenizes.
 import glob
 import hashlib
 import importlib
-import os
 import re
 import sys
-import sysconfig
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,18 +23,19 @@ from ..errors import InputError
 from ..units import MIB
 from .formats import TextFormat, find_format, read_records
 from .hub import HUB_DATASETS, HubDataset, _hub_texts, _resolve_revision
+from .library import KINDS, kind_texts, library_files, name_place, read_python
 
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 _SECTION_BYTES = (2_048, 65_536)
 """Smallest and largest aim for a section of a corpus that is one single file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text; ``heldout`` documents are never trained on."""
+    """One text; ``heldout`` documents are never trained on. ``kind``: of DATA_KINDS, else empty."""
 
     text: str
     heldout: bool
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +52,17 @@ def open_source(data: DataConfig) -> Source:
     """Return the source that the configuration names; raises InputError when there is nothing to
     read.
     """
+    version = ".".join(map(str, sys.version_info[:3]))
     if data.source == "stdlib":
-        version = ".".join(map(str, sys.version_info[:3]))
         return _local_source(f"stdlib-{version}", list(_stdlib_entries()), data)
+    if data.source == "kinds":
+        share = data.max_mib * MIB // len(KINDS)
+        entries = [
+            _text_entry(f"{kind}/{name}", text, kind)
+            for kind in KINDS
+            for name, text in kind_texts(kind, max_bytes=share)
+        ]
+        return _local_source(f"kinds-{version}", entries, data)
     if data.source == "files":
         return _local_source("files", list(_file_entries(data.files, data.max_mib * MIB)), data)
     return _hub_source(data.source, HUB_DATASETS[data.source], data)
@@ -74,6 +80,7 @@ class _Entry:
     name: str
     num_bytes: int
     read: Callable[[], str | None]
+    kind: str = ""
 
 
 def _local_source(name: str, entries: list[_Entry], data: DataConfig) -> Source:
@@ -81,7 +88,7 @@ def _local_source(name: str, entries: list[_Entry], data: DataConfig) -> Source:
     held-out ones.
     """
     cap = data.max_mib * MIB
-    entries.sort(key=lambda entry: _place(entry.name))
+    entries.sort(key=lambda entry: name_place(entry.name))
     chosen: list[tuple[_Entry, int]] = []
     fingerprint = hashlib.blake2b(digest_size=16)
     total_bytes = 0
@@ -105,15 +112,21 @@ def _local_source(name: str, entries: list[_Entry], data: DataConfig) -> Source:
             f"data source {name!r} is one document and held-out text is whole documents: give "
             "several files, or one with blank lines between its parts"
         )
-    # The document first in hash order is always held out, so that a small corpus has held-out text
-    # at all.
-    last_heldout = max(data.heldout_permille * 2**64 // 1000 - 1, min(place for _, place in chosen))
+    # The document first in hash order, of each kind, is always held out, so that a small corpus has
+    # held-out text at all.
+    last_heldout = {
+        kind: max(
+            data.heldout_permille * 2**64 // 1000 - 1,
+            min(place for entry, place in chosen if entry.kind == kind),
+        )
+        for kind in {entry.kind for entry, _ in chosen}
+    }
 
     def documents() -> Iterator[Document]:
         for entry, place in chosen:
             text = entry.read()
             if text is not None:
-                yield Document(text, place <= last_heldout)
+                yield Document(text, place <= last_heldout[entry.kind], entry.kind)
 
     return Source(
         name=name,
@@ -123,46 +136,16 @@ def _local_source(name: str, entries: list[_Entry], data: DataConfig) -> Source:
     )
 
 
-def _place(name: str) -> bytes:
-    """Return a name's place in the fixed pseudo-random order of files."""
-    return hashlib.blake2b(name.encode()).digest()
-
-
 def _stdlib_entries() -> Iterator[_Entry]:
     """List the library's .py files and, for modules written in C, their documentation strings."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths: list[Path] = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
-        paths += [Path(folder, name) for name in files if name.endswith(".py")]
-    paths = sorted(path for path in paths if path.is_file())
-    if not paths:
-        raise InputError(
-            f"the running interpreter has no library source in {root}: choose DATA_FILES and give "
-            "DATA_FILES_GLOB"
-        )
-    for path in paths:
-        name = path.relative_to(root).as_posix()
-        yield _Entry(name, path.stat().st_size, partial(_read_python, path))
+    for name, path in library_files():
+        yield _Entry(name, path.stat().st_size, partial(read_python, path))
     for name in sorted(sys.builtin_module_names):
         yield _text_entry(f"<builtin>/{name}", _documentation(name))
 
 
-def _text_entry(name: str, text: str) -> _Entry:
-    return _Entry(name, len(text.encode()), lambda: text)
-
-
-def _read_python(path: Path) -> str | None:
-    """Read a source file in the encoding it declares; None for the library's deliberately broken
-    test files.
-    """
-    try:
-        with tokenize.open(path) as file:
-            return file.read()
-    except (SyntaxError, UnicodeDecodeError, LookupError):
-        return None
-    except OSError as error:
-        raise InputError(f"library file {path} can't be read: {error.strerror}") from error
+def _text_entry(name: str, text: str, kind: str = "") -> _Entry:
+    return _Entry(name, len(text.encode()), lambda: text, kind)
 
 
 def _documentation(module_name: str) -> str:
@@ -231,7 +214,7 @@ def _file_entries(pattern: str, max_characters: int) -> Iterator[_Entry]:
         yield _Entry(names[path], path.stat().st_size, partial(_read_text, path))
     # No more of the records than the cap is read; in an order that favours no name.
     left = max_characters
-    for path in sorted(forms[TextFormat.RECORDS], key=lambda path: _place(names[path])):
+    for path in sorted(forms[TextFormat.RECORDS], key=lambda path: name_place(names[path])):
         with _reading(path):
             for number, text in enumerate(read_records(path)):
                 left -= len(text)

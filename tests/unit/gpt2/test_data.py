@@ -15,7 +15,7 @@ from lib.errors import InputError
 from lib.text.hub import HubUnreachable
 
 MODEL = ModelConfig(
-    pretrained="", layers=1, heads=1, width=8, context=16, vocab_size=300, dropout=0.0
+    pretrained="", layers=1, heads=1, width=8, context=16, vocab_size=300, dropout=0.0, moe=None
 )
 
 

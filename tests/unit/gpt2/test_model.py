@@ -13,7 +13,7 @@ from lib.config import ModelConfig
 from lib.errors import InputError
 
 MODEL = ModelConfig(
-    pretrained="", layers=2, heads=2, width=8, context=16, vocab_size=50, dropout=0.1
+    pretrained="", layers=2, heads=2, width=8, context=16, vocab_size=50, dropout=0.1, moe=None
 )
 
 
