@@ -18,16 +18,19 @@ from ...errors import PlacementError
 from ..residency.experts import ExpertSlots, Weights
 from ..residency.packed import IMPLEMENTATION, PACKED, PackedExperts
 from ..residency.stand_ins import NO_GRADIENTS
+from .lookahead import LookAhead
 
 
-def serve_experts(packed: Sequence[PackedExperts], slots: ExpertSlots) -> None:
+def serve_experts(
+    packed: Sequence[PackedExperts], slots: ExpertSlots, lookahead: LookAhead
+) -> None:
     """Let modules compute with experts that are held apart, or in ``slots`` for a while."""
     if packed:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
     for layer, each in enumerate(packed):
-        each.compute = RoutedExperts(layer, each, slots)
+        each.compute = RoutedExperts(layer, each, slots, lookahead)
 
 
 def _forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -49,8 +52,11 @@ def _forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) 
 class RoutedExperts:
     """The calls of one experts module, the ``layer``-th of those in ``slots``."""
 
-    def __init__(self, layer: int, packed: PackedExperts, slots: ExpertSlots) -> None:
+    def __init__(
+        self, layer: int, packed: PackedExperts, slots: ExpertSlots, lookahead: LookAhead
+    ) -> None:
         self._layer = layer
+        self._lookahead = lookahead
         self._packed = packed
         self._slots = slots
         self._products = _Products(packed)
@@ -62,6 +68,7 @@ class RoutedExperts:
         if not index.numel():
             return torch.zeros_like(hidden)
         tokens: list[list[int]] = index.tolist()
+        self._lookahead.routed(self._layer, index, tokens)
         routed = len(tokens[0])
         pairs: dict[int, list[int]] = {}
         for rank in range(routed):

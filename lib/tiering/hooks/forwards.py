@@ -23,6 +23,7 @@ from ..residency.residency import Residency
 from ..telemetry import Recorder
 from .experts import serve_experts
 from .group_hook import GroupHook
+from .lookahead import LookAhead
 from .progress import PassBar, count_passes
 from .surroundings import Surroundings
 
@@ -81,7 +82,8 @@ class Forwards:
         """A forward has shown the uses of all blocks, and whether the model enters autocast."""
         self._watches = False
         """The next forward is to show them."""
-        serve_experts(list(residency.packed.values()), residency.experts)
+        self.lookahead = LookAhead(model, residency.packed, residency.experts)
+        serve_experts(list(residency.packed.values()), residency.experts, self.lookahead)
         self.around = Surroundings(
             self, model, residency, save_state=self._save_state, generation=self._generation
         )
@@ -90,6 +92,7 @@ class Forwards:
     def remove(self) -> None:
         """Let the model run as before."""
         self.around.remove()
+        self.lookahead.remove()
         self._bar.close()
 
     def follow_plan(self) -> None:
@@ -106,6 +109,7 @@ class Forwards:
         watched = residency.groups.values() if every else residency.moving
         hooked = [group.name for group in watched if not group.is_routed]
         self._hooks_changed |= self.around.follow(hooked)
+        self.lookahead.follow()
 
     @property
     def is_mine(self) -> bool:

@@ -5,14 +5,15 @@ what the next layers are expected to route to is read behind that, into room tha
 less.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from ...codecs.kernels import EncodedWeight
 from ...errors import PlacementError
 from ...policy.experts import Admission, ExpertCache
+from ...policy.experts.speculation import Speculation
 from ...policy.plan import Plan
 from ..payload.contents import part_view
 from ..transfer.transport import Ticket, Unit
@@ -22,23 +23,10 @@ from .stand_ins import plain_tensors
 
 Weights = Mapping[str, ExpertWeight]
 """One expert's weights by parameter."""
-_FEW_TOKENS = 16
+_LEARNT = 0.1
+"""Weight of the latest read in what reads take."""
+FEW_TOKENS = 16
 """More are a prompt's, which must not push out what decoding uses."""
-
-
-@dataclass(slots=True)
-class ExpertCounters:
-    """What decoding met: ``uses`` of experts, of which ``resident`` were there before anything
-    was expected of them, and ``ready`` were there when they were needed. ``predicted`` were read
-    ahead, ``useful`` of them used, ``wasted`` not.
-    """
-
-    uses: int = 0
-    resident: int = 0
-    ready: int = 0
-    predicted: int = 0
-    useful: int = 0
-    wasted: int = 0
 
 
 class ExpertSlots:
@@ -51,6 +39,16 @@ class ExpertSlots:
         self.cache: ExpertCache | None = None
         """What is cached; None where no experts are below."""
         self.ready = 0
+        """Uses in decoding that waited for nothing."""
+        self.speculation = Speculation()
+        """Whether reading ahead pays."""
+        self._guessed: dict[HeldExpert, None] = {}
+        """Read ahead, and not used yet."""
+        self._gone: dict[tuple[int, int], None] = {}
+        """Evicted for what was read ahead."""
+        self._read_seconds: dict[int, float] = {}
+        """What a read takes lately, by its bytes."""
+        self._last_ended = 0.0
         self._num_bytes = 0
         self._taken = 0
         self._is_busy = False
@@ -64,8 +62,8 @@ class ExpertSlots:
         """Have no slots until ``adopt``."""
         for ticket, _ in self._slots.values():
             ticket.arrived.wait()
-        self._slots.clear()
-        self._spare.clear()
+        for kept in (self._slots, self._spare, self._guessed, self._gone):
+            kept.clear()  # type: ignore[attr-defined]
         self.transport.make_slots(0, 0)
         self.cache, self._taken = None, 0
 
@@ -119,15 +117,24 @@ class ExpertSlots:
         """Read an expert that the layer's next call is expected to use, behind what is needed now;
         returns whether it is on its way for that.
         """
-        cache, experts = self.cache, self._packed[layer].experts
-        if cache is None or not experts[number].units:
-            return False
-        evicted = cache.admit_predicted(layer, number)
+        assert self.cache is not None
+        expert = self._packed[layer].experts[number]
+        evicted = self.cache.admit_predicted(layer, number)
         if evicted is None:
             return False
         self._evict(evicted)
-        self._submit(experts[number], urgent=False)
+        self._gone |= dict.fromkeys(evicted)
+        self._guessed[expert] = None
+        self._submit(expert, urgent=False)
         return True
+
+    def wants(self, layer: int) -> bool:
+        """Say whether the routing of a layer's next call should be predicted."""
+        return self.cache is not None and layer in self.cache.sizes and self.speculation.wants()
+
+    def spend(self, seconds: float) -> None:
+        """Book what a prediction has taken."""
+        self.speculation.lose(seconds)
 
     def _admit(self, layer: int, tokens: Sequence[Sequence[int]]) -> Admission:
         """Ask the cache, and let go of what it evicts."""
@@ -135,9 +142,14 @@ class ExpertSlots:
         assert cache is not None
         distinct = list(dict.fromkeys(number for token in tokens for number in token))
         needed = sum(cache.sizes[layer][number] for number in distinct)
-        if len(tokens) <= _FEW_TOKENS and needed <= cache.capacity_bytes:
+        if len(tokens) <= FEW_TOKENS and needed <= cache.capacity_bytes:
             self.ready += sum(self._is_there(layer, number) for number in distinct)
             admission = cache.use(layer, distinct)
+            for number in admission.misses:
+                if (layer, number) in self._gone:
+                    del self._gone[layer, number]
+                    unit = _unit(self._packed[layer].experts[number])
+                    self.speculation.lose(self._read_time(unit))
         else:
             admission = cache.use_many(layer, tokens)
         self._evict(admission.evicted)
@@ -164,17 +176,39 @@ class ExpertSlots:
         if weights is not None:
             return weights
         with self._memory.watcher.moving(expert.name) as moved, plain_tensors():
+            begun = self._now()
             try:
                 buffer = self.transport.wait(ticket)
             except PlacementError:
                 self._forget(layer, expert)
                 raise
             moved(ticket.unit.data_bytes)
+        self._judge(expert, ticket, self._now() - begun)
         if buffer is None:
             buffer = expert.shard_in_memory(0)
         weights = self._view(expert, buffer)
         self._slots[expert] = ticket, weights
         return weights
+
+    def _judge(self, expert: HeldExpert, ticket: Ticket, waited: float) -> None:
+        """Learn from a read that has been waited for what reads take, and reading ahead gains."""
+        usual = self._read_time(ticket.unit)
+        if expert in self._guessed:
+            del self._guessed[expert]
+            self.speculation.gain(usual - waited)
+        elif self._guessed:
+            self.speculation.lose(max(waited - usual, 0.0))
+        if ticket.ended:
+            took = ticket.ended - max(ticket.asked, self._last_ended)
+            self._last_ended = ticket.ended
+            size = ticket.unit.num_bytes
+            self._read_seconds[size] = usual + _LEARNT * (took - usual) if usual else took
+
+    def _read_time(self, unit: Unit) -> float:
+        return self._read_seconds.get(unit.num_bytes, 0.0)
+
+    def _now(self) -> float:
+        return time.perf_counter() + self._memory.charges.virtual_seconds
 
     def _view(self, expert: HeldExpert, buffer: Tensor) -> Weights:
         found: dict[str, ExpertWeight] = {}
@@ -222,6 +256,7 @@ class ExpertSlots:
 
     def _release(self, expert: HeldExpert) -> None:
         """Let an expert's slot serve another."""
+        self._guessed.pop(expert, None)
         held = self._slots.pop(expert, None)
         if held is not None:
             ticket = held[0]

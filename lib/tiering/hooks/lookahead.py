@@ -1,0 +1,206 @@
+"""Look-ahead: the model's own routers say which experts the next layers will need.
+
+At the entrance of a layer the hidden state is nearly what the routers of this and the next layer
+will see: their norms and routers are applied to it, and what they choose and isn't in fast memory
+is read ahead (``residency.experts``). Which module is a layer's norm and which its router shows in
+the first forward: the router is the one whose output holds the ids that the experts are called
+with, the norm the one whose output the experts' block is called with.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..residency.experts import FEW_TOKENS, ExpertSlots
+from ..residency.packed import PackedExperts
+from ..residency.stand_ins import OffloadedParameter
+
+AHEAD = 2
+"""Layers whose routers are asked, the one that begins first."""
+PER_LAYER = 2
+"""Experts of a layer that are read ahead each time, at most."""
+
+
+@dataclass(slots=True)
+class LookAheadCounters:
+    """Uses of experts by layers whose routing was predicted: all, and those that were named."""
+
+    uses: int = 0
+    named: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Layer:
+    """A layer with experts, and what was learnt of it."""
+
+    module: nn.Module
+    block: nn.Module
+    routers: list[nn.Module]
+    others: list[nn.Module]
+    norm: nn.Module | None = None
+    router: nn.Module | None = None
+    place: int = 0
+    """Of the ids in the router's output."""
+    flat: bool = False
+    """The router takes (tokens, width)."""
+    seen: dict[int, tuple[nn.Module, Any]] = field(default_factory=dict)
+    """Outputs of this forward by identity of their tensors, while it is learnt."""
+    input: Tensor | None = None
+    """What the block was called with, while it is learnt."""
+    named: list[int] = field(default_factory=list)
+    """What was predicted for its next call."""
+
+    @property
+    def is_known(self) -> bool:
+        """Its routing can be predicted now."""
+        return self.router is not None and self.norm is not None and _is_here(self.norm)
+
+    def predict(self, hidden: Tensor) -> list[list[int]]:
+        """Return the experts that its router would choose for each token of a hidden state
+        (batch, tokens, width).
+        """
+        assert self.router is not None and self.norm is not None
+        x = type(self.norm).forward(self.norm, hidden)
+        if self.flat:
+            x = x.reshape(-1, x.shape[-1])
+        output = type(self.router).forward(self.router, x)
+        ids: Tensor = output[self.place]
+        return ids.reshape(-1, ids.shape[-1]).tolist()  # type: ignore[no-any-return]
+
+
+class LookAhead:
+    """Predicts, and reads ahead, while experts are below."""
+
+    def __init__(
+        self, model: nn.Module, packed: dict[str, PackedExperts], slots: ExpertSlots
+    ) -> None:
+        self.counters = LookAheadCounters()
+        self._slots = slots
+        self._layers = [_find_layer(model, name) for name in packed]
+        self._handles: list[RemovableHandle] = []
+        self._learning: list[RemovableHandle] = []
+
+    def follow(self) -> None:
+        """Work where the plan has experts below."""
+        if self._slots.cache is None:
+            self.remove()
+        elif not self._handles:
+            for number, layer in enumerate(self._layers):
+                if layer is not None:
+                    self._hook(number, layer)
+
+    def remove(self) -> None:
+        """Leave no hook behind."""
+        for handle in (*self._handles, *self._learning):
+            handle.remove()
+        self._handles.clear()
+        self._learning.clear()
+
+    def routed(self, number: int, index: Tensor, tokens: Sequence[Sequence[int]]) -> None:
+        """Hear of a layer's routing: index (tokens, k), and the same as lists."""
+        layer = self._layers[number]
+        if layer is None:
+            return
+        if layer.router is None:
+            _learn(layer, index)
+        if layer.named and len(tokens) <= FEW_TOKENS:
+            used = {expert for token in tokens for expert in token}
+            self.counters.uses += len(used)
+            self.counters.named += len(used.intersection(layer.named))
+        layer.named = []
+
+    def _hook(self, number: int, layer: _Layer) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(hidden, Tensor):
+                self._predict(number, hidden)
+
+        handle = layer.module.register_forward_pre_hook(enter, with_kwargs=True)
+        self._handles.append(handle)
+        if layer.router is None:
+            for module in (*layer.others, *layer.routers):
+                self._learning.append(module.register_forward_hook(_remember(layer)))
+            self._learning.append(
+                layer.block.register_forward_pre_hook(_remember_input(layer), with_kwargs=True)
+            )
+
+    def _predict(self, first: int, hidden: Tensor) -> None:
+        """Ask the routers of this layer and the next."""
+        if hidden.numel() // hidden.shape[-1] > FEW_TOKENS:
+            return
+        if self._learning and all(each is None or each.router for each in self._layers):
+            for handle in self._learning:
+                handle.remove()
+            self._learning.clear()
+        for number in range(first, min(first + AHEAD, len(self._layers))):
+            layer = self._layers[number]
+            if layer is None or not layer.is_known or not self._slots.wants(number):
+                continue
+            begun = time.perf_counter()
+            with torch.no_grad():
+                chosen = layer.predict(hidden)
+            layer.named = list(dict.fromkeys(expert for token in chosen for expert in token))
+            self._slots.spend(time.perf_counter() - begun)
+            asked = 0
+            for expert in layer.named:
+                asked += self._slots.expect(number, expert)
+                if asked == PER_LAYER:
+                    break
+
+
+def _find_layer(model: nn.Module, name: str) -> _Layer | None:
+    """Return the layer that has an experts module, an element of a list; None where none has."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if isinstance(model.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
+            module = model.get_submodule(".".join(parts[:end]))
+            block = model.get_submodule(".".join(parts[:-1]))
+            experts = model.get_submodule(name)
+            return _Layer(
+                module=module,
+                block=block,
+                routers=[each for each in block.children() if each is not experts],
+                others=[each for each in module.children() if each is not block],
+            )
+    return None
+
+
+def _remember(layer: _Layer) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        for each in outputs:
+            if isinstance(each, Tensor):
+                layer.seen[id(each)] = module, (args, outputs)
+
+    return remember
+
+
+def _remember_input(
+    layer: _Layer,
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer.input = args[0] if args else kwargs.get("hidden_states")
+
+    return remember
+
+
+def _learn(layer: _Layer, index: Tensor) -> None:
+    """Find a layer's norm and router by what they returned in this forward."""
+    router, norm = layer.seen.get(id(index)), layer.seen.get(id(layer.input))
+    if router is not None and norm is not None:
+        module, (args, outputs) = router
+        if module in layer.routers and len(args) == 1 and norm[0] in layer.others:
+            layer.place = next(place for place, each in enumerate(outputs) if each is index)
+            layer.flat = args[0].dim() == 2
+            layer.router, layer.norm = module, norm[0]
+    layer.seen.clear()
+    layer.input = None
+
+
+def _is_here(module: nn.Module) -> bool:
+    return not any(isinstance(each, OffloadedParameter) for each in module.parameters())
