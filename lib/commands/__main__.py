@@ -25,6 +25,7 @@ VERBS = {
     "export": "write hints in the format of another tool",
     "probe": "measure the memory tiers of this machine",
     "rank-layers": "rank a model's layers by what their KV cache is worth",
+    "trace": "record which experts a mixture routes to while it answers",
     "judge-policies": "judge policies of expert residency on a recording of routing",
     "doctor": "say what this machine has, and what works on it",
     "report": "draw the plots of a run, and one HTML page",

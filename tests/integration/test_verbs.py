@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_collect_fisher import byte_tokenizer
 from test_verify_epsilon import save_model
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from lib.commands.__main__ import VERBS
 from lib.files import write_json
@@ -37,6 +38,8 @@ ARGUMENTS: dict[str, str] = {
     "rank-layers": "--model {model} --data {text} --samples 4 --output {out}/layers.json",
     "report": "{run} --output {out}/report.html",
     "judge-policies": "{routes} --resident 0.25,0.5",
+    "trace": "--model {mixture} --data {text} --samples 2 --sequence-length 4 --new-tokens 3 "
+    "--output {out}/trace.csv.gz",
 }
 BAD: dict[str, dict[str, str]] = {
     "collect": {
@@ -101,6 +104,12 @@ BAD: dict[str, dict[str, str]] = {
         "--resident 0.01": "give 0.0625 or more",
         "--json {routes}": "trace",
     },
+    "trace": {
+        "--model {model}": "GPT2LMHeadModel has no module experts",
+        "--new-tokens 99": "--new-tokens 99",
+        "--samples 0": "--samples: 0",
+        "--json {out}/trace.csv.gz": "--json",
+    },
     "report": {"--output {out}": "is a folder", "--json {out}/report.html": "--json"},
 }
 """What is added to the arguments -> what the error names."""
@@ -110,6 +119,7 @@ BAD: dict[str, dict[str, str]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verbs")
     save_model(folder / "model")
+    save_mixture(folder / "mixture")
     save_optimizer(folder / "model", folder / "checkpoint-1")
     lines = [f"line {index}: {index**3 % 1009} jumps over {index**2}\n" for index in range(400)]
     (folder / "text.txt").write_text("".join(lines))
@@ -117,6 +127,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "routes.csv").write_text("step,layer,expert\n" + "".join(steps))
     write_json({"tiering": {"generate_json": False}, "run": {}}, folder / "run" / "config.json")
     return folder
+
+
+def save_mixture(folder: Path) -> None:
+    """Save a mixture of experts of the same tokens."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "max_position_embeddings": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(vocab_size=258, num_local_experts=4, **sizes, **heads)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def save_optimizer(model_folder: Path, folder: Path) -> None:
@@ -142,6 +162,7 @@ def results(folder: Path) -> Path:
             own = folder_of(folder / "results", verb, kind)
             names = {
                 "model": folder / "model",
+                "mixture": folder / "mixture",
                 "hints": folder / "model" / "tier_hints.json",
                 "text": folder / "text.txt",
                 "checkpoint": folder / "checkpoint-1",

@@ -15,6 +15,10 @@ from .residents import Expert, Residents
 from .values import HALF_LIVES, FadingUses, distinct
 
 SIGMAS = 2.0
+FIRST = 256
+PERIOD = 512
+WATCHED = 80
+SETTLING = 16
 
 _GHOST_USES = 24
 """Uses per token, at least, that ghosts see: more layers cost time, fewer are told apart late."""
@@ -46,6 +50,7 @@ class ChosenFading(FadingUses):
         )
         self._ghosts = [Residents(self._ghost_sizes, 0) for _ in half_lives]
         self._bypasses = False
+        self._watched = dict.fromkeys(layers, 0)
         self._forget()
 
     def resize(self, capacity_bytes: int, *, bypasses: bool) -> None:
@@ -60,7 +65,7 @@ class ChosenFading(FadingUses):
     def touch(self, layer: int, experts: Sequence[int], call: int) -> None:
         """Count the uses; every now and then, choose again."""
         super().touch(layer, experts, call)
-        if layer not in self._ghost_sizes:
+        if not self._watches(layer, call):
             return
         hits = []
         for way, ghost in enumerate(self._ghosts):
@@ -68,6 +73,8 @@ class ChosenFading(FadingUses):
             enter = ghost.offer if self._bypasses else ghost.admit
             admission = enter(layer, experts, partial(self.key_at, way=way))
             hits.append(frozenset(admission.hits))
+        if call > FIRST and call % PERIOD < SETTLING:
+            return
         mine = hits[self.chosen]
         for way, others in enumerate(hits):
             if others != mine:
@@ -79,10 +86,22 @@ class ChosenFading(FadingUses):
     def touch_prompt(self, layer: int, tokens: Sequence[Sequence[int]], call: int) -> None:
         """Count the shares of the tokens; ghosts take it in too, and nothing is judged by it."""
         super().touch_prompt(layer, tokens, call)
-        if layer in self._ghost_sizes:
+        if self._watches(layer, call):
             for way, ghost in enumerate(self._ghosts):
                 ghost.shift(layer, call * self.rates[way])
                 ghost.offer(layer, distinct(tokens), partial(self.key_at, way=way))
+
+    def _watches(self, layer: int, call: int) -> bool:
+        """Say whether the ghosts see this call; after a pause, they hear what they have missed."""
+        if layer not in self._ghost_sizes or (call > FIRST and call % PERIOD >= WATCHED):
+            return False
+        if call > self._watched[layer] + 1:
+            for way, ghost in enumerate(self._ghosts):
+                for expert in ghost.experts():
+                    if expert[0] == layer:
+                        ghost.change_key(expert, self.key_at(expert, way))
+        self._watched[layer] = call
+        return True
 
     def _choose(self) -> None:
         """Go to the half-life that is ahead by most deviations, where that is enough."""

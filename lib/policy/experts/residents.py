@@ -9,7 +9,6 @@ access costs O(log n) amortised, and nothing is ever looked for among all reside
 
 import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 Expert = tuple[int, int]
@@ -18,8 +17,7 @@ Expert = tuple[int, int]
 Key = Callable[[Expert], float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admission:
+class Admission(NamedTuple):
     """The answer to one call: experts of its layer by index, in the order asked for.
 
     ``misses`` must be read; those of ``passing`` too, but are not held: they go through slots that
@@ -32,12 +30,8 @@ class Admission:
     passing: tuple[int, ...] = ()
 
 
-class Rank(NamedTuple):
-    """How long to keep a resident: by value, then by how lately it was used."""
-
-    value: float
-    moment: int
-
+Rank = tuple[float, int]
+"""How long to keep a resident: by value, then by the moment of its last use."""
 
 _SPARE = 32
 """Entries that a heap may have above twice its residents before it is made anew."""
@@ -121,7 +115,7 @@ class Residents:
         Returns what went; None, and nothing went, where it can't be.
         """
         self._moment += 1
-        rank = Rank(key - self._shifts[expert[0]], self._moment)
+        rank = (key - self._shifts[expert[0]], self._moment)
         aside: list[tuple[Expert, Rank]] = []
         free = self.free_bytes
         while free < self.size(expert):
@@ -157,7 +151,7 @@ class Residents:
 
     def change_key(self, expert: Expert, key: float) -> None:
         """Give a held expert another key; when it was used last stays."""
-        self._put(expert, Rank(key, self._listed[expert].moment))
+        self._put(expert, (key, self._listed[expert][1]))
 
     def shift(self, layer: int, shift: float) -> None:
         """Set what is taken from the keys of a layer."""
@@ -173,7 +167,7 @@ class Residents:
         while self._first:
             value, moment, layer, version = self._first[0]
             if version == self._versions[layer]:
-                return (layer, self._layers[layer][0][2]), Rank(value, moment)
+                return (layer, self._layers[layer][0][2]), (value, moment)
             heapq.heappop(self._first)
         return None
 
@@ -192,7 +186,7 @@ class Residents:
     def _list(self, expert: Expert, key: float) -> None:
         """Let a held expert go in its turn; it was used now."""
         self._moment += 1
-        self._put(expert, Rank(key, self._moment))
+        self._put(expert, (key, self._moment))
 
     def _unlist(self, expert: Expert) -> None:
         """Keep an expert from going until it is listed again."""
@@ -203,10 +197,10 @@ class Residents:
         layer, index = expert
         self._listed[expert] = rank
         heap = self._layers[layer]
-        heapq.heappush(heap, (rank.value, rank.moment, index))
+        heapq.heappush(heap, (*rank, index))
         if len(heap) > 2 * len(self.sizes[layer]) + _SPARE:
             self._layers[layer] = [
-                (current.value, current.moment, index)
+                (*current, index)
                 for index in range(len(self.sizes[layer]))
                 if (current := self._listed.get((layer, index))) is not None
             ]

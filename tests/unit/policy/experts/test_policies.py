@@ -4,7 +4,7 @@ import pytest
 from toy_routing import toy_trace
 
 from lib.errors import InputError
-from lib.policy.experts import ExpertCache
+from lib.policy.experts import ExpertCache, choice
 from lib.policy.experts.choice import ChosenFading
 from lib.policy.experts.judge import early_counts, judge, replay, slots_of
 from lib.policy.experts.routing import Call, Cell, Trace
@@ -50,6 +50,18 @@ def test_the_half_life_goes_where_the_hits_are() -> None:
         assert isinstance(cache.values, ChosenFading)
         chosen.append(cache.values.rates[cache.values.chosen])
     assert chosen[0] < chosen[1]
+
+
+def test_between_pauses_it_still_finds_the_half_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FIRST": 8, "PERIOD": 48, "WATCHED": 24, "SETTLING": 4}.items():
+        monkeypatch.setattr(choice, name, value)
+    trace = toy_trace("zipf", steps=240)
+    cache = ExpertCache(
+        {layer: [1] * 16 for layer in range(6)}, 20, per_token=trace.per_token, policy="ours"
+    )
+    replay(trace.calls(), cache)
+    assert isinstance(cache.values, ChosenFading)
+    assert cache.values.rates[cache.values.chosen] < 1 / 16
 
 
 def test_uses_fade_by_half_in_their_half_life() -> None:
