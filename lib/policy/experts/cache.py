@@ -8,6 +8,7 @@ Values are uses per read, whatever the size: bytes read are saved in proportion 
 probability, per byte of size).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from .choice import ChosenFading
 from .residents import Admission, Expert, Residents
 from .values import Frequency, Popularity, Values, distinct
 
+_SOON = math.inf
+"""Key of what the next calls are expected to use."""
 POLICIES = ("ours", "lru", "lfu", "popularity")
 
 
@@ -155,14 +158,14 @@ class ExpertCache:
     def admit_predicted(self, layer: int, expert: int) -> tuple[Expert, ...] | None:
         """Admit an expert that a layer's next call is expected to use; returns what is evicted.
 
-        None: it is held already, or there is no room and nothing safe to evict, which is what the
-        current call does not use and is worth less than a use at that next call.
+        It will be used before anything else that is held, so what is worth least goes for it, as it
+        would when the layer's call comes; never what the current call uses. None: it is held
+        already, or nothing else may go.
         """
         self._check_experts(layer, (expert,))
         if (layer, expert) in self._residents:
             return None
-        key = self.values.expected((layer, expert), self._calls[layer] + 1)
-        evicted = self._residents.offer_one((layer, expert), key, keep=self._current)
+        evicted = self._residents.offer_one((layer, expert), _SOON, keep=self._current)
         if evicted is not None:
             self._predicted[layer][expert] = None
             self.counters.predicted += 1
@@ -209,7 +212,7 @@ class ExpertCache:
     def _key(self, expert: Expert) -> float:
         layer, index = expert
         if index in self._predicted[layer]:
-            return self.values.expected(expert, self._calls[layer] + 1)
+            return _SOON
         return self.values.key(expert)
 
     def _settle(self, layer: int, experts: Sequence[int]) -> None:

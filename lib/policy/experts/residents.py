@@ -116,22 +116,26 @@ class Residents:
         """
         self._moment += 1
         rank = (key - self._shifts[expert[0]], self._moment)
-        aside: list[tuple[Expert, Rank]] = []
+        going: list[tuple[Expert, Rank]] = []
+        kept: list[tuple[Expert, Rank]] = []
         free = self.free_bytes
         while free < self.size(expert):
             first = self.first()
-            if first is None or first[1] >= rank or first[0] in keep:
-                for other, listed in aside:
+            if first is None or first[1] >= rank:
+                for other, listed in (*going, *kept):
                     self._put(other, listed)
                 return None
-            aside.append((first[0], self._listed[first[0]]))
-            self._unlist(first[0])
-            free += self.size(first[0])
-        for other, _ in aside:
+            other = first[0]
+            (kept if other in keep else going).append((other, self._listed[other]))
+            self._unlist(other)
+            free += 0 if other in keep else self.size(other)
+        for other, listed in kept:
+            self._put(other, listed)
+        for other, _ in going:
             self.drop(other)
         self._add(expert)
         self._list(expert, key)
-        return tuple(other for other, _ in aside)
+        return tuple(other for other, _ in going)
 
     def make_room(self, needed: int) -> tuple[Expert, ...]:
         """Let go of what ranks lowest until so many bytes are free; returns what went."""

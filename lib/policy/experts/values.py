@@ -35,10 +35,6 @@ class Values:
         """Return an expert's key at the rate chosen."""
         return 0.0
 
-    def expected(self, expert: Expert, call: int) -> float:
-        """Return the key that an expert would have if its layer's call ``call`` used it."""
-        return self.key(expert)
-
     def resize(self, capacity_bytes: int, *, bypasses: bool) -> None:
         """Hear of the capacity, and whether steps hold only what is worth it."""
 
@@ -57,10 +53,6 @@ class Frequency(Values):
     def key(self, expert: Expert) -> float:
         """Return the uses."""
         return float(self._uses.get(expert, 0))
-
-    def expected(self, expert: Expert, call: int) -> float:
-        """Return the uses and one more."""
-        return self.key(expert) + 1
 
 
 class Popularity(Values):
@@ -138,15 +130,6 @@ class FadingUses(Values):
         if scores is None or not scores[way]:
             return -math.inf
         return math.log2(scores[way]) + self._calls[expert] * self.rates[way]
-
-    def expected(self, expert: Expert, call: int) -> float:
-        """Return the key after one more use."""
-        way = self.chosen
-        score, since = 0.0, 0
-        if expert in self._scores:
-            score, since = self._scores[expert][way], call - self._calls[expert]
-        faded = score * 2.0 ** (-since * self.rates[way])
-        return math.log2(1.0 + faded) + call * self.rates[way]
 
     def _add(self, expert: Expert, call: int, added: Sequence[float] | None) -> None:
         scores = self._scores.get(expert)

@@ -50,9 +50,7 @@ def _cache(needs: Sequence[BlockNeed], placements: dict[str, Placement]) -> int:
     cached: list[BlockNeed] = []
     spare = 0
     for experts in layers.values():
-        below = [
-            tier for need in experts if (tier := placements[need.name].tier) is not Tier.HBM
-        ]
+        below = [tier for need in experts if (tier := placements[need.name].tier) is not Tier.HBM]
         if not below:
             continue
         cached += experts

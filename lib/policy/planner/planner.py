@@ -84,9 +84,7 @@ def _expect_misses(needs: Sequence[BlockNeed], spare: int) -> list[BlockNeed]:
     total = sum(need.stored_bytes for need in needs if need.routed)
     share = min(-spare / total, 1.0) if total else 1.0
     return [
-        replace(need, lookup_bytes=max(int(need.lookup_bytes * share), 1))
-        if need.routed
-        else need
+        replace(need, lookup_bytes=max(int(need.lookup_bytes * share), 1)) if need.routed else need
         for need in needs
     ]
 

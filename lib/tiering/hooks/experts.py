@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import PlacementError
+from ..payload.groups import IMPLEMENTATION
 from ..residency.experts import ExpertSlots, Weights
-from ..residency.packed import IMPLEMENTATION, PACKED, PackedExperts
+from ..residency.packed import PACKED, PackedExperts
 from ..residency.stand_ins import NO_GRADIENTS
 from .lookahead import LookAhead
 

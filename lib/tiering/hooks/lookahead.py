@@ -18,10 +18,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..residency.experts import FEW_TOKENS, ExpertSlots
 from ..residency.packed import PackedExperts
-from ..residency.stand_ins import OffloadedParameter
+from ..residency.stand_ins import OffloadedParameter, plain_tensors
 
-AHEAD = 2
-"""Layers whose routers are asked, the one that begins first."""
+MARGINS = (0.1, 0.4)
+"""How far above the first expert that isn't chosen the router's logit must be for an expert to be
+read ahead: of the layer that begins, and of the one after it, which is known less well, and is
+asked where reads for the first come late. What a router is in two minds about is as often wrong as
+right.
+"""
 PER_LAYER = 2
 """Experts of a layer that are read ahead each time, at most."""
 
@@ -42,10 +46,13 @@ class _Layer:
     block: nn.Module
     routers: list[nn.Module]
     others: list[nn.Module]
+    num_experts: int
     norm: nn.Module | None = None
     router: nn.Module | None = None
     place: int = 0
     """Of the ids in the router's output."""
+    logits: int | None = None
+    """The place of its logits for all experts, if it returns them."""
     flat: bool = False
     """The router takes (tokens, width)."""
     seen: dict[int, tuple[nn.Module, Any]] = field(default_factory=dict)
@@ -60,9 +67,9 @@ class _Layer:
         """Its routing can be predicted now."""
         return self.router is not None and self.norm is not None and _is_here(self.norm)
 
-    def predict(self, hidden: Tensor) -> list[list[int]]:
-        """Return the experts that its router would choose for each token of a hidden state
-        (batch, tokens, width).
+    def predict(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the experts (tokens, k) that its router would choose for each token of a hidden
+        state (batch, tokens, width), and by how much (None: it doesn't say).
         """
         assert self.router is not None and self.norm is not None
         x = type(self.norm).forward(self.norm, hidden)
@@ -70,7 +77,16 @@ class _Layer:
             x = x.reshape(-1, x.shape[-1])
         output = type(self.router).forward(self.router, x)
         ids: Tensor = output[self.place]
-        return ids.reshape(-1, ids.shape[-1]).tolist()  # type: ignore[no-any-return]
+        ids = ids.reshape(-1, ids.shape[-1])
+        if self.logits is None:
+            return ids, None
+        logits: Tensor = output[self.logits]
+        logits = logits.reshape(-1, logits.shape[-1]).float()
+        routed = ids.shape[-1]
+        if routed == logits.shape[-1]:
+            return ids, None
+        first_out = logits.topk(routed + 1, dim=-1).values[:, routed:]
+        return ids, logits.gather(-1, ids) - first_out
 
 
 class LookAhead:
@@ -137,20 +153,22 @@ class LookAhead:
             for handle in self._learning:
                 handle.remove()
             self._learning.clear()
-        for number in range(first, min(first + AHEAD, len(self._layers))):
-            layer = self._layers[number]
+        ahead = MARGINS if self._slots.reads_late else MARGINS[:1]
+        for number, least in enumerate(ahead, first):
+            layer = self._layers[number] if number < len(self._layers) else None
             if layer is None or not layer.is_known or not self._slots.wants(number):
                 continue
             begun = time.perf_counter()
-            with torch.no_grad():
-                chosen = layer.predict(hidden)
-            layer.named = list(dict.fromkeys(expert for token in chosen for expert in token))
-            self._slots.spend(time.perf_counter() - begun)
+            with torch.no_grad(), plain_tensors():
+                chosen, margins = layer.predict(hidden)
+                sure = chosen if margins is None else chosen[margins >= least]
+            layer.named = chosen.flatten().tolist()
             asked = 0
-            for expert in layer.named:
+            for expert in dict.fromkeys(sure.flatten().tolist()):
                 asked += self._slots.expect(number, expert)
                 if asked == PER_LAYER:
                     break
+            self._slots.spend(time.perf_counter() - begun)
 
 
 def _find_layer(model: nn.Module, name: str) -> _Layer | None:
@@ -166,6 +184,7 @@ def _find_layer(model: nn.Module, name: str) -> _Layer | None:
                 block=block,
                 routers=[each for each in block.children() if each is not experts],
                 others=[each for each in module.children() if each is not block],
+                num_experts=next(experts.parameters()).shape[0],
             )
     return None
 
@@ -196,6 +215,16 @@ def _learn(layer: _Layer, index: Tensor) -> None:
         module, (args, outputs) = router
         if module in layer.routers and len(args) == 1 and norm[0] in layer.others:
             layer.place = next(place for place, each in enumerate(outputs) if each is index)
+            layer.logits = next(
+                (
+                    place
+                    for place, each in enumerate(outputs)
+                    if isinstance(each, Tensor)
+                    and each.is_floating_point()
+                    and each.shape[-1] == layer.num_experts
+                ),
+                None,
+            )
             layer.flat = args[0].dim() == 2
             layer.router, layer.norm = module, norm[0]
     layer.seen.clear()

@@ -77,7 +77,7 @@ def takes_single_experts(module: nn.Module) -> bool:
         and hasattr(module, "has_gate")
         and getattr(config, "_experts_implementation", None) in _IMPLEMENTATIONS
         and all(parameter.is_contiguous() for parameter in module.parameters())
-        and len({len(parameter) for parameter in module.parameters()}) == 1
+        and len({parameter.shape[0] for parameter in module.parameters()}) == 1
     )
 
 
@@ -91,5 +91,7 @@ def routed_experts(experts: nn.Module, num_experts: int) -> int:
 
 
 _ROUTED = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k")
-_IMPLEMENTATIONS = {"eager", "grouped_mm", "batched_mm"}
-"""Those of transformers that compute with the parameters as they are."""
+IMPLEMENTATION = "tierhints"
+"""Our name among transformers' implementations of experts."""
+_IMPLEMENTATIONS = {"eager", "grouped_mm", "batched_mm", IMPLEMENTATION}
+"""Those of transformers that compute with the parameters as they are, and ours."""

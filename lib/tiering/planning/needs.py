@@ -126,7 +126,7 @@ def _need(
     routed = 0
     if group.expert is not None:
         experts = model.get_submodule(group.modules[0])
-        num_experts = len(next(experts.parameters()))
+        num_experts = next(experts.parameters()).shape[0]
         routed = routed_experts(experts, num_experts)
         share = routed / num_experts
         lookup, compute_seconds = max(int(share * payload.num_bytes), 1), share * compute_seconds

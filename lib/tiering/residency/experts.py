@@ -25,6 +25,9 @@ Weights = Mapping[str, ExpertWeight]
 """One expert's weights by parameter."""
 _LEARNT = 0.1
 """Weight of the latest read in what reads take."""
+_LATE = 0.25
+"""Share of a read's time that may be waited for what was read ahead, and of the reads that may be
+late."""
 FEW_TOKENS = 16
 """More are a prompt's, which must not push out what decoding uses."""
 
@@ -48,6 +51,7 @@ class ExpertSlots:
         """Evicted for what was read ahead."""
         self._read_seconds: dict[int, float] = {}
         """What a read takes lately, by its bytes."""
+        self._lateness = 0.0
         self._last_ended = 0.0
         self._num_bytes = 0
         self._taken = 0
@@ -63,7 +67,7 @@ class ExpertSlots:
         for ticket, _ in self._slots.values():
             ticket.arrived.wait()
         for kept in (self._slots, self._spare, self._guessed, self._gone):
-            kept.clear()  # type: ignore[attr-defined]
+            kept.clear()
         self.transport.make_slots(0, 0)
         self.cache, self._taken = None, 0
 
@@ -86,7 +90,7 @@ class ExpertSlots:
             layer: min(self._packed[layer].routed, len(experts))
             for layer, experts in layers.items()
         }
-        self.cache = ExpertCache(sizes, self._num_bytes - largest, per_token=per_token)
+        self.cache = ExpertCache(sizes, self._num_bytes - largest, per_token=per_token, spare=True)
 
     # -- use ---------------------------------------------------------------------------------------
 
@@ -131,6 +135,11 @@ class ExpertSlots:
     def wants(self, layer: int) -> bool:
         """Say whether the routing of a layer's next call should be predicted."""
         return self.cache is not None and layer in self.cache.sizes and self.speculation.wants()
+
+    @property
+    def reads_late(self) -> bool:
+        """What is read ahead for the layer that begins mostly comes too late."""
+        return self._lateness > _LATE
 
     def spend(self, seconds: float) -> None:
         """Book what a prediction has taken."""
@@ -196,6 +205,8 @@ class ExpertSlots:
         if expert in self._guessed:
             del self._guessed[expert]
             self.speculation.gain(usual - waited)
+            late = waited > _LATE * usual
+            self._lateness += _LEARNT * (late - self._lateness)
         elif self._guessed:
             self.speculation.lose(max(waited - usual, 0.0))
         if ticket.ended:

@@ -36,8 +36,6 @@ from .weights import GroupWeights, Lost
 ExpertWeight = Tensor | CompressedWeight
 """One expert's slice of a parameter."""
 
-IMPLEMENTATION = "tierhints"
-"""Our name among transformers' implementations of experts."""
 PACKED: "weakref.WeakKeyDictionary[nn.Module, PackedExperts]" = weakref.WeakKeyDictionary()
 """The modules whose experts a runtime holds apart."""
 
@@ -49,12 +47,13 @@ class PackedExperts:
         self.module = module
         self.memory = memory
         self.experts: list[HeldExpert] = []
-        self.routed = routed_experts(module, len(next(module.parameters())))
+        self.routed = routed_experts(module, next(module.parameters()).shape[0])
         """How many experts a token takes."""
         self.is_plain = True
         """The parameters are plain ones."""
-        self.config: Any = module.config
-        self.implementation: str = self.config._experts_implementation
+        config: Any = module.config
+        self.config = config
+        self.implementation: str = config._experts_implementation
         """What the module computes by while they are."""
         self.compute: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         """What the module computes with while they are not: from hidden, index and weights."""
@@ -67,9 +66,7 @@ class PackedExperts:
         """Parameters that are being put together, and the experts that they have by now."""
         PACKED[module] = self
 
-    def add(
-        self, payload: Payload, archive: Archive, originals: Originals
-    ) -> "HeldExpert":
+    def add(self, payload: Payload, archive: Archive, originals: Originals) -> "HeldExpert":
         """Return the group of the next expert."""
         expert = HeldExpert(payload, self.memory, archive, originals, self)
         self.experts.append(expert)
@@ -202,7 +199,8 @@ class HeldExpert(HeldGroup):
         assert payload.group.expert is not None
         self.packed = packed
         self.number = payload.group.expert
-        self.weights = _ExpertWeights(self, originals, memory)
+        self._slices = _ExpertWeights(self, originals, memory)
+        self.weights = self._slices
 
     @property
     def is_routed(self) -> bool:
@@ -226,7 +224,7 @@ class HeldExpert(HeldGroup):
                 raise PlacementError(f"weights of {self.name} are being moved: wait for the end")
             stored = self.archive.weights(self.stored, self.payload, lambda _: self.memory.device)
             weight = next(
-                self.weights.prepared(each, data) for each, data in stored if each == part
+                self._slices.prepared(each, data) for each, data in stored if each == part
             )
         if isinstance(weight, Tensor):
             return weight

@@ -14,13 +14,14 @@ from ...blocks import BlockKind, storage_bytes
 from ...errors import PlacementError
 from ...policy.plan import Plan, Step
 from ...vocabulary import Tier
+from ..payload.groups import IMPLEMENTATION
 from ..payload.layout import Payload
 from .archive import Archive
 from .experts import ExpertSlots
 from .fast_memory import FastMemory, trim_heap
 from .held import HeldGroup
 from .originals import Originals
-from .packed import IMPLEMENTATION, PackedExperts
+from .packed import PackedExperts
 
 
 class Residency:

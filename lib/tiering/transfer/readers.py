@@ -80,7 +80,7 @@ class ReaderTransport:
         if self._stream is not None:
             self._stream.synchronize()
         for kept in (self._slots, self._host_slots, self._used, self._staged):
-            kept.pop(slot, None)  # type: ignore[attr-defined]
+            kept.pop(slot, None)
 
     def submit(self, unit: Unit, slot: int, *, urgent: bool = True) -> Ticket:
         """Queue the unit's pieces for the reader threads, or the copy on the stream."""
@@ -180,7 +180,7 @@ class ReaderTransport:
             if self.is_lent(slot):
                 self._leave(slot)
         for kept in (self._slots, self._host_slots, self._in_slot, self._used, self._staged):
-            kept.clear()  # type: ignore[attr-defined]
+            kept.clear()
         self._next_slot = 0
 
     def _allocate(self, num_bytes: int) -> Tensor:
@@ -261,9 +261,7 @@ def _read_pieces(jobs: _Jobs) -> None:
         del ticket
 
 
-def _end_threads(
-    jobs: _Jobs, threads: list[threading.Thread], process: int
-) -> None:
+def _end_threads(jobs: _Jobs, threads: list[threading.Thread], process: int) -> None:
     if os.getpid() != process:
         return  # a forked child, which has none of them
     for _ in threads:
