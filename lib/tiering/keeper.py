@@ -72,6 +72,7 @@ class PlanKeeper:
             archive,
             originals,
             emulated=planned.emulation is not None,
+            router_counts=planned.router_counts,
         )
         with plain_tensors():
             try:

@@ -186,17 +186,20 @@ class Runtime:
         with self._forwards.lock:
             keeper = self._keeper
             keeper.recorder.link_seconds += keeper.memory.transport.take_link_seconds()
+            keeper.recorder.link_seconds += keeper.residency.experts.transport.take_link_seconds()
             return keeper.recorder.snapshot(
                 mode=self.mode,
                 clock=str(self.clock),
                 wait_error=keeper.memory.charges.wait_error(),
                 bytes_per_tier=keeper.bytes_per_tier(),
+                experts=self._forwards.lookahead.stats(),
             )
 
     def reset_stats(self) -> None:
         """Start all statistics anew."""
         with self._forwards.lock:
             self._keeper.memory.transport.take_link_seconds()
+            self._forwards.lookahead.reset_stats()
             self._keeper.recorder.reset()
             self._keeper.memory.charges.reset()
 

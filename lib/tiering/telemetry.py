@@ -35,6 +35,29 @@ class BlockStats:
 
 
 @dataclass(slots=True, kw_only=True)
+class ExpertStats:
+    """Experts that are below, in decoding: ``uses``, of which ``resident`` were in fast memory
+    without having been read ahead, and ``ready`` were there when they were needed.
+
+    ``reads`` are of what was missing, ``predicted`` ahead of need: ``useful`` were used by the next
+    call of their layer, ``wasted`` not. Of ``foreseen_uses``, those of layers whose routing was
+    predicted, ``named`` were in the prediction. ``prompt_reads`` are those of prompts.
+    """
+
+    cache_bytes: int
+    uses: int
+    resident: int
+    ready: int
+    reads: int
+    predicted: int
+    useful: int
+    wasted: int
+    foreseen_uses: int
+    named: int
+    prompt_reads: int
+
+
+@dataclass(slots=True, kw_only=True)
 class Stats:
     """A snapshot of a runtime's telemetry since attach or the last reset. Resident bytes are
     weights in fast memory. ``transfer_seconds`` were waited for what was on its way;
@@ -54,6 +77,8 @@ class Stats:
     blocks: dict[str, BlockStats]
     timeline: list[tuple[float, int]]
     wait_error: dict[str, float] | None = None
+    experts: ExpertStats | None = None
+    """None where no experts are below."""
 
     @property
     def hidden_seconds(self) -> float:
@@ -145,6 +170,7 @@ class Recorder:
         clock: str,
         wait_error: dict[str, float] | None,
         bytes_per_tier: dict[str, int],
+        experts: ExpertStats | None = None,
     ) -> Stats:
         """Return the figures so far; on a GPU this waits for the device."""
         self._settle()
@@ -163,6 +189,7 @@ class Recorder:
             blocks=blocks,
             timeline=list(self.timeline),
             wait_error=wait_error,
+            experts=experts,
         )
 
     def _mark(self) -> None:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ..residency.experts import FEW_TOKENS, ExpertSlots
 from ..residency.packed import PackedExperts
 from ..residency.stand_ins import OffloadedParameter, plain_tensors
+from ..telemetry import ExpertStats
 
 MARGINS = (0.1, 0.4)
 """How far above the first expert that isn't chosen the router's logit must be for an expert to be
@@ -28,14 +29,6 @@ right.
 """
 PER_LAYER = 2
 """Experts of a layer that are read ahead each time, at most."""
-
-
-@dataclass(slots=True)
-class LookAheadCounters:
-    """Uses of experts by layers whose routing was predicted: all, and those that were named."""
-
-    uses: int = 0
-    named: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +88,7 @@ class LookAhead:
     def __init__(
         self, model: nn.Module, packed: dict[str, PackedExperts], slots: ExpertSlots
     ) -> None:
-        self.counters = LookAheadCounters()
+        self._uses = self._named = 0
         self._slots = slots
         self._layers = [_find_layer(model, name) for name in packed]
         self._handles: list[RemovableHandle] = []
@@ -117,6 +110,32 @@ class LookAhead:
         self._handles.clear()
         self._learning.clear()
 
+    def stats(self) -> ExpertStats | None:
+        """Return what decoding met since the last reset; None where no experts are below."""
+        cache = self._slots.cache
+        if cache is None:
+            return None
+        counted = cache.counters
+        return ExpertStats(
+            cache_bytes=cache.capacity_bytes,
+            uses=counted.hits + counted.misses,
+            resident=counted.hits - counted.useful,
+            ready=self._slots.ready,
+            reads=counted.misses,
+            predicted=counted.predicted,
+            useful=counted.useful,
+            wasted=counted.wasted,
+            foreseen_uses=self._uses,
+            named=self._named,
+            prompt_reads=counted.prompt_reads,
+        )
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+        self._uses = self._named = 0
+        self._slots.reset_counters()
+        self._slots.transport.take_link_seconds()
+
     def routed(self, number: int, index: Tensor, tokens: Sequence[Sequence[int]]) -> None:
         """Hear of a layer's routing: index (tokens, k), and the same as lists."""
         layer = self._layers[number]
@@ -126,8 +145,8 @@ class LookAhead:
             _learn(layer, index)
         if layer.named and len(tokens) <= FEW_TOKENS:
             used = {expert for token in tokens for expert in token}
-            self.counters.uses += len(used)
-            self.counters.named += len(used.intersection(layer.named))
+            self._uses += len(used)
+            self._named += len(used.intersection(layer.named))
         layer.named = []
 
     def _hook(self, number: int, layer: _Layer) -> None:

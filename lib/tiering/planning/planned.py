@@ -61,6 +61,15 @@ class Planned:
         return self.planning.needs
 
     @property
+    def router_counts(self) -> dict[str, float]:
+        """How often tokens were routed to each expert, where the hints say it."""
+        blocks = {} if self.hints is None else self.hints.blocks
+        found = {name: hint.signals.get("router_counts") for name, hint in blocks.items()}
+        return {
+            name: float(count) for name, count in found.items() if isinstance(count, int | float)
+        }
+
+    @property
     def weight_bytes(self) -> int:
         """The fast memory that all weights take as they are held."""
         return sum(need.resident_bytes for need in self.needs)

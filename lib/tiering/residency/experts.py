@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ...codecs.kernels import EncodedWeight
 from ...errors import PlacementError
-from ...policy.experts import Admission, ExpertCache
+from ...policy.experts import Admission, Counters, ExpertCache
 from ...policy.experts.speculation import Speculation
 from ...policy.plan import Plan
 from ..payload.contents import part_view
 from ..transfer.transport import Ticket, Unit
 from .fast_memory import FastMemory
-from .packed import ExpertWeight, HeldExpert, PackedExperts
+from .held_expert import ExpertWeight, HeldExpert
+from .packed import PackedExperts
 from .stand_ins import plain_tensors
 
 Weights = Mapping[str, ExpertWeight]
@@ -33,11 +34,22 @@ FEW_TOKENS = 16
 
 
 class ExpertSlots:
-    """Experts in slots of their own sizes, within the bytes that a plan has for them."""
+    """Experts in slots of their own sizes, within the bytes that a plan has for them.
 
-    def __init__(self, memory: FastMemory, packed: Sequence[PackedExperts]) -> None:
+    ``router_counts``: how often each block was routed to in training, if that is known.
+    """
+
+    def __init__(
+        self,
+        memory: FastMemory,
+        packed: Sequence[PackedExperts],
+        router_counts: Mapping[str, float],
+    ) -> None:
+        self.policy = "ours"
+        """What decides which experts stay, of ``POLICIES``; from the next plan on."""
         self._memory = memory
         self._packed = packed
+        self._router_counts = router_counts
         self.transport = memory.transport.another()
         self.cache: ExpertCache | None = None
         """What is cached; None where no experts are below."""
@@ -72,7 +84,9 @@ class ExpertSlots:
         self.cache, self._taken = None, 0
 
     def adopt(self, plan: Plan) -> None:
-        """Have the slots of a plan; what was cached is read anew."""
+        """Have the slots of a plan; what was cached is read anew, and at first what was routed to
+        most in training.
+        """
         self._num_bytes = plan.cache_bytes
         layers = {
             layer: packed.experts
@@ -90,7 +104,22 @@ class ExpertSlots:
             layer: min(self._packed[layer].routed, len(experts))
             for layer, experts in layers.items()
         }
-        self.cache = ExpertCache(sizes, self._num_bytes - largest, per_token=per_token, spare=True)
+        counts = {
+            (layer, each.number): self._router_counts[each.name]
+            for layer, experts in layers.items()
+            for each in experts
+            if each.name in self._router_counts
+        }
+        self.cache = ExpertCache(
+            sizes,
+            self._num_bytes - largest,
+            per_token=per_token,
+            policy=self.policy,
+            counts=counts,
+            spare=self.policy == "ours",
+        )
+        for layer, number in self.cache.experts():
+            self._submit(self._packed[layer].experts[number], urgent=False)
 
     # -- use ---------------------------------------------------------------------------------------
 
@@ -131,6 +160,12 @@ class ExpertSlots:
         self._guessed[expert] = None
         self._submit(expert, urgent=False)
         return True
+
+    def reset_counters(self) -> None:
+        """Start counting anew."""
+        self.ready = 0
+        if self.cache is not None:
+            self.cache.counters = Counters()
 
     def wants(self, layer: int) -> bool:
         """Say whether the routing of a layer's next call should be predicted."""

@@ -39,6 +39,7 @@ class Residency:
         originals: Originals,
         *,
         emulated: bool,
+        router_counts: Mapping[str, float],
     ) -> None:
         self.packed: dict[str, PackedExperts] = {}
         """The modules whose experts are groups by themselves, by name."""
@@ -46,7 +47,7 @@ class Residency:
             name: self._make_group(payload, memory, archive, originals)
             for name, payload in payloads.items()
         }
-        self.experts = ExpertSlots(memory, list(self.packed.values()))
+        self.experts = ExpertSlots(memory, list(self.packed.values()), router_counts)
         """Those of these experts that are below, in fast memory for a while."""
         self.memory = memory
         self._archive = archive
