@@ -137,7 +137,8 @@ def wrap_model(model: Any, world: World, *, parallel: Parallel, compiled: bool) 
         policy = MixedPrecisionPolicy(
             param_dtype=autocast_dtype(world.device), reduce_dtype=torch.float32
         )
-        for layer in model.transformer.h:
+        gpt2 = model.config.model_type == "gpt2"
+        for layer in model.transformer.h if gpt2 else model.model.layers:
             if compiled:
                 layer.compile()
             fully_shard(layer, mesh=mesh, mp_policy=policy)

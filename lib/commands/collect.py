@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "--signal",
         default="fisher_trace",
         metavar="NAME",
-        help="fisher_trace, or one that a module of $TIERHINTS_PLUGINS registers; "
+        help="fisher_trace, router_counts, or one that a module of $TIERHINTS_PLUGINS registers; "
         f"docs/extending.md {default}",
     )
     what.add_argument(

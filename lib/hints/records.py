@@ -10,7 +10,8 @@ from ..vocabulary import Precision, Tier
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockHint:
     """What the file says of one block. A flat file knows the tier alone: the other fields are then
-    None or empty.
+    None or empty. ``signals`` of experts may have ``router_counts``, times that a token was routed
+    to the block.
     """
 
     tier: Tier

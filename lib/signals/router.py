@@ -14,7 +14,8 @@ There are no counts of models that compute every expert of a layer. A failure in
 reaches the model: the counts are then missing, and a warning says why.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -85,14 +86,15 @@ class RouterCounter:
         """
         if not self._past:
             return {}
-        parts = [
-            self._new[name][: len(blocks)].cpu()
-            if name in self._new
-            else torch.zeros(len(blocks), dtype=torch.int64)
+        counts = {
+            name: torch.zeros(len(blocks), dtype=torch.int64)
             for name, blocks in self._experts.items()
-        ]
+        }
+        with self._guarded():
+            for name, new in self._new.items():
+                counts[name] = new[:-1].cpu()
         # A process whose counting failed says so in the last place.
-        vector = add(torch.cat([*parts, torch.tensor([int(self._fault)])])).tolist()
+        vector = add(torch.cat([*counts.values(), torch.tensor([int(self._fault)])])).tolist()
         for block, count in zip(list(self._past), vector[:-1], strict=True):
             self._past[block] += count
         self._new.clear()
@@ -105,16 +107,21 @@ class RouterCounter:
             recomputed = torch._C._current_graph_task_id() != -1
             if self._fault or recomputed or (self._training and not called.training):
                 return
-            try:
-                with torch.no_grad():
-                    function(*names, args, kwargs)
-            except Exception as error:  # it is in the middle of the user's forward pass
-                self._fault = True
-                warn_safely(f"experts could not be counted: {explain(error)}")
+            with torch.no_grad(), self._guarded():
+                function(*names, args, kwargs)
 
         # Under torch.compile the graph breaks here, instead of being made anew for every count.
         hook: Any = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
         self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Let a failure cost the counts: this is in the middle of the user's training."""
+        try:
+            yield
+        except Exception as error:
+            self._fault = True
+            warn_safely(f"experts could not be counted: {explain(error)}")
 
     def _note_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")

@@ -13,7 +13,6 @@ import os
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
-from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from ..errors import InputError
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 _LONGEST = 8_192
-"""Characters that a document of a kind is cut to: many short ones mix better than a few long."""
-_LONGEST_PARSED = 32_768
-"""Characters of a source whose syntax tree is made; the tree is ten times longer and then cut."""
+"""Characters of a document at most: many short ones mix better than a few long. Prose is cut into
+pieces, of the others the beginning is taken.
+"""
+_LICENCE_WORDS = ("licen", "copying", "notice")
 
 
 def kind_texts(kind: str, *, max_bytes: int) -> list[tuple[str, str]]:
@@ -104,15 +104,17 @@ def _headers() -> _Texts:
 def _prose() -> _Texts:
     from pydoc_data.topics import topics
 
-    for name, text in topics.items():
-        yield f"reference/{name}", lambda text=text: text  # type: ignore[misc]
-    for package in distributions():
-        for file in package.files or ():
-            if any(word in file.name.lower() for word in ("licen", "copying", "notice")) and (
-                file.suffix in ("", ".txt", ".md", ".rst")
-            ):
-                path = Path(str(package.locate_file(file)))
-                yield file.as_posix(), lambda path=path: _read(path)  # type: ignore[misc]
+    texts = {f"reference/{name}": text for name, text in topics.items()}
+    torch = find_spec("torch")
+    if torch is not None and torch.origin is not None:
+        packages = Path(torch.origin).parents[1]
+        for path in sorted(packages.glob("*.dist-info/**/*")):
+            if any(word in path.name.lower() for word in _LICENCE_WORDS) and path.is_file():
+                texts[path.relative_to(packages).as_posix()] = _read(path) or ""
+    for name, text in texts.items():
+        for start in range(0, len(text), _LONGEST):
+            piece = text[start : start + _LONGEST]
+            yield f"{name}:{start}", lambda piece=piece: piece  # type: ignore[misc]
 
 
 def _trees() -> _Texts:
@@ -122,7 +124,7 @@ def _trees() -> _Texts:
 
 def _tree(path: Path) -> str | None:
     source = read_python(path)
-    if source is None or not 0 < len(source) <= _LONGEST_PARSED:
+    if source is None or len(source) > _LONGEST:  # its tree is ten times longer, and then cut
         return None
     try:
         return json.dumps(_as_json(ast.parse(source)), indent=1)

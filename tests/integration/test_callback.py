@@ -202,6 +202,18 @@ def test_each_packed_expert_is_a_block(tmp_path: Path) -> None:
     assert match_hints(hints, sizes, identify=partial(parameter_digest, loaded))
 
 
+def test_experts_counts_cover_all_micro_batches_and_a_resumed_run(tmp_path: Path) -> None:
+    trainer(moe(), tmp_path, TierHintsCallback(tmp_path / "first.json"), max_steps=3).train()
+    callback = TierHintsCallback(tmp_path / "tier_hints.json")
+    trainer(moe(), tmp_path, callback).train(resume_from_checkpoint=True)
+    for path, steps in (("first.json", 3), ("tier_hints.json", 6)):
+        hints = load_hints(tmp_path / path)
+        counts = {n: b.signals["router_counts"] for n, b in hints.blocks.items() if "experts" in n}
+        # Two micro-batches of two sequences of ten tokens, two experts for each, in two layers.
+        assert sum(counts.values()) == steps * 2 * 2 * 10 * 2 * 2
+        assert hints.provenance["router_counts"] == "while training"
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -103,6 +103,16 @@ def test_fsdp2_is_stopped_by_one_rank_and_continues_from_whole_tensors(folder: P
     assert_same_run(folder / "runs/fsdp", folder / "runs/one")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp2", [False, True])
+def test_experts_are_balanced_and_counted_over_all_processes(tmp_path: Path, fsdp2: bool) -> None:
+    moe = SYMBOLS | {"MODEL_QWEN3_MOE": True, "MOE_EXPERTS": 4, "MOE_EXPERT_WIDTH": 8}
+    train(*tiny_config(tmp_path, RUN_NAME="one", **moe))
+    config = write_config(tmp_path, RUN_NAME="two", TRAIN_FSDP2=fsdp2, **moe)
+    assert torchrun("-m", "gpt2.train", "--config", str(config))["complete"]
+    assert_same_run(tmp_path / "runs/two", tmp_path / "runs/one")
+
+
 def test_sharded_weights_are_pruned_as_whole_ones(folder: Path) -> None:
     symbols = {"TRAIN_PRUNE": True, "TRAIN_PRUNE_GLOBAL": True, "TRAIN_PRUNE_EVERY": 1, **SYMBOLS}
     train(*tiny_config(folder, RUN_NAME="pruned", **symbols))

@@ -154,7 +154,7 @@ def test_a_signal_becomes_hints_that_attach_takes(
         logits(model)
     with pytest.raises(InputError, match="--labels and --save-diagonal have no effect with"):
         collect.main([*flags, "--labels", "data"])
-    with pytest.raises(InputError, match="no signal 'nothing'; there are: fisher_trace, weight"):
+    with pytest.raises(InputError, match="'nothing'; there are: fisher_trace, router_counts"):
         collect.main([*flags, "--signal", "nothing"])
 
 
