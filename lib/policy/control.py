@@ -182,7 +182,7 @@ class Controller:
         shrank = bool(changed) and self.holding.fast_bytes < before
         if self._holds and (shrank or _less(held.limit_bytes, self.limit_bytes)):
             self._shrunk_us = self.time_us
-        if not held.decided:
+        if not held.decided and (not self._holds or held.limit_bytes != self.limit_bytes):
             self.asked_bytes = held.limit_bytes  # somebody else has set another budget
         self.limit_bytes, self._holds = held.limit_bytes, True
 

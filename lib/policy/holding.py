@@ -106,17 +106,15 @@ class Holding:
         if room is not None and room < least and not all_fit:
             return []
         promoted: list[BlockFacts] = []
-        left = everything
-        for facts in (each for alike in reversed(_alike(may, pressure)) for each in alike):
+        ranked = [facts for alike in reversed(_alike(may, pressure)) for facts in alike]
+        for facts in ranked:
             size = facts.resident_bytes
-            # What is left comes as a whole where it needs the memory of the slots.
-            last = all_fit and (room is None or left <= max(step, room + freed))
-            fits = room is None or size <= room
-            if last or (fits and (size <= step or not promoted)):
+            if (room is None or size <= room) and (size <= step or not promoted):
                 promoted.append(facts)
-                step, left = step - size, left - size
+                step, everything = step - size, everything - size
                 room = None if room is None else room - size
-        return promoted
+        # What is left may need the memory of the slots, and comes as a whole then.
+        return ranked if all_fit and (not promoted or everything <= step) else promoted
 
     def _residents(self) -> list[BlockFacts]:
         return [self.blocks[name] for name, tier in self.tiers.items() if tier is Tier.HBM]

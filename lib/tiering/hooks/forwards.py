@@ -23,6 +23,7 @@ from ..residency.residency import Residency
 from ..telemetry import Recorder
 from .group_hook import GroupHook
 from .progress import PassBar, count_passes
+from .requests import Requests
 from .surroundings import Surroundings
 
 
@@ -83,6 +84,8 @@ class Forwards:
         self.around = Surroundings(
             self, model, residency, save_state=self._save_state, generation=self._generation
         )
+        self.requests = Requests(self, residency)
+        """What other threads want done while the model runs."""
         self.follow_plan()
 
     def remove(self) -> None:
@@ -103,6 +106,15 @@ class Forwards:
         every = residency.emulated or self._watches or copies
         hooked = residency.groups if every else [each.name for each in residency.moving]
         self._hooks_changed |= self.around.follow(hooked)
+
+    def stop_everywhere(self) -> None:
+        """Surround the calls of all modules, so that the present forward comes by soon."""
+        self._hooks_changed |= self.around.hook_all()
+
+    @property
+    def is_running(self) -> bool:
+        """A forward runs, in whichever thread."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def is_mine(self) -> bool:
@@ -179,6 +191,7 @@ class Forwards:
     def _begin(self, call: object, part: nn.Module | None) -> None:
         self.refuse_other_processes()
         self._end_leftovers()
+        self.requests.serve()
         self.trace = []
         streamed = self._supervisor.begin_forward()
         if (dtype := autocast_dtype(self._memory.device)) is not None:
@@ -218,6 +231,7 @@ class Forwards:
     def acquire(self, call: object, hook: GroupHook) -> None:
         """Bring the weights of a module that begins into fast memory."""
         with self.lock:
+            self.requests.serve()
             use = _Use(call, hook)
             self._held.append(use)
             use.unkept = self._enter_casting(hook)
@@ -270,8 +284,7 @@ class Forwards:
                 group.release()
 
     def _refuse_other_threads(self) -> None:
-        other = self._thread
-        if other not in (None, threading.current_thread()) and other.is_alive():
+        if self.is_running and not self.is_mine:
             raise PlacementError("another thread runs the model: one forward at a time")
 
     def refuse_other_processes(self) -> None:

@@ -129,6 +129,14 @@ class Residency:
                 "please report this, with the model and the budget"
             )
 
+    def back_up(self, tier: Tier) -> None:
+        """Store in a tier what is in fast memory and may leave it, so that nothing has to be copied
+        when it does. It is kept for as long as the plan doesn't limit that tier.
+        """
+        for group in self.groups.values():
+            if group.tier is Tier.HBM and group.stored is None and not group.payload.written:
+                group.back_up(tier)
+
     # -- use ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

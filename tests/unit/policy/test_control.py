@@ -137,7 +137,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=int(os.environ.get("CONTROL_EXAMPLES", "300")), deadline=None)
+@settings(max_examples=int(os.environ.get("CONTROL_EXAMPLES", "100")), deadline=None)
 @given(
     sizes=st.lists(st.sampled_from([5, 10, 40]), min_size=1, max_size=9),
     pinned=st.integers(0, 3),
