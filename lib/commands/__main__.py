@@ -24,6 +24,7 @@ VERBS = {
     "frontier": "measure fast memory against tokens per second against KL",
     "export": "write hints in the format of another tool",
     "probe": "measure the memory tiers of this machine",
+    "replay": "decide again what a controller's log says, or what would have happened instead",
     "rank-layers": "rank a model's layers by what their KV cache is worth",
     "doctor": "say what this machine has, and what works on it",
     "report": "draw the plots of a run, and one HTML page",

@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from lib.commands.__main__ import VERBS
 from lib.files import write_json
+from lib.tiering import attach
 from tests.integration.tiny_run import ROOT
 
 ARGUMENTS: dict[str, str] = {
@@ -35,6 +36,7 @@ ARGUMENTS: dict[str, str] = {
     "export": "--to accelerate --tier-hints {hints} --model {model} --output {out}",
     "probe": "--quick --repeats 1 --size 32MiB --output {out}/machine.json",
     "rank-layers": "--model {model} --data {text} --samples 4 --output {out}/layers.json",
+    "replay": "{log}",
     "report": "{run} --output {out}/report.html",
 }
 BAD: dict[str, dict[str, str]] = {
@@ -95,6 +97,11 @@ BAD: dict[str, dict[str, str]] = {
         "--seed 99999999999999999999999": "--seed",
         "--json {out}/layers.json": "--json",
     },
+    "replay": {
+        "--budget some": "'some'",
+        "--tier CXL": "--tier",
+        "--policy worst": "--policy",
+    },
     "report": {"--output {out}": "is a folder", "--json {out}/report.html": "--json"},
 }
 """What is added to the arguments -> what the error names."""
@@ -108,6 +115,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"line {index}: {index**3 % 1009} jumps over {index**2}\n" for index in range(400)]
     (folder / "text.txt").write_text("".join(lines))
     write_json({"tiering": {"generate_json": False}, "run": {}}, folder / "run" / "config.json")
+    model = GPT2LMHeadModel.from_pretrained(folder / "model")
+    with attach(model, budget={"HBM": "1GiB", "SSD": None}, spill_dir=folder) as runtime:
+        runtime.control(log=folder / "control.jsonl")
     return folder
 
 
@@ -138,6 +148,7 @@ def results(folder: Path) -> Path:
                 "text": folder / "text.txt",
                 "checkpoint": folder / "checkpoint-1",
                 "run": folder / "run",
+                "log": folder / "control.jsonl",
                 "out": own / "out",
             }
             words = [verb, *(word.format(**names) for word in ARGUMENTS[verb].split())]

@@ -10,7 +10,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ...errors import InputError, PlacementError
 from ...policy.control import Controller, Settings
 from ...policy.events import (
     Asked,
+    BlockFacts,
     Decision,
     Facts,
     Failed,
@@ -100,7 +101,10 @@ class BudgetControl:
         self._plan: Plan | None = None
         self._waited = (0.0, 0.0)
         self._file = None if file is None else ControlFile(file)
-        self._log = None if log is None else ControlLog(log, self.controller.settings)
+        self._log: ControlLog | None = None
+        if log is not None:
+            tiers = self._problem().tiers
+            self._log = ControlLog(log, self.controller.settings, tiers)
         self._requests.do(self._begin)
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -259,9 +263,9 @@ class BudgetControl:
     def _observe_facts(self) -> Problem:
         """See to it that the controller knows what there is and what is held now."""
         began, keeper = time.thread_time(), self._keeper
-        problem = keeper.planning.problem(keeper.plan.budget, keeper.forwards.schedule)
+        problem = self._problem()
         blocks = describe_blocks(problem)
-        if tuple(self.controller.holding.blocks.values()) != blocks:
+        if _sizes(blocks) != _sizes(self.controller.holding.blocks.values()):
             self._observe(
                 Facts,
                 blocks=blocks,
@@ -273,6 +277,10 @@ class BudgetControl:
             self._observe_held(decided=False)
         self.seconds += time.thread_time() - began
         return problem
+
+    def _problem(self) -> Problem:
+        keeper = self._keeper
+        return keeper.planning.problem(keeper.plan.budget, keeper.forwards.schedule)
 
     def _observe_held(self, *, decided: bool) -> None:
         plan = self._plan = self._keeper.plan
@@ -306,6 +314,14 @@ class BudgetControl:
         before, self._waited = self._waited, (waited, recorder.link_seconds)
         link = self._waited[1] - before[1]
         return (waited - before[0]) / link if link > 0 else 1.0
+
+
+def _sizes(blocks: Iterable[BlockFacts]) -> list[tuple[object, ...]]:
+    """Return what counts of facts: in which order a forward came by doesn't."""
+    return [
+        (each.name, each.resident_bytes, each.stored_bytes, each.must_reside, len(each.places))
+        for each in blocks
+    ]
 
 
 def _look_after(control: "weakref.ref[BudgetControl]", stop: threading.Event) -> None:

@@ -6,13 +6,16 @@ file that is there already is continued: its next run begins with a header of it
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ...machine import TierSpec
 from ...policy.control import POLICY_VERSION, Settings
 from ...policy.events import SCHEMA_VERSION, Decision, Observation, write_event
+from ...vocabulary import Tier
 
 DIGEST_EVERY = 32
 """Observations between two hashes of the controller's state."""
@@ -23,7 +26,9 @@ class ControlLog:
     written.
     """
 
-    def __init__(self, path: str | Path, settings: Settings) -> None:
+    def __init__(
+        self, path: str | Path, settings: Settings, tiers: Mapping[Tier, TierSpec]
+    ) -> None:
         self.path = Path(path)
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -38,6 +43,7 @@ class ControlLog:
                     "schema_version": SCHEMA_VERSION,
                     "policy_version": POLICY_VERSION,
                     "settings": asdict(settings),
+                    "tiers": {tier: asdict(spec) for tier, spec in tiers.items()},
                 }
             }
         )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lib.blocks import partition_model
+from lib.commands.__main__ import main
 from lib.errors import InputError, PlacementError
 from lib.policy.control import Settings
 from lib.tiering import attach
@@ -277,3 +278,31 @@ def test_the_thread_ends_with_its_runtime(tmp_path: Path) -> None:
     assert threads() == before + 1
     runtime.detach()
     assert threads() == before
+
+
+def test_a_log_of_a_real_run_replays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_gpt2().eval()
+    log = tmp_path / "control.jsonl"
+    for _ in range(2):  # the second run is appended
+        with attach(model, budget=LARGE, spill_dir=tmp_path) as runtime:
+            control = runtime.control(settings=EAGER, log=log)
+            floor, largest = control.controller.floor_bytes, runtime.plan.fast_bytes
+            for _ in range(8):
+                control.request(floor)
+                control.request(None)
+                wait_until(lambda: runtime.plan.fast_bytes == largest)  # noqa: B023
+    assert main(["replay", str(log), "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["identical"] is True
+    assert document["runs"] == 2
+    assert document["decisions"] >= 32
+    assert '"digest"' in log.read_text()
+    lines = log.read_text().replace('"promote":["', '"promote":["no","', 1)
+    log.write_text(lines[:-30])
+    assert main(["replay", str(log), "--json", "-"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["first_difference"]["what"] == "decision"
+    assert len(document["torn_lines"]) == 1
+    assert main(["replay", str(log), "--policy", "never-grow", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["simulated"] is True
+    assert main(["replay", str(tmp_path / "nothing.jsonl")]) == 2
