@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 from ..vocabulary import Tier
 from .events import BlockFacts, Facts, Held
+from .planner.knapsack import Kind, fill
 from .planner.spread import pick_evenly
 from .score import Terms, score
 
 _SLOTS = 2
 """Where streaming begins: one computes, one is on its way."""
+_UNUSED_WORTH = 1e-18
+"""Seconds per byte of a block that no pass uses: less than any other's, and more than nothing."""
 _PHASES = (0.5, 0.25, 0.75)
 
 
@@ -122,29 +125,40 @@ class Holding:
     def _choose_demoted(
         self, limit: int, num_slots: int, pressure: float
     ) -> list[BlockFacts] | None:
-        """Return the fewest residents of the least worth whose leaving is enough, or None."""
+        """Return the residents whose leaving costs the least seconds and is enough, or None.
+
+        For each size of the slots, what may leave through them and stays is a knapsack.
+        """
         residents = self._residents()
-        away = self.away
-        taken = sum(facts.resident_bytes for facts in residents) + self._scratch_bytes
-
-        def fits(demoted: Sequence[BlockFacts]) -> bool:
-            freed = sum(facts.resident_bytes for facts in demoted)
-            slots, slot_bytes = self.slots_for((*away, *demoted), num_slots)
-            return taken - freed + slots * slot_bytes <= limit
-
-        demoted: list[BlockFacts] = []
-        if fits(demoted):
-            return demoted
-        for alike in _alike([facts for facts in residents if not facts.must_reside], pressure):
-            if not fits(demoted + alike):
-                demoted += alike
+        alike = _alike([facts for facts in residents if not facts.must_reside], pressure)
+        fixed = self._scratch_bytes
+        fixed += sum(facts.resident_bytes for facts in residents if facts.must_reside)
+        least = max((facts.slot_bytes for facts in self.away), default=0)
+        best: tuple[float, list[BlockFacts]] | None = None
+        for slot in sorted({least, *(group[0].slot_bytes for group in alike)}):
+            stuck = [group for group in alike if group[0].slot_bytes > slot]
+            kept = sum(facts.resident_bytes for group in stuck for facts in group)
+            space = limit - fixed - kept - num_slots * slot
+            if slot < least or space < 0:
                 continue
-            low, high = 1, len(alike)
-            while low < high:
-                middle = (low + high) // 2
-                low, high = (low, middle) if fits(demoted + alike[:middle]) else (middle + 1, high)
-            return demoted + _pick(alike, low)
-        return None
+            may = [group for group in alike if group[0].slot_bytes <= slot]
+            values = [max(_worth(group[0], pressure), _UNUSED_WORTH) for group in may]
+            sizes = [group[0].resident_bytes for group in may]
+            counts = fill(
+                [
+                    Kind(size, value * size, len(group))
+                    for size, value, group in zip(sizes, values, may, strict=True)
+                ],
+                space,
+            )
+            lost, demoted = 0.0, list[BlockFacts]()
+            for group, count, value in zip(may, counts, values, strict=True):
+                leaving = len(group) - count
+                lost += leaving * value * group[0].resident_bytes
+                demoted += _pick(group, leaving) if leaving else []
+            if best is None or lost < best[0]:
+                best = lost, demoted
+        return None if best is None else best[1]
 
     def _find_places(self, demoted: Sequence[BlockFacts]) -> tuple[tuple[str, Tier], ...] | None:
         """Return the tier below for each block, the fastest with room; None: there is none."""
@@ -170,15 +184,22 @@ def _alike(blocks: Sequence[BlockFacts], pressure: float) -> list[list[BlockFact
     """
     groups: dict[tuple[float, int, int], list[BlockFacts]] = {}
     for facts in blocks:
-        terms = Terms(
+        key = _worth(facts, pressure), facts.resident_bytes, facts.slot_bytes
+        groups.setdefault(key, []).append(facts)
+    for group in groups.values():
+        group.sort(key=lambda facts: facts.places)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _worth(facts: BlockFacts, pressure: float) -> float:
+    """Return what residence saves, in seconds per byte and pass."""
+    return score(
+        Terms(
             num_bytes=facts.resident_bytes,
             transfer_seconds=facts.transfer_seconds,
             pressure=pressure,
         )
-        groups.setdefault((score(terms), facts.resident_bytes, facts.slot_bytes), []).append(facts)
-    for group in groups.values():
-        group.sort(key=lambda facts: facts.places)
-    return [groups[key] for key in sorted(groups)]
+    )
 
 
 def _pick(alike: Sequence[BlockFacts], count: int) -> list[BlockFacts]:
