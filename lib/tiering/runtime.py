@@ -15,7 +15,9 @@ from ..errors import InputError, PlacementError
 from ..policy.audit import Audit, Record
 from ..policy.control import Settings
 from ..policy.plan import Plan
+from ..policy.states import Transition
 from ..policy.veto import Measure, Veto
+from ..vocabulary import State
 from .control.budget_control import BudgetControl
 from .keeper import PlanKeeper
 from .payload.layout import Payload
@@ -129,6 +131,19 @@ class Runtime:
                 error.add_note(str(failure))
             raise
         self._return_to(*before)
+
+    def states(self) -> dict[str, State]:
+        """Return the state of each block at this moment, and of each tied copy (by the name of its
+        parameter), which is held nowhere. From any thread.
+        """
+        return self._keeper.residency.states()
+
+    def transitions(self, *, streamed: bool = False) -> list[Transition]:
+        """Return the latest changes of state, as they were carried out: those of blocks that have
+        changed their place for good, or those of blocks that come into slots and leave them again.
+        """
+        log = self._keeper.memory.transitions
+        return log.streamed() if streamed else list(log)
 
     @property
     def clock(self) -> Clock:

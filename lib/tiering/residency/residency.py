@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -13,7 +14,7 @@ from torch import nn
 from ...blocks import storage_bytes
 from ...errors import PlacementError
 from ...policy.plan import Plan, Step
-from ...vocabulary import Tier
+from ...vocabulary import State, Tier
 from ..payload.layout import Payload
 from .archive import Archive
 from .fast_memory import FastMemory, trim_heap
@@ -75,9 +76,12 @@ class Residency:
         for group in self.groups.values():
             group.refuse_written()
         self.memory.free_slots()  # what fails below leaves none
+        log = self.memory.transitions
         for name, group in self.groups.items():
             if payloads[name].precision is not group.payload.precision:
+                began = time.perf_counter()
                 group.let_go(payloads[name])
+                log.let_go(name, began)
             elif group.tier is Tier.HBM:
                 group.keep_stored(plan)
         self._sweep()
@@ -100,14 +104,18 @@ class Residency:
                 group, tier = self.groups[name], plan.placements[name].tier
                 if tier is group.tier:
                     continue
-                before = group.stored
+                before, began = group.stored, time.perf_counter()
                 if tier is Tier.HBM:
                     group.bring_in(plan)
                 else:
                     group.send_off(tier)
                 if before not in (None, group.stored):
                     self._sweep()
-                progress(group.payload.num_bytes)
+                place, size = plan.placements[name], group.payload.num_bytes
+                copied = size if tier is Tier.HBM or before != group.stored else 0
+                log.move(name, place.state, place.reason, began, copied)
+                log.slot_states[name] = State.COMPRESSED if group.payload.lossy else State.FULL
+                progress(size)
         steps = [step.block for step in schedule if not step.lookup]
         self.memory.adopt(plan, [unit for name in steps for unit in self.groups[name].units])
         self._sweep()
@@ -200,6 +208,22 @@ class Residency:
         if self.emulated:
             num_bytes += self._archive.memory_bytes()
         return num_bytes
+
+    def states(self) -> dict[str, State]:
+        """Return the state of each block now, and that of each tied copy; from any thread."""
+        log, prefetcher = self.memory.transitions, self.memory.prefetcher
+        in_flight, in_slots = prefetcher.in_flight, prefetcher.in_slots
+        states: dict[str, State] = {}
+        for name, group in self.groups.items():
+            state = log.states[name]
+            if name in in_flight:
+                state = State.IN_FLIGHT
+            elif name in in_slots:
+                state = log.slot_states[name]
+            for block in group.payload.group.blocks:
+                states[block.name] = state
+                states |= dict.fromkeys(block.tied, State.RECOMPUTABLE)
+        return states
 
     def bytes_per_tier(self) -> dict[Tier, int]:
         """Add up the payload bytes of the groups by the tier in which they are."""
