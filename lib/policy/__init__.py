@@ -7,7 +7,7 @@ allowed.
 
 from .plan import BlockNeed, Placement, Plan, Step, definition_schedule
 from .planner.planner import make_plan, smallest_budget
-from .states import ALLOWED, Transition, find_path, placed_state
+from .states import ALLOWED, Transition, placed_state
 from .timeline import TimedUse, Timeline, Transfer, simulate
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Transition",
     "TimedUse",
     "definition_schedule",
-    "find_path",
     "make_plan",
     "placed_state",
     "simulate",

@@ -29,9 +29,9 @@ class Rule(StrEnum):
 class Record:
     """One entry of the audit log.
 
-    ``asked``: the precision, and the states on the way, joined by arrows. ``predicted`` and
-    ``limit`` are in nats per token, or for ``Rule.BUDGET`` in bytes; None: unknown, or no limit.
-    ``broken`` is None where it was accepted.
+    ``asked``: the precision, the present state and the one asked for, with an arrow between.
+    ``predicted`` and ``limit`` are in nats per token, or for ``Rule.BUDGET`` in bytes; None:
+    unknown, or no limit. ``broken`` is None where it was accepted.
     """
 
     block: str

@@ -1,7 +1,10 @@
-"""The seven states of a block, and which changes between them are allowed.
+"""The seven states of a block, which changes between them are allowed, and the record of one.
 
 A state is precision and residency together. Weights don't change during inference, so leaving fast
-memory copies nothing: the bytes below are still there. Entering it always goes through S6.
+memory copies nothing: the bytes below are still there. Entering it always goes through S6. Another
+precision is always made from the original, which is below: what is held is let go of first, and
+nothing is won, or dropped, in place. S7 has no transitions: a tied copy is never held, it is its
+source's weights wherever these are.
 """
 
 from collections.abc import Mapping
@@ -11,18 +14,17 @@ from ..errors import PlacementError
 from ..vocabulary import Precision, State, Tier
 
 _RESIDENT = frozenset({State.FULL, State.REDUCED, State.COMPRESSED})
-_BELOW = frozenset({State.STAGED, State.COLD, State.RECOMPUTABLE})
+_BELOW = frozenset({State.STAGED, State.COLD})
 
 ALLOWED: Mapping[State, frozenset[State]] = {
-    # Precision can be dropped in place, and never be won back there.
-    State.FULL: frozenset({State.REDUCED, State.COMPRESSED}) | _BELOW,
-    State.REDUCED: frozenset({State.COMPRESSED}) | _BELOW,
-    State.COMPRESSED: frozenset({State.REDUCED}) | _BELOW,
-    State.STAGED: frozenset({State.COLD, State.IN_FLIGHT, State.RECOMPUTABLE}),
-    State.COLD: frozenset({State.STAGED, State.IN_FLIGHT, State.RECOMPUTABLE}),
+    State.FULL: _BELOW,
+    State.REDUCED: _BELOW,
+    State.COMPRESSED: _BELOW,
+    State.STAGED: frozenset({State.COLD, State.IN_FLIGHT}),
+    State.COLD: frozenset({State.STAGED, State.IN_FLIGHT}),
     # A transfer arrives, or is given up and the block is where it was.
     State.IN_FLIGHT: _RESIDENT | _BELOW,
-    State.RECOMPUTABLE: frozenset({State.STAGED, State.COLD, State.IN_FLIGHT}),
+    State.RECOMPUTABLE: frozenset(),
 }
 """State -> the states that may follow it."""
 
@@ -38,23 +40,32 @@ _FLOAT_PRECISIONS = frozenset({"fp32", "fp16", "bf16"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transition:
-    """A block's change of state, with the reason that goes to the audit log.
+    """A block's change of state, as whatever has executed it reports it.
 
-    Raises PlacementError for a change that is not allowed.
+    ``begin`` and ``end`` are seconds of the executing clock (``time.perf_counter``), ``num_bytes``
+    what was moved or written for it. Raises PlacementError for a change that is not allowed.
     """
 
     block: str
     before: State
     after: State
     reason: str
+    begin: float = 0.0
+    end: float = 0.0
+    num_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.after not in ALLOWED[self.before]:
-            allowed = ", ".join(sorted(ALLOWED[self.before]))
+            allowed = ", ".join(sorted(ALLOWED[self.before])) or "nothing"
             raise PlacementError(
                 f"block {self.block!r} can't go from {self.before} to {self.after} "
                 f"({self.reason}); from {self.before} allowed: {allowed}"
             )
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.begin
 
 
 def placed_state(tier: Tier, precision: Precision, *, computed_as_is: bool) -> State:
@@ -68,14 +79,3 @@ def placed_state(tier: Tier, precision: Precision, *, computed_as_is: bool) -> S
     if computed_as_is:
         return State.REDUCED
     return State.FULL if precision in _FLOAT_PRECISIONS else State.COMPRESSED
-
-
-def find_path(before: State, after: State) -> tuple[State, ...]:
-    """Return the states to go through from one state at rest to another, both included."""
-    if after == before:
-        return (before,)
-    if after in ALLOWED[before]:
-        return (before, after)
-    if before in _RESIDENT:  # precision that was dropped comes from below
-        return (before, State.STAGED, State.IN_FLIGHT, after)
-    return (before, State.IN_FLIGHT, after)

@@ -13,22 +13,19 @@ one.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from ..errors import PlacementError
 from ..precision.floors import BELOW_THREE_BITS, JointCheck, Ledger, tighten
-from ..vocabulary import Precision, State, Tier, is_below
+from ..vocabulary import Precision, Tier, is_below
 from .audit import WHOLE_PLAN, Audit, Record, Rule
 from .moves import NoRoom, order_moves
 from .plan import Placement, Plan
-from .states import Transition, find_path
 
 _ROUNDING_NATS = 1e-6
 """A KL of what is equal may come out below 0 by so much."""
 _BEYOND = 1e30
 """The factor on bounds that leaves nothing compressed within any epsilon."""
-_RESIDENT = frozenset({State.FULL, State.REDUCED, State.COMPRESSED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +205,7 @@ class Veto:
             reason = f"{precision} is below 3 bits, and all blocks together were not measured"
         return Record(
             block=block,
-            asked=f"{precision} {self._path(block, place, reason)}",
+            asked=f"{precision} {self._change(block, place)}",
             accepted=broken is None,
             predicted=bound if limited else ledger.predicted(block, precision),
             limit=limit,
@@ -240,7 +237,7 @@ class Veto:
 
     def _refuse_move(self, plan: Plan, stuck: NoRoom) -> Record:
         place = plan.placements[stuck.block]
-        asked = f"{place.precision} {self._path(stuck.block, place, place.reason)}"
+        asked = f"{place.precision} {self._change(stuck.block, place)}"
         reason = (
             f"on its way {stuck.num_bytes} bytes would pass the budget of {stuck.limit} for "
             f"{stuck.tier}, and no order of moves was found in which something leaves before: go "
@@ -248,18 +245,16 @@ class Veto:
         )
         return _refuse(stuck.block, asked, Rule.BUDGET, stuck.num_bytes, stuck.limit, reason)
 
-    def _path(self, block: str, place: Placement, reason: str) -> str:
-        """Return the states to go through, each change of them allowed."""
+    def _change(self, block: str, place: Placement) -> str:
+        """Return the state that a block has and the one it is to have; which way it goes is told by
+        what executes it (``Runtime.transitions``).
+        """
         if self._plan is None:
             return str(place.state)
         held = self._plan.placements[block]
-        path = find_path(held.state, place.state)
-        gains = is_below(held.precision, place.precision)
-        if gains and {held.state, place.state} <= _RESIDENT:  # what was dropped is below
-            path = (held.state, State.STAGED, *find_path(State.STAGED, place.state)[1:])
-        for before, after in pairwise(path):
-            Transition(block=block, before=before, after=after, reason=reason)
-        return " -> ".join(path)
+        if (held.state, held.precision) == (place.state, place.precision):
+            return str(held.state)
+        return f"{held.state} -> {place.state}"
 
     def _precisions(self) -> dict[str, Precision]:
         placements = self._plan.placements if self._plan is not None else {}

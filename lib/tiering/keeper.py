@@ -231,7 +231,7 @@ class PlanKeeper:
 
     def called(self, group: str) -> None:
         """Count a use of an expert."""
-        self.forwards.count_call(group)
+        self.recorder.count_call(group)
 
     def took(self, num_bytes: int) -> None:
         """Book fast memory beside slots and residents."""

@@ -7,13 +7,18 @@ What forwards themselves bring about is in ``keeper``.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
 from ..errors import InputError, PlacementError
 from ..policy.audit import Audit, Record
+from ..policy.control import Settings
 from ..policy.plan import Plan
+from ..policy.states import Transition
 from ..policy.veto import Measure, Veto
+from ..vocabulary import State
+from .control.budget_control import BudgetControl
 from .keeper import PlanKeeper
 from .payload.layout import Payload
 from .residency.stand_ins import plain_tensors
@@ -32,6 +37,7 @@ class Runtime:
         self._keeper = keeper
         self._forwards = keeper.forwards
         self._detached = False
+        self._control: BudgetControl | None = None
 
     @property
     def plan(self) -> Plan:
@@ -67,21 +73,44 @@ class Runtime:
     def budget(self) -> dict[str, int | None]:
         """The bytes that each tier may hold (None: no limit); empty where the hints alone decided.
 
-        Setting it plans anew and moves what must move, between forwards, without reloading the
-        model. Raises InputError for a budget that is too small (nothing has moved then), and
-        PlacementError during a forward.
+        Setting it plans anew and moves what must move, without reloading the model: between
+        forwards, or from another thread than the one that runs the model before its next module.
+        Every block keeps its precision. Raises InputError for a budget that is too small (nothing
+        has moved then), and PlacementError in a forward of the caller's own.
         """
         return self._keeper.budget
 
     @budget.setter
     def budget(self, budget: Mapping[str, str | int | None]) -> None:
-        with self._forwards.lock:
+        keeper, forwards = self._keeper, self._forwards
+
+        def change() -> None:
             if self._detached:
                 raise PlacementError("the budget can't be changed after detach: attach again")
-            self._forwards.refuse_other_processes()
-            self._forwards.check_idle()
-            keeper = self._keeper
-            keeper.carry_out(keeper.planning.make_plan(budget or {}, self._forwards.schedule))
+            schedule = forwards.expected if forwards.is_mine else forwards.schedule
+            keeper.carry_out(keeper.planning.make_plan(budget or {}, schedule))
+
+        forwards.requests.do(change)
+
+    def control(
+        self,
+        *,
+        settings: Settings | None = None,
+        file: str | Path | None = None,
+        log: str | Path | None = None,
+    ) -> BudgetControl:
+        """Let a controller look after the budget from here on, until detach; returns it.
+
+        Its ``request`` asks for another budget of fast memory while the model runs: less is kept to
+        at once, more after a dwell (``settings``). ``file``: a control file, through which other
+        processes ask. ``log``: what is observed and decided, for ``tierhints replay``. A controller
+        that was there before ends. Raises InputError where there is no budget.
+        """
+        if self._detached:
+            raise PlacementError("there is nothing to control after detach: attach again")
+        self._end_control()
+        self._control = BudgetControl(self._keeper, settings=settings, file=file, log=log)
+        return self._control
 
     @contextlib.contextmanager
     def limited(self, budget: Mapping[str, str | int | None]) -> Iterator[Self]:
@@ -102,6 +131,19 @@ class Runtime:
                 error.add_note(str(failure))
             raise
         self._return_to(*before)
+
+    def states(self) -> dict[str, State]:
+        """Return the state of each block at this moment, and of each tied copy (by the name of its
+        parameter), which is held nowhere. From any thread.
+        """
+        return self._keeper.residency.states()
+
+    def transitions(self, *, streamed: bool = False) -> list[Transition]:
+        """Return the latest changes of state, as they were carried out: those of blocks that have
+        changed their place for good, or those of blocks that come into slots and leave them again.
+        """
+        log = self._keeper.memory.transitions
+        return log.streamed() if streamed else list(log)
 
     @property
     def clock(self) -> Clock:
@@ -224,10 +266,18 @@ class Runtime:
         with self._forwards.lock:
             self._forwards.refuse_other_processes()
             self._forwards.check_idle()
+        self._end_control()
+        with self._forwards.lock:
+            self._forwards.check_idle()
             self._forwards.remove()
             with plain_tensors():
                 let_go()
             self._detached = True
+
+    def _end_control(self) -> None:
+        if self._control is not None:
+            self._control.stop()
+            self._control = None
 
     def _return_to(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:
         with self._forwards.lock:

@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from lib.commands.__main__ import VERBS
 from lib.files import write_json
+from lib.tiering import attach
 from tests.integration.tiny_run import ROOT
 
 ARGUMENTS: dict[str, str] = {
@@ -36,6 +37,7 @@ ARGUMENTS: dict[str, str] = {
     "export": "--to accelerate --tier-hints {hints} --model {model} --output {out}",
     "probe": "--quick --repeats 1 --size 32MiB --output {out}/machine.json",
     "rank-layers": "--model {model} --data {text} --samples 4 --output {out}/layers.json",
+    "replay": "{log}",
     "report": "{run} --output {out}/report.html",
     "judge-policies": "{routes} --resident 0.25,0.5",
     "trace": "--model {mixture} --data {text} --samples 2 --sequence-length 4 --new-tokens 3 "
@@ -110,6 +112,11 @@ BAD: dict[str, dict[str, str]] = {
         "--samples 0": "--samples: 0",
         "--json {out}/trace.csv.gz": "--json",
     },
+    "replay": {
+        "--budget some": "'some'",
+        "--tier CXL": "--tier",
+        "--policy worst": "--policy",
+    },
     "report": {"--output {out}": "is a folder", "--json {out}/report.html": "--json"},
 }
 """What is added to the arguments -> what the error names."""
@@ -126,6 +133,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps = [f"{step},{layer},{step % 8}\n" for step in range(40) for layer in range(2)]
     (folder / "routes.csv").write_text("step,layer,expert\n" + "".join(steps))
     write_json({"tiering": {"generate_json": False}, "run": {}}, folder / "run" / "config.json")
+    model = GPT2LMHeadModel.from_pretrained(folder / "model")
+    with attach(model, budget={"HBM": "1GiB", "SSD": None}, spill_dir=folder) as runtime:
+        runtime.control(log=folder / "control.jsonl")
     return folder
 
 
@@ -168,6 +178,7 @@ def results(folder: Path) -> Path:
                 "checkpoint": folder / "checkpoint-1",
                 "run": folder / "run",
                 "routes": folder / "routes.csv",
+                "log": folder / "control.jsonl",
                 "out": own / "out",
             }
             words = [verb, *(word.format(**names) for word in ARGUMENTS[verb].split())]

@@ -25,6 +25,7 @@ from .experts import serve_experts
 from .group_hook import GroupHook
 from .lookahead import LookAhead
 from .progress import PassBar, count_passes
+from .requests import Requests
 from .surroundings import Surroundings
 
 
@@ -87,6 +88,8 @@ class Forwards:
         self.around = Surroundings(
             self, model, residency, save_state=self._save_state, generation=self._generation
         )
+        self.requests = Requests(self, residency)
+        """What other threads want done while the model runs."""
         self.follow_plan()
 
     def remove(self) -> None:
@@ -111,6 +114,15 @@ class Forwards:
         self._hooks_changed |= self.around.follow(hooked)
         self.lookahead.follow()
 
+    def stop_everywhere(self) -> None:
+        """Surround the calls of all modules, so that the present forward comes by soon."""
+        self._hooks_changed |= self.around.hook_all()
+
+    @property
+    def is_running(self) -> bool:
+        """A forward runs, in whichever thread."""
+        return self._thread is not None and self._thread.is_alive()
+
     @property
     def is_mine(self) -> bool:
         """A forward runs in this thread."""
@@ -121,10 +133,6 @@ class Forwards:
         users = (use.hook for use in self._held if not use.hook.lookup)
         if not any(group == own.name for hook in users for own in hook.groups):
             self.trace.append(Step(group))
-
-    def count_call(self, group: str) -> None:
-        """Count a use of an expert, which no module's hook sees."""
-        self._recorder.count_call(self._residency.groups[group].payload.group.blocks[0].name)
 
     @property
     def running(self) -> list[str]:
@@ -190,6 +198,7 @@ class Forwards:
     def _begin(self, call: object, part: nn.Module | None) -> None:
         self.refuse_other_processes()
         self._end_leftovers()
+        self.requests.serve()
         self.trace = []
         streamed = self._supervisor.begin_forward()
         if (dtype := autocast_dtype(self._memory.device)) is not None:
@@ -229,6 +238,7 @@ class Forwards:
     def acquire(self, call: object, hook: GroupHook) -> None:
         """Bring the weights of a module that begins into fast memory."""
         with self.lock:
+            self.requests.serve()
             use = _Use(call, hook)
             self._held.append(use)
             use.unkept = self._enter_casting(hook)
@@ -281,8 +291,7 @@ class Forwards:
                 group.release()
 
     def _refuse_other_threads(self) -> None:
-        other = self._thread
-        if other not in (None, threading.current_thread()) and other.is_alive():
+        if self.is_running and not self.is_mine:
             raise PlacementError("another thread runs the model: one forward at a time")
 
     def refuse_other_processes(self) -> None:

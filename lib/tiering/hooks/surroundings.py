@@ -90,6 +90,16 @@ class Surroundings:
             )
         return changes
 
+    def hook_all(self) -> bool:
+        """Surround the modules of all groups, also while the model runs in another thread: nothing
+        is taken off. Returns whether that is a change.
+        """
+        before, self.hooked = self.hooked, frozenset(self._residency.groups)
+        for hook in self._hooks.values():
+            if not any(group.name in before for group in hook.groups):
+                self._hook_calls.surround(hook.module, hook)
+        return before != self.hooked
+
     def compile_decoding(self) -> None:
         """Compile steps of decoding from here on, while nothing moves."""
         self.refuse_compiling()

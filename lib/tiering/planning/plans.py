@@ -18,6 +18,7 @@ from ...machine import MachineProfile
 from ...policy.plan import BlockNeed, Plan, Step, definition_schedule
 from ...policy.planner.by_hints import place_by_hints
 from ...policy.planner.planner import make_plan, smallest_budget
+from ...policy.planner.problem import Problem
 from ...vocabulary import Precision, Tier
 from ..payload.layout import Payload
 from ..residency.casting import copy_bytes
@@ -150,6 +151,10 @@ class Planning:
     def smallest_budget(self, budget: Mapping[Tier, int | None], schedule: Sequence[Step]) -> int:
         """Return the smallest HBM bytes that work beside the limits of a budget's other tiers."""
         return smallest_budget(*self._ask_for(budget, schedule, self._kept_bytes()))
+
+    def problem(self, budget: Mapping[Tier, int | None], schedule: Sequence[Step]) -> Problem:
+        """Return what the planner chooses among within the limits of a budget."""
+        return Problem(*self._ask_for(budget, schedule, self._kept_bytes()))
 
     def _kept_bytes(self) -> int:
         """Return what the originals take that have to be stored."""

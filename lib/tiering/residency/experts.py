@@ -16,6 +16,7 @@ from ...policy.experts import Admission, Counters, ExpertCache
 from ...policy.experts.speculation import Speculation
 from ...policy.plan import Plan
 from ..payload.contents import part_view
+from ..payload.layout import Payload
 from ..transfer.transport import Ticket, Unit
 from .fast_memory import FastMemory
 from .held_expert import ExpertWeight, HeldExpert
@@ -66,6 +67,8 @@ class ExpertSlots:
         self._lateness = 0.0
         self._last_ended = 0.0
         self._num_bytes = 0
+        self._largest = 0
+        """Bytes of the largest expert: what is kept free to pass others through."""
         self._taken = 0
         self._is_busy = False
         """A use has begun and not come to its end."""
@@ -83,10 +86,31 @@ class ExpertSlots:
         self.transport.make_slots(0, 0)
         self.cache, self._taken = None, 0
 
-    def adopt(self, plan: Plan) -> None:
-        """Have the slots of a plan; what was cached is read anew, and at first what was routed to
-        most in training.
+    def begin(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:
+        """Take no more than a plan allows from here on, which is to be adopted next. What is cached
+        stays as far as it can, unless experts go elsewhere or change their precision.
         """
+        experts = [each for packed in self._packed for each in packed.experts]
+        if self.cache is not None and all(
+            each.tier is plan.placements[each.name].tier
+            and each.payload.precision is payloads[each.name].precision
+            for each in experts
+        ):
+            self._resize(min(plan.cache_bytes, self._num_bytes))
+        else:
+            self.free()
+
+    def _resize(self, num_bytes: int) -> None:
+        assert self.cache is not None
+        self._num_bytes = num_bytes
+        self._evict(self.cache.set_capacity(num_bytes - self._largest))
+        self._make_room(0)
+
+    def adopt(self, plan: Plan) -> None:
+        """Have the slots of a plan; at first what was routed to most in training is read."""
+        if self.cache is not None:
+            self._resize(plan.cache_bytes)
+            return
         self._num_bytes = plan.cache_bytes
         layers = {
             layer: packed.experts
@@ -99,7 +123,7 @@ class ExpertSlots:
             layer: [max(_unit(each).num_bytes, 1) if each.units else 1 for each in experts]
             for layer, experts in layers.items()
         }
-        largest = max(max(each) for each in sizes.values())
+        self._largest = max(max(each) for each in sizes.values())
         per_token = {
             layer: min(self._packed[layer].routed, len(experts))
             for layer, experts in layers.items()
@@ -112,7 +136,7 @@ class ExpertSlots:
         }
         self.cache = ExpertCache(
             sizes,
-            self._num_bytes - largest,
+            self._num_bytes - self._largest,
             per_token=per_token,
             policy=self.policy,
             counts=counts,

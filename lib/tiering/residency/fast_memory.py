@@ -21,6 +21,7 @@ from ..payload.layout import Payload, codec_scratch_bytes, lookup_bytes
 from ..stores import aligned_buffer
 from ..transfer.charges import Charges
 from ..transfer.prefetch import Prefetcher
+from ..transfer.transitions import TransitionLog
 from ..transfer.transport import Left, Transport, Unit
 
 _KEPT_COPIES = 8 * 2**20
@@ -75,6 +76,8 @@ class FastMemory:
         self.transport = transport
         self.charges = charges
         self.watcher = watcher
+        self.transitions = TransitionLog()
+        """What has moved, for good and through slots."""
         self.prefetcher = Prefetcher(transport, 0, [])
         self.scratch: Scratch | None = None
         """Working memory for compressed weights."""
@@ -120,7 +123,11 @@ class FastMemory:
         """Make the slots of a plan; ``units`` in the order of their likely use."""
         self.transport.make_slots(plan.num_slots, plan.slot_bytes)
         self.prefetcher = Prefetcher(
-            self.transport, plan.num_slots, units, slot_bytes=plan.slot_bytes
+            self.transport,
+            plan.num_slots,
+            units,
+            slot_bytes=plan.slot_bytes,
+            log=self.transitions,
         )
         self._limit = plan.limit(Tier.HBM)
         self._planned_bytes = plan.fast_bytes - plan.expanded_bytes

@@ -186,6 +186,11 @@ class HeldGroup:
         self._digest = None
         self._note_originals()
 
+    def back_up(self, tier: Tier) -> None:
+        """Store what is in fast memory in a tier below, too."""
+        self.stored = self.archive.put(self.payload, tier)
+        self._keep_native()
+
     def reads_originals(self, plan: Plan) -> bool:
         """Say whether a checkpoint's weights are read when it goes where the plan says."""
         tier = plan.placements[self.name].tier

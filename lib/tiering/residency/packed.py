@@ -18,7 +18,7 @@ from torch._C import DisableTorchFunctionSubclass
 
 from ...policy.plan import Plan
 from ...vocabulary import Tier
-from ..payload.groups import routed_experts
+from ..payload.groups import IMPLEMENTATION, routed_experts
 from ..payload.layout import Payload
 from ..payload.parts import Part
 from .archive import Archive
@@ -174,6 +174,18 @@ class PackedExperts:
         away = _AwayExperts(self, part, self._originals.shapes[name])
         placeholder = torch.empty(0, dtype=part.dtype, device=self.memory.device)
         set_away(self._originals.parameters[name], away, placeholder=placeholder)
+
+
+def settle(packed: Sequence[PackedExperts]) -> None:
+    """Let all modules be what a plan made of them. Where some compute with experts that are held
+    apart, all whose config they share ask our implementation.
+    """
+    for each in packed:
+        each.settle()
+        each.config._experts_implementation = each.implementation
+    for each in packed:
+        if not each.is_plain:
+            each.config._experts_implementation = IMPLEMENTATION
 
 
 class _AwayExperts:

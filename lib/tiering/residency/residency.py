@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -13,15 +14,14 @@ from torch import nn
 from ...blocks import BlockKind, storage_bytes
 from ...errors import PlacementError
 from ...policy.plan import Plan, Step
-from ...vocabulary import Tier
-from ..payload.groups import IMPLEMENTATION
+from ...vocabulary import State, Tier
 from ..payload.layout import Payload
 from .archive import Archive
 from .experts import ExpertSlots
 from .fast_memory import FastMemory, trim_heap
 from .held import HeldGroup
 from .originals import Originals
-from .packed import PackedExperts
+from .packed import PackedExperts, settle
 
 
 class Residency:
@@ -85,12 +85,15 @@ class Residency:
         for group in self.groups.values():
             group.refuse_written()
         self.memory.free_slots()  # what fails below leaves none
-        self.experts.free()
+        self.experts.begin(plan, payloads)
         for packed in self.packed.values():
             packed.begin(plan)
+        log = self.memory.transitions
         for name, group in self.groups.items():
             if payloads[name].precision is not group.payload.precision:
+                began = time.perf_counter()
                 group.let_go(payloads[name])
+                log.let_go(name, began)
             elif group.tier is Tier.HBM:
                 group.keep_stored(plan)
         self._sweep()
@@ -113,17 +116,19 @@ class Residency:
                 group, tier = self.groups[name], plan.placements[name].tier
                 if tier is group.tier:
                     continue
-                before = group.stored
+                before, began = group.stored, time.perf_counter()
                 if tier is Tier.HBM:
                     group.bring_in(plan)
                 else:
                     group.send_off(tier)
                 if before not in (None, group.stored):
                     self._sweep()
-                progress(group.payload.num_bytes)
-        for packed in self.packed.values():
-            packed.settle()
-        self._set_implementation()
+                place, size = plan.placements[name], group.payload.num_bytes
+                copied = size if tier is Tier.HBM or before != group.stored else 0
+                log.move(name, place.state, place.reason, began, copied)
+                log.slot_states[name] = State.COMPRESSED if group.payload.lossy else State.FULL
+                progress(size)
+        settle(list(self.packed.values()))
         moving = {name: group for name, group in self.groups.items() if not group.is_routed}
         steps = [step.block for step in schedule if not step.lookup and step.block in moving]
         self.memory.adopt(plan, [unit for name in steps for unit in moving[name].units])
@@ -146,6 +151,14 @@ class Residency:
                 f"weights take {measured} bytes of fast memory, and the plan {plan.fast_bytes}: "
                 "please report this, with the model and the budget"
             )
+
+    def back_up(self, tier: Tier) -> None:
+        """Store in a tier what is in fast memory and may leave it, so that nothing has to be copied
+        when it does. It is kept for as long as the plan doesn't limit that tier.
+        """
+        for group in self.groups.values():
+            if group.tier is Tier.HBM and group.stored is None and not group.payload.written:
+                group.back_up(tier)
 
     # -- use ---------------------------------------------------------------------------------------
 
@@ -230,6 +243,22 @@ class Residency:
             num_bytes += self._archive.memory_bytes()
         return num_bytes
 
+    def states(self) -> dict[str, State]:
+        """Return the state of each block now, and that of each tied copy; from any thread."""
+        log, prefetcher = self.memory.transitions, self.memory.prefetcher
+        in_flight, in_slots = prefetcher.in_flight, prefetcher.in_slots
+        states: dict[str, State] = {}
+        for name, group in self.groups.items():
+            state = log.states[name]
+            if name in in_flight:
+                state = State.IN_FLIGHT
+            elif name in in_slots:
+                state = log.slot_states[name]
+            for block in group.payload.group.blocks:
+                states[block.name] = state
+                states |= dict.fromkeys(block.tied, State.RECOMPUTABLE)
+        return states
+
     def bytes_per_tier(self) -> dict[Tier, int]:
         """Add up the payload bytes of the groups by the tier in which they are."""
         totals: dict[Tier, int] = {}
@@ -293,14 +322,6 @@ class Residency:
             module = originals.model.get_submodule(name)
             self.packed[name] = PackedExperts(module, originals, memory)
         return self.packed[name].add(payload, archive, originals)
-
-    def _set_implementation(self) -> None:
-        """Let experts that are held apart compute by our implementation: layers share a config."""
-        for packed in self.packed.values():
-            packed.config._experts_implementation = packed.implementation
-        for packed in self.packed.values():
-            if not packed.is_plain:
-                packed.config._experts_implementation = IMPLEMENTATION
 
     def _close_stores(self) -> None:
         for packed in self.packed.values():

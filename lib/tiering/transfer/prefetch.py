@@ -7,12 +7,14 @@ for. A slot is given to another unit only once its own is not held and no other 
 further ahead (Belady's rule, which is optimal for a known order).
 """
 
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ...errors import PlacementError
+from .transitions import TransitionLog
 from .transport import Ticket, Transport, Unit
 
 
@@ -22,6 +24,8 @@ class _Live:
 
     ticket: Ticket
     holds: int = 0
+    used: bool = False
+    """It has arrived, and was noted."""
 
 
 class Prefetcher:
@@ -37,10 +41,12 @@ class Prefetcher:
         schedule: Sequence[Unit],
         *,
         slot_bytes: int = 2**63,
+        log: TransitionLog | None = None,
     ) -> None:
         self.slot_bytes = slot_bytes if num_slots else 0
         """The largest unit that can be acquired."""
         self._transport = transport
+        self._log = log
         self._num_slots = num_slots
         self._free = list(range(num_slots))
         self._live: dict[Unit, _Live] = {}
@@ -77,7 +83,10 @@ class Prefetcher:
         try:
             self._advance(unit)
             self._prefetch()
-            return self._transport.wait(live.ticket)
+            memory = self._transport.wait(live.ticket)
+            if not live.used:
+                self._note_arrival(unit, live)
+            return memory
         except BaseException as error:
             live.holds -= 1
             if live.holds == 0 and not isinstance(error, KeyboardInterrupt):
@@ -97,6 +106,18 @@ class Prefetcher:
             if not self._transport.done_with(live.ticket.slot, shared=shared):
                 self._drop(unit)
             self._prefetch()
+
+    @property
+    def in_flight(self) -> set[str]:
+        """The groups of which something is on its way."""
+        live = list(self._live.items())  # of another thread, perhaps
+        return {unit.group for unit, each in live if not each.ticket.arrived.is_set()}
+
+    @property
+    def in_slots(self) -> set[str]:
+        """The groups of which something is in a slot."""
+        live = list(self._live.items())
+        return {unit.group for unit, each in live if each.ticket.arrived.is_set()}
 
     @property
     def lent(self) -> list[str]:
@@ -210,9 +231,18 @@ class Prefetcher:
         self._live[unit] = live
         return live
 
+    def _note_arrival(self, unit: Unit, live: _Live) -> None:
+        live.used = True
+        if self._log is not None:
+            ticket = live.ticket  # a copy on a stream has no end that the host sees
+            ended = ticket.ended or time.perf_counter()
+            self._log.arrive(unit.group, ticket.asked, ended, unit.num_bytes)
+
     def _drop(self, unit: Unit) -> None:
         """Free a unit's slot, once nothing writes into it any more."""
         live = self._live[unit]
         live.ticket.arrived.wait()
+        if live.used and self._log is not None:
+            self._log.leave(unit.group)
         del self._live[unit]
         self._free.append(live.ticket.slot)

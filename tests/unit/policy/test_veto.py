@@ -234,11 +234,11 @@ def test_without_epsilon_the_floors_of_the_hints_hold() -> None:
     json.dumps(veto.to_json(), allow_nan=False)
 
 
-def test_precision_is_won_back_from_below_only() -> None:
+def test_the_audit_says_what_was_asked_for_and_no_way() -> None:
     ledger = toy_ledger()
     lossless = plan_at(ledger, dict.fromkeys("abc", Precision.FP32))
     held = with_block(lossless, ledger, "a", Precision.INT4, Tier.HBM)
     veto = Veto(ledger)
     veto.adopt(held)
     veto.judge(with_block(held, ledger, "a", Precision.INT8, Tier.HBM))
-    assert [record.asked for record in veto.audit] == ["int8 S3 -> S4 -> S6 -> S3"]
+    assert [record.asked for record in veto.audit] == ["int8 S3 -> S3"]
