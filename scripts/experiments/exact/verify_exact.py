@@ -20,7 +20,6 @@ any with ``strict``. stdout ends with one JSON document:
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -122,12 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_transformers(progress=False)
     tokenizer = load_tokenizer(args.model)
     plain: Any = load_model(args.model)
-    context = getattr(plain.config, "max_position_embeddings", math.inf)
-    if args.prompt_tokens + args.new_tokens > context:
-        raise InputError(
-            f"--prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} pass the "
-            f"model's context of {context}: give less of them"
-        )
+    context = getattr(plain.config, "max_position_embeddings", sys.maxsize)
     total = sum(parameter.nbytes for parameter in plain.parameters())
     budget = {"HBM": int(args.share * total), "SSD": None}
     tallies = {mode: Tally() for mode in MODES}
@@ -161,12 +155,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if tallies[mode].tokens >= wanted:
                     continue
                 ids_BT, mask_BT = pad(prompts, tokenizer)
-                want = write_plain(plain, ids_BT, mask_BT, settings, args.new_tokens, seed)
+                new_tokens = min(args.new_tokens, context - ids_BT.shape[1])
+                if new_tokens < 2:
+                    raise InputError(
+                        f"a prompt of {ids_BT.shape[1]} tokens leaves no text of the model's "
+                        f"context of {context}: give a lower --prompt-tokens"
+                    )
+                want = write_plain(plain, ids_BT, mask_BT, settings, new_tokens, seed)
                 torch.manual_seed(seed)
                 given = model.generate(
                     ids_BT,
                     attention_mask=mask_BT,
-                    max_new_tokens=args.new_tokens,
+                    max_new_tokens=new_tokens,
                     **(settings or {"do_sample": False}),
                 )
                 compare(
