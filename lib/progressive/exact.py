@@ -117,8 +117,8 @@ class ExactRuntime(Runtime):
         if self._generate is not None:
             vars(self._model)["generate"] = self._generate
             self._generate = None
+        self.draft.close()  # first: what it held may be what the weights lack
         super().detach()
-        self.draft.close()
 
     def _with_draft(
         self, budget: Mapping[str, str | int | None], sign: int

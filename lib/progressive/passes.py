@@ -55,8 +55,9 @@ class Passes:
     ) -> Tensor:
         tokens = ids_BT.shape[1]
         places_T = torch.arange(tokens, device=ids_BT.device).clamp_(max=num_real - 1)
-        # Rows beyond a text, also of those that have ended, have a position that there is.
-        places_BT = (lengths_B[:, None] + places_T).clamp_(max=self._longest - 1)
+        # Rows beyond a text, also of those that have ended, have a position that there is; a
+        # text's last token, which nothing comes after, needs none.
+        places_BT = (lengths_B[:, None] + places_T).clamp_(max=max(self._longest - 2, 0))
         positions_BT = (places_BT - self._starts_B1).clamp_(min=0)
         output = model(
             input_ids=ids_BT,

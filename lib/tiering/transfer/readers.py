@@ -9,6 +9,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -248,6 +249,7 @@ def _read_pieces(jobs: _Jobs) -> None:
                     ticket.store.read_into(ticket.unit.key, start, target)
             except BaseException as error:
                 ticket.error = error
+                _free_frames(error)
             del piece, target  # views of the slot, which must not be taken for a caller's
             if ticket.end_pieces(1):
                 try:
@@ -259,6 +261,15 @@ def _read_pieces(jobs: _Jobs) -> None:
                 ticket.ended = time.perf_counter()
                 ticket.arrived.set()
         del ticket
+
+
+def _free_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of a failed read have: views of the slot, for as long as anybody
+    keeps the error.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _end_threads(jobs: _Jobs, threads: list[threading.Thread], process: int) -> None:

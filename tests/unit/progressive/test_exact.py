@@ -356,16 +356,19 @@ def model_budget(model: Any, limit: int) -> None:
     closure["self"].budget = {"HBM": limit, "SSD": None}
 
 
+@pytest.mark.parametrize("length", [32, 33])
 @pytest.mark.parametrize("precision", ["int8", "int2"])
-def test_texts_go_to_the_end_of_the_context(precision: str, tmp_path: Path) -> None:
-    model = perturb(tiny_gpt2())  # of 32 positions, each with an embedding of its own
+def test_texts_go_to_the_end_of_the_context(precision: str, length: int, tmp_path: Path) -> None:
+    model = perturb(
+        tiny_gpt2()
+    )  # of 32 positions, each with an embedding of its own; a last token needs none
     ids = torch.randint(1, 40, (4, 8), generator=torch.Generator().manual_seed(0))
     one, batch = (
-        greedy(model, given, max_new_tokens=None, max_length=32) for given in (ids[:1], ids)
+        greedy(model, given, max_new_tokens=None, max_length=length) for given in (ids[:1], ids)
     )
     with exact(model, tmp_path, precision=precision):
-        assert torch.equal(greedy(model, ids[:1], max_new_tokens=None, max_length=32), one)
-        assert torch.equal(greedy(model, ids, max_new_tokens=None, max_length=32), batch)
+        assert torch.equal(greedy(model, ids[:1], max_new_tokens=None, max_length=length), one)
+        assert torch.equal(greedy(model, ids, max_new_tokens=None, max_length=length), batch)
 
 
 def test_rotary_embeddings_that_change_on_the_way_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 called by themselves.
 """
 
+import errno
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from smallest_budget import smallest
 from tiny_models import tiny_gpt2
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
@@ -115,6 +117,31 @@ def test_a_release_that_is_interrupted_keeps_no_slot(
             with pytest.raises(KeyboardInterrupt):
                 model(IDS)
             assert torch.equal(model(IDS), want)
+        assert runtime.plan is plan  # no room had to be made
+
+
+def test_a_read_error_keeps_no_slot_however_long_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_gpt2().eval()
+    with torch.no_grad():
+        want = model(IDS).logits
+
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    errors = []
+    budget = {"HBM": smallest(model), "SSD": None}
+    with attach(model, budget=budget, spill_dir=tmp_path) as runtime, torch.no_grad():
+        assert torch.equal(model(IDS).logits, want)
+        plan = runtime.plan
+        for _ in range(3):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "preadv", fail)
+                with pytest.raises(PlacementError, match=os.strerror(errno.EIO)) as raised:
+                    model(IDS)
+            errors.append(raised.value)
+            assert torch.equal(model(IDS).logits, want)
         assert runtime.plan is plan  # no room had to be made
 
 
