@@ -149,6 +149,7 @@ def check_budget(config: Config) -> None:
 
     from gpt2.model import make_network
     from lib.commands.flags import parse_device
+    from lib.progressive.draft import divide
     from lib.tiering import plan
 
     precision = None if bench.precision == "native" else bench.precision
@@ -156,6 +157,8 @@ def check_budget(config: Config) -> None:
     device = parse_device(config.run.device)
     for mode in benchmark_modes(config):
         plan(model, mode=mode, budget=budget, precision=precision, device=device)
+    if bench.exact:
+        divide(model, None, budget=budget, device=device)
 
 
 def benchmark_modes(config: Config) -> list[Mode]:
@@ -253,6 +256,8 @@ def benchmark_mode(config: Config, mode: Mode, checkpoint: Path) -> Any:
         command += ["--precision", config.bench.precision]
     if config.bench.epsilon:
         command += ["--epsilon", config.bench.epsilon]
+    if config.bench.exact and mode == "real":
+        command += ["--exact"]
     if mode == "emulated":
         spec = config.run.directory / "tier_spec.json"
         write_spec(config, spec)

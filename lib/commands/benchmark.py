@@ -4,7 +4,8 @@
     tierhints benchmark --model ./my-model --budget HBM=4GiB,SSD= --precision int8
 
 Latency, throughput, memory, bytes moved and perplexity over held-out text, and what compression
-costs in KL. ``--mode emulated`` charges the time of hypothetical tiers instead of moving weights.
+costs in KL; with ``--exact`` the speed of exact output, too. ``--mode emulated`` charges the time
+of hypothetical tiers instead of moving weights.
 """
 
 import argparse
@@ -79,6 +80,7 @@ def run_benchmark(args: argparse.Namespace, choose_length: Callable[[Any], int])
         emulation=_read_spec(args),
         baseline=args.baseline,
         canary_every=args.canary,
+        exact=args.exact,
         num_iterations=args.num_iterations,
         warmup=args.warmup,
         batch_size=args.batch_size,
@@ -186,6 +188,11 @@ def add_mode_flags(tiers: Flags, *, mode: str) -> None:
         metavar="N",
         help="with --epsilon, measure the KL again after every N timed passes, on 16 held-out "
         "sequences, and hold blocks more precisely where it is above (default: once, before)",
+    )
+    tiers.add_argument(
+        "--exact",
+        action="store_true",
+        help="also write text within the --budget, exactly, by plain streaming and resident",
     )
     tiers.add_argument(
         "--spec",

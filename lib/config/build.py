@@ -128,6 +128,7 @@ def build_config(symbols: Symbols) -> Config:
             precision=symbols.option(_PRECISIONS),
             epsilon=symbols.text("BENCH_EPSILON"),
             both_modes=symbols.flag("BENCH_BOTH_MODES"),
+            exact=symbols.flag("BENCH_EXACT"),
             frontier=symbols.flag("BENCH_FRONTIER"),
             allocations=symbols.flag("BENCH_ALLOCATIONS"),
             kv_cache=symbols.flag("BENCH_KV_CACHE"),

@@ -172,6 +172,7 @@ class BenchConfig:
     precision: PrecisionName
     epsilon: str  # nats per token, or ppl=RATIO; empty: no bound
     both_modes: bool
+    exact: bool  # also write text within the budget, exactly and by streaming
     frontier: bool  # of memory, speed and quality
     allocations: bool  # compared at equal bytes
     kv_cache: bool  # compared by the precision of its layers, which are ranked

@@ -34,6 +34,7 @@ from ..tiering.planning.plans import Mode
 from ..tiering.telemetry import transfer_ms
 from ..vocabulary import Precision
 from .canary import CANARY_SEQUENCES, Canary, measure_kl
+from .decoding import DecodingSettings, check_decoding, measure_decoding
 from .forwards import ForwardBench, latency_to_json
 
 _TIMELINE_FORWARDS = 3
@@ -49,7 +50,8 @@ class BenchmarkSettings:
 
     ``baseline``: measure the untouched model, too; always so under an ``epsilon``, a bound on the
     KL from that model. ``canary_every``: under an epsilon, measure the KL again after so many timed
-    passes. Raises InputError for a number out of range.
+    passes. ``exact``: also write text, exactly, within the budget (``measure_decoding``). Raises
+    InputError for a number out of range, and for settings that exclude each other.
     """
 
     mode: Mode = "real"
@@ -59,6 +61,7 @@ class BenchmarkSettings:
     emulation: EmulationSpec | None = None
     baseline: bool = True
     canary_every: int | None = None
+    exact: bool = False
     num_iterations: int = 20
     warmup: int = 3
     batch_size: int = 4
@@ -77,6 +80,13 @@ class BenchmarkSettings:
             object.__setattr__(self, "baseline", True)
         elif self.canary_every is not None:
             raise InputError("canary_every has no effect without epsilon: give both, or neither")
+        if self.exact and (self.budget is None or self.mode != "real"):
+            raise InputError("exact output divides a real budget: give a budget, and mode real")
+        if self.exact and (self.precision is not None or self.epsilon is not None):
+            raise InputError(
+                "exact output is the full model's, and of its draft the width is chosen: leave "
+                "precision and epsilon out, or exact"
+            )
 
     @property
     def moves_whole(self) -> bool:
@@ -111,12 +121,17 @@ def benchmark(
         device=device,
     )
     spec = settings.emulation
+    decoding = DecodingSettings(settings.budget, device, resident=settings.moves_whole)
+    if settings.exact:
+        check_decoding(model, tokens, hints, decoding)  # before anything is timed
+    batch = tokens[: settings.batch_size]
     return {
         **_describe(model, device),
         "seq_length": tokens.shape[1],
         "perplexity_tokens": bench.perplexity_tokens,
         "spec": None if spec is None else specs_to_json(spec),
         **_measure(bench, tokens, hints, settings),
+        "exact": measure_decoding(model, batch, hints, decoding) if settings.exact else None,
     }
 
 

@@ -8,12 +8,13 @@ import base64
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..hints import Hints
 from ..units import format_bytes
+from .commands import run_commands
+from .decoding import DECODING_HEADS, decoding_notes, decoding_rows
 from .frontier import HEADS, frontier_rows
 from .plots import tier_bytes
 from .run import Run
@@ -57,11 +58,6 @@ CAPTIONS = {
         "a block that came for its use and left again.",
     ),
 }
-_BENCHMARK_SETTINGS = (
-    *("model", "checkpoint", "tier_hints", "budget", "precision", "epsilon", "mode", "canary"),
-    *("batch_size", "num_iterations", "warmup", "device", "dtype"),
-)
-"""What the command of a benchmark has of its document, under flags of the same names."""
 _Facts = Mapping[str, Any]
 
 
@@ -184,7 +180,10 @@ def _benchmark(run: Run) -> str:
         )
     source = run.benchmarks[0]["tokens_source"]
     notes.append(f"text: {source}, {run.benchmarks[0]['perplexity_tokens']} tokens for perplexity")
-    return _table(heads, rows) + _list(notes)
+    page = _table(heads, rows) + _list(notes)
+    for part in filter(None, (document.get("exact") for document in run.benchmarks)):
+        page += _table(DECODING_HEADS, decoding_rows(part)) + _list(decoding_notes(part))
+    return page
 
 
 def _hints(run: Run) -> str:
@@ -257,24 +256,8 @@ def _training(run: Run) -> str:
 
 
 def _commands(run: Run) -> str:
-    """Return the commands behind this page, from what the documents say was run."""
-    folder = run.directory
-    commands = []
-    if run.config:
-        commands.append(["python", "-m", "gpt2.train", "--config", str(folder / ".config")])
-    for document in run.benchmarks:
-        length = document["seq_length"]
-        flags = {
-            **{f"--{name.replace('_', '-')}": document.get(name) for name in _BENCHMARK_SETTINGS},
-            "--spec": document["spec_file"],
-            "--sequence-length": length,
-            "--samples": document["perplexity_tokens"] // (length - 1),
-            "--json": folder / f"benchmark_{document['mode']}.json",
-        }
-        words = [[flag, str(value)] for flag, value in flags.items() if value is not None]
-        commands.append(["tierhints", "benchmark", *chain.from_iterable(words)])
-    commands.append(["tierhints", "report", str(folder)])
-    lines = "\n".join(escape(shlex.join(command)) for command in commands)
+    """Return the commands behind this page."""
+    lines = "\n".join(escape(shlex.join(command)) for command in run_commands(run))
     return f"<p>From the root of the repository:</p><pre>{lines}</pre>"
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..tiering.telemetry import blocks_transfer_ms, transfer_ms
 from ..units import format_bytes
 from ..vocabulary import Tier
+from .decoding import decoding_table
 
 Document = Mapping[str, Any]
 MISSING = "-"
@@ -38,7 +39,10 @@ def benchmark_sections(document: Document) -> str:
     }
     if document.get("quality"):
         sections["quality: precision against the full model"] = _quality_rows(document)
-    return "\n\n".join(f"{title}\n{_align(rows)}" for title, rows in sections.items())
+    texts = [f"{title}\n{_align(rows)}" for title, rows in sections.items()]
+    if document.get("exact"):
+        texts.append(f"exact output\n{decoding_table(document['exact'])}")
+    return "\n\n".join(texts)
 
 
 def benchmark_table(documents: Sequence[Document]) -> str:
@@ -56,7 +60,9 @@ def benchmark_table(documents: Sequence[Document]) -> str:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
     lines.insert(2, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, *comparison_notes(documents)])
+    text = "\n".join([*lines, *comparison_notes(documents)])
+    parts = [document["exact"] for document in documents if document.get("exact")]
+    return "\n\n".join([text, *map(decoding_table, parts)])
 
 
 def comparison_rows(documents: Sequence[Document]) -> list[list[str]]:

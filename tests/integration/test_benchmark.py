@@ -125,6 +125,31 @@ def run(
     return code, document, output.out, output.err
 
 
+def test_exact_output_is_timed_beside_streaming(
+    checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = checkpoint.arguments("--mode", "real", "--exact", "--baseline")
+    budget = ["--budget", f"HBM={2 * checkpoint.weight_bytes},SSD="]
+    assert run_main(lambda: main([*real, *budget])) == 0
+    text, _, last = capsys.readouterr().out.rstrip().rpartition("\n")
+    part = json.loads(last)["exact"]
+    assert part["equal_tokens"] == part["tokens"] == 2 * part["new_tokens"] == CONTEXT
+    assert part["exact"]["windows"] > 0
+    assert part["exact"]["peak_weight_bytes"] <= 2 * checkpoint.weight_bytes
+    for way in ("resident", "streamed", "exact"):
+        assert part[way]["tokens_per_s"] > 0
+        assert any(line.startswith(way) for line in text.splitlines())
+    assert f"{CONTEXT} of {CONTEXT} tokens are the resident model's" in text
+    for flags, message in (
+        (real, "divides a real budget"),
+        ([*real, "--mode", "emulated", *budget], "divides a real budget"),
+        ([*real, *budget, "--precision", "int8"], "leave precision and epsilon out"),
+        ([*real, "--budget", "HBM=1000,SSD="], "the smallest that works is HBM="),
+    ):
+        assert run_main(lambda flags=flags: main(flags)) == 2  # type: ignore[misc]
+        assert message in capsys.readouterr().err
+
+
 def test_real_mode_saves_memory_and_changes_no_bit(
     checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,14 @@ def test_all_stages_run_and_the_table_of_both_modes_ends_the_output(
     assert capsys.readouterr().out.endswith("\ntable of [2, 3]\n")
 
 
+def test_exact_output_is_real(tmp_path: Path, commands: list[list[str]]) -> None:
+    lines = ['CONFIG_BENCH_BUDGET="HBM=1MiB,SSD="', "CONFIG_BENCH_EXACT=y"]
+    config = load(tmp_path, "CONFIG_TIERING_REAL_OFFLOAD=y", *lines)
+    make_trained(config)
+    pipeline.benchmark(config)
+    assert ["--exact" in command for command in commands] == [False, True]
+
+
 def test_only_what_the_configuration_asks_for_runs(tmp_path: Path) -> None:
     config = load(tmp_path, "# CONFIG_ENABLE_HIERARCHICAL_TIERING is not set")
     assert pipeline.configured_stages(config) == ["train", "report"]
@@ -163,6 +171,10 @@ def tiny_hints(quality: dict[str, object]) -> Hints:
         (['BENCH_BUDGET="HBM"'], "not TIER=SIZE"),
         (['BENCH_BUDGET="HBM=20KiB,SSD="'], "the smallest that works is HBM="),
         (['BENCH_BUDGET="HBM=1GiB"', "BENCH_PRECISION_INT4=y"], "a place for the originals"),
+        (
+            ['BENCH_BUDGET="HBM=1700KiB,SSD="', "BENCH_EXACT=y"],
+            "doesn't hold a draft",
+        ),
     ],
 )
 def test_a_bad_bound_or_budget_is_refused_before_training(

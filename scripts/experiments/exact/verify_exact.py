@@ -38,7 +38,7 @@ from lib.commands.cli import emit_json, run_main
 from lib.commands.flags import add_hints_flag, add_model_flag, whole_number
 from lib.errors import InputError
 from lib.files import check_writable, write_json
-from lib.progressive.attach import attach
+from lib.progressive.attach import Exact, attach
 from lib.progressive.exact import ExactRuntime
 from lib.progressive.verify import Chooser
 from lib.text.held_out import load_tokenizer
@@ -50,6 +50,7 @@ SAMPLINGS: tuple[Settings, ...] = (
     {"temperature": 0.7, "top_k": 50, "top_p": 0.95},
 )
 MODES = ("greedy", "sampled", "strict")
+RUNS: tuple[tuple[Exact, Sequence[str]], ...] = ((True, MODES[:2]), ("strict", MODES[2:]))
 _SEEDS = 1_000_003
 
 
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "drafting": {},
     }
     begin = time.perf_counter()
-    for exact, modes in ((True, MODES[:2]), ("strict", MODES[2:])):
+    for exact, modes in RUNS:
         wanted = args.strict_tokens if exact == "strict" else args.tokens // 2
         if not wanted:
             continue

@@ -69,6 +69,8 @@ def test_page_of_a_complete_run(sample_run: Path) -> None:
         "tierhints benchmark --model runs/sample/checkpoint",
         "--sequence-length 128 --samples 64",
         "2.13.0+cpu",
+        "256 of 256 tokens are the resident model's",
+        "--exact",
     ):
         assert phrase in text, phrase
     assert "Missing from this report" not in text
