@@ -4,10 +4,16 @@ import torch
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 
@@ -54,5 +60,65 @@ def tiny_mixtral() -> MixtralForCausalLM:
             num_key_value_heads=1,
             num_local_experts=4,
             vocab_size=40,
+        )
+    )
+
+
+def tiny_qwen_moe(**options: int) -> Qwen3MoeForCausalLM:
+    """Experts of which rows are whole vectors of activations (``options``: of its config)."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 3}
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            moe_intermediate_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            vocab_size=40,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            **{**sizes, **options},
+        )
+    )
+
+
+def tiny_olmoe() -> OlmoeForCausalLM:
+    torch.manual_seed(0)
+    return OlmoeForCausalLM(
+        OlmoeConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_experts=8,
+            num_experts_per_tok=2,
+            vocab_size=40,
+            initializer_range=0.3,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+    )
+
+
+def tiny_gpt_oss() -> GptOssForCausalLM:
+    """Experts that are transposed, have biases, and rows of gate and up in turns."""
+    torch.manual_seed(0)
+    return GptOssForCausalLM(
+        GptOssConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            vocab_size=40,
+            initializer_range=0.3,
+            pad_token_id=0,
+            eos_token_id=None,
         )
     )

@@ -1,0 +1,301 @@
+"""Experts one by one: the same bits as the whole model's, within any budget, whatever happens."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_gpt_oss, tiny_olmoe, tiny_qwen_moe
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from lib.blocks import BlockKind, parameter_digest, partition_model
+from lib.errors import InputError, PlacementError
+from lib.hints import Hints, ModelInfo
+from lib.hints.building import build_hints
+from lib.tiering import Runtime, attach, load
+from lib.tiering.residency.experts import ExpertSlots
+from lib.tiering.stores.file import FileStore
+from lib.vocabulary import Precision
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=8,
+            vocab_size=40,
+            initializer_range=0.3,
+        )
+    )
+
+
+def make_hints(model: nn.Module, **changes: dict[str, Any]) -> Hints:
+    """Hints without curves, all blocks alike but for what is changed of some: field -> block ->
+    value.
+    """
+    blocks = partition_model(model)
+    info = ModelInfo(
+        id="toy",
+        revision="",
+        class_name=type(model).__name__,
+        parameter_digest=parameter_digest(model),
+    )
+    hints = build_hints(
+        model=info,
+        provenance={"signal": "adam_exp_avg_sq", "created": "2026-01-01T00:00:00+00:00"},
+        num_bytes={block.name: block.num_bytes for block in blocks},
+        num_params={block.name: block.num_params for block in blocks},
+        density={block.name: 1.0 for block in blocks},
+        signals={block.name: {} for block in blocks},
+        reasons={},
+        hbm_threshold=0.4,
+        cpu_threshold=0.7,
+    )
+    made = dict(hints.blocks)
+    for field, values in changes.items():
+        for name, value in values.items():
+            made[name] = replace(made[name], **{field: value})
+    return replace(hints, blocks=made)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "qwen": tiny_qwen_moe,
+    "olmoe": tiny_olmoe,
+    "mixtral": mixtral,
+    "gpt-oss": tiny_gpt_oss,
+}
+IDS = (torch.arange(2 * 20).view(2, 20) * 7) % 40
+
+
+def outputs(model: Any) -> list[Tensor]:
+    """A prompt in a batch, one token, and a text with its steps."""
+    with torch.no_grad():
+        text = model.generate(
+            IDS[:1, :4], max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+        return [model(IDS).logits, model(IDS[:1, :1]).logits, text]
+
+
+def expert_bytes(model: nn.Module) -> int:
+    blocks = partition_model(model)
+    return sum(block.num_bytes for block in blocks if block.kind is BlockKind.EXPERT)
+
+
+def budget_for(model: nn.Module, share: float) -> dict[str, int | None]:
+    """Fast memory for all but the experts, and for a share of these and what they pass through."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    return {"HBM": int(total - expert_bytes(model) * (1 - share)) + 16_384, "SSD": None}
+
+
+def slots_of(runtime: Runtime) -> ExpertSlots:
+    return runtime._keeper.residency.experts
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return MODELS[request.param]().eval()
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_bits_are_those_of_the_whole_model_within_any_budget(
+    model: Any, implementation: str
+) -> None:
+    model.set_experts_implementation(implementation)
+    expected = outputs(model)
+    given = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for share in (0.3, 0.6):
+        budget = budget_for(model, share)
+        with attach(model, budget=budget) as runtime:
+            assert runtime.plan.cache_bytes
+            assert same(outputs(model), expected)
+            assert runtime.stats().peak_resident_bytes <= budget["HBM"]
+            state = model.state_dict()
+            assert all(torch.equal(state[name], value) for name, value in given.items())
+        assert model.config._experts_implementation == implementation
+        assert not any(each._forward_pre_hooks or each._forward_hooks for each in model.modules())
+        assert all(torch.equal(value, given[name]) for name, value in model.named_parameters())
+    assert same(outputs(model), expected)
+
+
+def test_compressed_experts_compute_the_same_from_below_as_in_fast_memory(model: Any) -> None:
+    found = []
+    for share in (2.0, 0.45):
+        with attach(model, budget=budget_for(model, share), precision="int8") as runtime:
+            found.append(outputs(model))
+            assert bool(runtime.plan.cache_bytes) == (share < 1)
+    assert same(*found)
+
+
+def test_each_expert_has_a_precision_and_a_floor_of_its_own() -> None:
+    model = tiny_qwen_moe().eval()
+    names = [block.name for block in partition_model(model) if block.kind is BlockKind.EXPERT]
+    hints = make_hints(model, floor={names[1]: Precision.INT8})
+    precision = {name: ("int4" if index % 2 else "int8") for index, name in enumerate(names[2:])}
+    precision |= {names[1]: "int4"}
+    for share in (2.0, 0.2):
+        with attach(model, hints, budget=budget_for(model, share), precision=precision) as runtime:
+            outputs(model)
+            held = {name: str(runtime.plan.placements[name].precision) for name in names}
+        assert held[names[0]] == "fp32"
+        assert held[names[1]] == "int8"  # its floor
+        assert [held[name] for name in names[2:4]] == ["int8", "int4"]
+
+
+def test_a_budget_changes_while_attached() -> None:
+    model = mixtral().eval()
+    expected = outputs(model)
+    with attach(model, budget=budget_for(model, 0.3)) as runtime:
+        for share in (2.0, 0.3, 0.8, 0.3, 2.0):
+            runtime.budget = budget_for(model, share)
+            assert bool(runtime.plan.cache_bytes) == (share < 1)
+            assert same(outputs(model), expected)
+            measured = runtime._keeper.residency.resident_bytes()
+            assert measured <= runtime.budget["HBM"]
+
+
+def test_a_smaller_cache_keeps_what_it_has_room_for() -> None:
+    model = tiny_qwen_moe().eval()
+    with attach(model, budget=budget_for(model, 0.8)) as runtime:
+        outputs(model)
+        cache = slots_of(runtime).cache
+        assert cache is not None
+        before = cache.experts()
+        runtime.budget = budget_for(model, 0.5)
+        assert slots_of(runtime).cache is cache
+        assert 0 < len(cache.experts()) < len(before)
+        assert set(cache.experts()) <= set(before)
+
+
+def test_a_checkpoint_is_read_expert_by_expert(tmp_path: Path) -> None:
+    model = tiny_olmoe().eval()
+    expected = outputs(model)
+    model.save_pretrained(tmp_path)
+    empty: Any = load(tmp_path)
+    with attach(empty, budget=budget_for(model, 0.4), weights=tmp_path) as runtime:
+        assert same(outputs(empty), expected)
+        runtime.budget = budget_for(model, 2.0)
+        assert same(outputs(empty), expected)
+
+
+def test_emulation_charges_what_is_routed_to() -> None:
+    model = tiny_qwen_moe().eval()
+    expected = outputs(model)
+    with attach(model, budget=budget_for(model, 0.3), mode="emulated") as runtime:
+        assert same(outputs(model), expected)
+        stats = runtime.stats()
+        assert stats.experts is not None
+        reads = stats.experts.reads + stats.experts.predicted + stats.experts.prompt_reads
+        moved = sum(stats.blocks[name].bytes_moved for name in stats.blocks if "experts" in name)
+    size = expert_bytes(model) // 24
+    assert moved == size * (reads - stats.experts.wasted)  # what nobody waited for isn't booked
+
+
+@pytest.mark.parametrize("fails", ["demand", "interrupt"])
+def test_what_fails_in_a_use_leaves_a_model_that_computes(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_qwen_moe().eval()
+    expected = outputs(model)
+    with attach(model, budget=budget_for(model, 0.2)) as runtime:
+        read, count = FileStore.read_into, iter(range(10_000))
+
+        def broken(store: FileStore, key: str, start: int, out: Tensor) -> None:
+            if next(count) % 5 == 4:
+                raise PlacementError(f"payload {key} is damaged")
+            read(store, key, start, out)
+
+        if fails == "demand":
+            monkeypatch.setattr(FileStore, "read_into", broken)
+            with pytest.raises(PlacementError, match="damaged"):
+                outputs(model)
+        else:
+            seen = iter(range(10_000))
+            products = model.model.layers[1].mlp.experts._apply_gate
+
+            def interrupted(x: Tensor) -> Tensor:
+                if next(seen) == 3:
+                    raise KeyboardInterrupt
+                return products(x)  # type: ignore[no-any-return]
+
+            with monkeypatch.context() as patch:
+                patch.setitem(vars(model.model.layers[1].mlp.experts), "_apply_gate", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    outputs(model)
+        monkeypatch.setattr(FileStore, "read_into", read)
+        assert same(outputs(model), expected)
+        assert runtime.stats().peak_resident_bytes <= runtime.budget["HBM"]
+    assert same(outputs(model), expected)
+
+
+def test_the_cache_begins_with_what_training_has_routed_to() -> None:
+    model = tiny_qwen_moe().eval()
+    names = [block.name for block in partition_model(model) if block.kind is BlockKind.EXPERT]
+    counts = {
+        name: {"router_counts": 1000 if index % 8 == 5 else 1} for index, name in enumerate(names)
+    }
+    hints = make_hints(model, signals=counts)
+    with attach(model, hints, budget=budget_for(model, 0.2)) as runtime:
+        cache = slots_of(runtime).cache
+        assert cache is not None
+        assert {(layer, 5) for layer in range(3)} <= set(cache.experts())
+
+
+def test_routers_foresee_what_comes() -> None:
+    model = tiny_qwen_moe(num_hidden_layers=4).eval()
+    expected = outputs(model)
+    with attach(model, budget=budget_for(model, 0.3)) as runtime:
+        slots_of(runtime).speculation.wants = lambda: True  # type: ignore[method-assign]
+        outputs(model)  # shows which modules are routers
+        runtime.reset_stats()
+        assert same(outputs(model), expected)
+        stats = runtime.stats().experts
+    assert stats is not None
+    assert stats.foreseen_uses > 0
+    assert stats.predicted == stats.useful + stats.wasted + len(slots_of(runtime)._guessed)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "popularity"])
+def test_other_policies_give_the_same_output(policy: str) -> None:
+    model = tiny_qwen_moe().eval()
+    expected = outputs(model)
+    with attach(model, budget=budget_for(model, 0.3)) as runtime:
+        slots = slots_of(runtime)
+        slots.policy = policy
+        slots.free()
+        slots.adopt(runtime.plan)
+        assert same(outputs(model), expected)
+
+
+def test_experts_in_other_processes_are_refused() -> None:
+    model = tiny_qwen_moe().eval()
+    model.model.layers[0].mlp.experts._is_expert_parallel = True
+    with pytest.raises(InputError, match="expert parallelism"):
+        attach(model, budget={"HBM": "1GiB", "SSD": None})
+
+
+def test_a_budget_too_small_names_the_smallest() -> None:
+    model = tiny_qwen_moe().eval()
+    with pytest.raises(InputError, match=r"smallest that works.*experts of a layer"):
+        attach(model, budget={"HBM": 60_000, "SSD": None})
+    with pytest.raises(InputError, match="don't hold the model's experts"):
+        attach(model, budget={"HBM": "300KiB", "SSD": "100KiB"})
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
