@@ -60,6 +60,8 @@ def _link_ms(need: BlockNeed, plan: Plan, machine: MachineProfile) -> float:
     if placement.tier is Tier.HBM:
         return 0.0
     spec = machine.tiers[placement.tier]
+    if need.routed:  # as often as it is routed to
+        return need.lookup_bytes / need.unit * spec.transfer_seconds(need.unit) * 1e3
     lookups = min(need.uses, 1) if need.lookup_bytes else 0
     seconds = lookups * spec.transfer_seconds(need.lookup_bytes)
     units = sum(map(spec.transfer_seconds, placement.unit_bytes))
@@ -85,9 +87,11 @@ def _summary(plan: Plan, machine: MachineProfile, limit_ms: float) -> str:
         of = "no limit" if given is None else f"of {format_bytes(given)}"
         lines.append(f"{tier + ' weights':22}{format_bytes(num_bytes):>12}   {of}")
     slots = plan.num_slots * plan.slot_bytes
+    cache = f"{'cache of experts':22}{format_bytes(plan.cache_bytes):>12}"
     lines += [
         f"{'slots':22}{format_bytes(slots):>12}   {plan.num_slots} of "
         f"{format_bytes(plan.slot_bytes)}",
+        *([cache] if plan.cache_bytes else []),
         f"{'working memory':22}{format_bytes(plan.scratch_bytes):>12}",
         f"{'peak fast memory':22}{format_bytes(plan.fast_bytes):>12}   predicted",
         f"{'moved per token':22}{format_bytes(predicted.moved_bytes):>12}",

@@ -6,6 +6,7 @@ saves is time of a link: setup + bytes / bandwidth of each transfer that it make
 ``search`` weighs the choices; here are the budget, the plan and the words for it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -41,7 +42,7 @@ def make_plan(
         fast = everything
     caches = everything > fast and len(budget) > 1
     if caches:
-        needs = _expect_misses(needs, fast - everything)
+        needs, schedule = _expect_misses(needs, schedule, fast - everything)
     problem = Problem(needs, schedule, budget, machine, scratch_bytes, caches=caches)
     layouts = [layout for layout in problem.layouts if layout.smallest_bytes <= fast]
     if everything <= fast:
@@ -77,16 +78,37 @@ def smallest_budget(
     return min(everything, *(layout.smallest_bytes for layout in problem.layouts))
 
 
-def _expect_misses(needs: Sequence[BlockNeed], spare: int) -> list[BlockNeed]:
-    """Return needs of which experts move less, by the share of them that a cache holds; ``spare``
-    is negative, what all blocks take beyond the budget.
+def _expect_misses(
+    needs: Sequence[BlockNeed], schedule: Sequence[str | Step], spare: int
+) -> tuple[list[BlockNeed], list[str | Step]]:
+    """Return needs and schedule with as many experts of each layer looked up as a token is expected
+    to miss: of those routed to, the share that a cache doesn't hold. ``spare`` is negative, what
+    all blocks take beyond the budget.
     """
     total = sum(need.stored_bytes for need in needs if need.routed)
     share = min(-spare / total, 1.0) if total else 1.0
-    return [
-        replace(need, lookup_bytes=max(int(need.lookup_bytes * share), 1)) if need.routed else need
-        for need in needs
+    layers: dict[str, list[BlockNeed]] = {}
+    for need in needs:
+        if need.routed:
+            layers.setdefault(need.name.rpartition(".")[0], []).append(need)
+    changed = {need.name: need for need in needs}
+    missed: set[str] = set()
+    for experts in layers.values():
+        misses = experts[0].routed * share
+        count = max(math.ceil(misses), 1)
+        seconds = sum(need.compute_seconds for need in experts) / count
+        for need in experts[:count]:
+            moved = max(int(need.unit * misses / count), 1)
+            changed[need.name] = replace(need, lookup_bytes=moved, compute_seconds=seconds)
+            missed.add(need.name)
+    steps = [
+        entry
+        for entry in schedule
+        if (name := entry if isinstance(entry, str) else entry.block) in missed
+        or name not in changed
+        or not changed[name].routed
     ]
+    return list(changed.values()), steps
 
 
 def _placements(problem: Problem, choice: Choice) -> dict[str, Placement]:
@@ -128,6 +150,8 @@ def _reason(problem: Problem, layout: SlotLayout, index: int, tier: Tier) -> str
         return "must be resident"
     if not problem.below:
         return "resident: the budget names no tier below"
+    if not layout.num_slots:
+        return "resident: nothing is streamed"
     if index in layout.forced:
         return f"resident: too large for slots of {format_bytes(layout.slot_bytes)}"
     last = problem.below[-1][0]

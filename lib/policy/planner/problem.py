@@ -52,7 +52,8 @@ class Cohort:
         """Bytes of the smallest slot through which a block can be streamed; infinite: none."""
         if self.need.must_reside:
             return _NEVER
-        return 0 if self.lookups and not self.full_uses else max(self.units)
+        unstreamed = self.need.routed or (self.lookups and not self.full_uses)
+        return 0 if unstreamed else max(self.units)
 
     def link_seconds(self, spec: TierSpec) -> float:
         """Return the seconds of a link that streaming one block takes in a pass."""

@@ -329,7 +329,10 @@ class ExpertSlots:
         self._guessed.pop(expert, None)
         held = self._slots.pop(expert, None)
         if held is not None:
-            ticket = held[0]
+            ticket, weights = held
+            if weights is None:  # nobody has waited for it: it was read for nothing
+                with self._memory.watcher.moving(expert.name) as moved:
+                    moved(ticket.unit.data_bytes)
             self.transport.done_with(ticket.slot, shared=False)
             self._spare.setdefault(ticket.unit.num_bytes, []).append(ticket.slot)
 
