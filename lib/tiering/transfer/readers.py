@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -204,7 +205,7 @@ def _read_pieces(jobs: "queue.SimpleQueue[_Job]") -> None:
                     assert ticket.store is not None
                     ticket.store.read_into(ticket.unit.key, start, target)
             except BaseException as error:
-                ticket.error = error
+                ticket.error = _without_views(error)
             del piece, target  # views of the slot, which must not be taken for a caller's
             if ticket.end_pieces(1):
                 try:
@@ -216,6 +217,17 @@ def _read_pieces(jobs: "queue.SimpleQueue[_Job]") -> None:
                 ticket.ended = time.perf_counter()
                 ticket.arrived.set()
         del ticket
+
+
+def _without_views(error: BaseException) -> BaseException:
+    """Clear the locals of the frames that an error remembers: a view of the slot among them would
+    be taken for a caller's, for as long as somebody keeps the error.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def _end_threads(
