@@ -143,6 +143,11 @@ class Controller:
         return self.limit_bytes != target or self.holding.has_room(target, self._least(target))
 
     @property
+    def is_squeezed(self) -> bool:
+        """Hints of the system keep it below what the operator allows."""
+        return self._soft_bytes is not None
+
+    @property
     def grows_at_us(self) -> int:
         """From when on a promotion may come."""
         return 0 if self._shrunk_us is None else self._shrunk_us + self.settings.dwell_us

@@ -98,18 +98,22 @@ class Runtime:
         settings: Settings | None = None,
         file: str | Path | None = None,
         log: str | Path | None = None,
+        reserve: str | int | None = None,
     ) -> BudgetControl:
         """Let a controller look after the budget from here on, until detach; returns it.
 
         Its ``request`` asks for another budget of fast memory while the model runs: less is kept to
         at once, more after a dwell (``settings``). ``file``: a control file, through which other
-        processes ask. ``log``: what is observed and decided, for ``tierhints replay``. A controller
-        that was there before ends. Raises InputError where there is no budget.
+        processes ask. ``log``: what is observed and decided, for ``tierhints replay``. ``reserve``:
+        memory of the system that is to stay free, a slow hint beside the budget. A controller that
+        was there before ends. Raises InputError where there is no budget.
         """
         if self._detached:
             raise PlacementError("there is nothing to control after detach: attach again")
         self._end_control()
-        self._control = BudgetControl(self._keeper, settings=settings, file=file, log=log)
+        self._control = BudgetControl(
+            self._keeper, settings=settings, file=file, log=log, reserve=reserve
+        )
         return self._control
 
     @contextlib.contextmanager

@@ -1,17 +1,14 @@
-"""A budget that changes while the model runs: the controller, and the thread that looks after it.
+"""A budget that changes while the model runs: the controller around a runtime.
 
 An operator asks (``request``, or another process through the control file); the pure core decides
 (``policy.control``); what it decides is judged by the veto and carried out before the next module
 begins, by the thread that runs the model (``hooks.requests``). Precisions stay, so outputs do.
 """
 
-import threading
 import time
-import warnings
-import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,44 +34,21 @@ from ...policy.planner.problem import Problem
 from ...units import parse_bytes
 from ...vocabulary import Tier
 from ..keeper import PlanKeeper
+from .changes import Change
 from .file import ControlFile
 from .log import DIGEST_EVERY, ControlLog
+from .observe import Observer
+from .watcher import Watcher
 
-_POLL_SECONDS = 0.02
-_TICK_SECONDS = 0.1
 _KEPT_CHANGES = 10_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A decision that was carried out. Seconds are of the clock given to ``BudgetControl``.
-
-    ``asked_at``: when it was asked for, or decided; ``began_at``: when the model's thread came by;
-    ``ended_at``: when the memory was given back. ``fast_bytes``: what is planned to be taken since,
-    ``resident_bytes``: what was measured.
-    """
-
-    asked_at: float
-    began_at: float
-    ended_at: float
-    reason: str
-    demoted: tuple[str, ...]
-    promoted: tuple[str, ...]
-    limit_bytes: int | None
-    fast_bytes: int
-    resident_bytes: int
-
-    @property
-    def seconds(self) -> float:
-        """From the wish to its end."""
-        return self.ended_at - self.asked_at
 
 
 class BudgetControl:
     """Keeps a runtime within a budget that others may change at any time, from any thread.
 
     ``Runtime.control`` makes one. ``file``: a control file to watch; ``log``: where observations
-    and decisions are written, for ``tierhints replay``.
+    and decisions are written, for ``tierhints replay``; ``reserve``: memory of the system, or of
+    the accelerator, that is to stay free (None: that isn't looked at).
     """
 
     def __init__(
@@ -84,6 +58,7 @@ class BudgetControl:
         settings: Settings | None = None,
         file: str | Path | None = None,
         log: str | Path | None = None,
+        reserve: str | int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if not keeper.plan.budget:
@@ -97,24 +72,20 @@ class BudgetControl:
         self._requests = keeper.forwards.requests
         self._clock = clock
         self._began_at = clock()
-        self._ticked_at = 0.0
         self._plan: Plan | None = None
         self._waited = (0.0, 0.0)
-        self._file = None if file is None else ControlFile(file)
+        watched = None if file is None else ControlFile(file)
+        reserve_bytes = None if reserve is None else parse_bytes(reserve)
         self._log: ControlLog | None = None
         if log is not None:
             tiers = self._problem().tiers
             self._log = ControlLog(log, self.controller.settings, tiers)
         self._requests.do(self._begin)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=_look_after,
-            args=(weakref.ref(self), self._stop),
-            daemon=True,
-            name="tierhints-control",
+        self.observer = Observer(keeper, clock())
+        """What the runtime did, and what the system has left, twice a second."""
+        self._watcher = Watcher(
+            self, self.observer, file=watched, reserve_bytes=reserve_bytes, clock=clock
         )
-        self._finish = weakref.finalize(self, _end_thread, self._stop, self._thread)
-        self._thread.start()
 
     def request(self, size: str | int | None) -> Decision | None:
         """Ask for another budget of fast memory: a size, or None for no limit. From any thread.
@@ -127,60 +98,41 @@ class BudgetControl:
         asked_at = self._clock()
         return self._requests.do(lambda: self._ask(limit, asked_at))
 
-    def hint(self, missing_bytes: int) -> None:
+    def hint(self, missing_bytes: int) -> bool:
         """Say how much memory is missing in the system until its reserve is free again (negative:
-        how much more is free).
+        how much more is free). Returns whether less is taken for it now.
         """
         asked_at = self._clock()
         self._requests.do(lambda: self._heed(missing_bytes, asked_at))
+        return self.controller.is_squeezed
 
     def status(self) -> dict[str, Any]:
         """Return what is held and allowed now, in plain JSON types."""
-        controller, plan = self.controller, self._keeper.plan
+        controller, plan, veto = self.controller, self._keeper.plan, self._keeper.veto
+        states = Counter(map(str, self._keeper.residency.states().values()))
         return {
             "limit_bytes": controller.limit_bytes,
             "asked_bytes": controller.asked_bytes,
             "floor_bytes": controller.floor_bytes,
             "fast_bytes": plan.fast_bytes,
             "bytes_per_tier": {str(tier): size for tier, size in plan.bytes_per_tier().items()},
+            "states": dict(sorted(states.items())),
+            "refusals": len(veto.audit.rejections),
             "changes": len(self.changes),
             "last_change": asdict(self.changes[-1]) if self.changes else None,
         }
 
     def stop(self) -> None:
         """End the thread and the log; the budget stays as it is."""
-        self._finish()
+        self._watcher.stop()
         if self._log is not None:
             self._log.close()
 
-    # -- the thread ------------------------------------------------------------------------------
-
-    def look(self) -> None:
-        """Look at the control file, and let time pass for the controller."""
-        if self._file is not None:
-            asked = self._file.read_change()
-            if asked is not False:
-                self._answer(self._file, asked)
-        now = self._clock()
-        if now - self._ticked_at < _TICK_SECONDS:
-            return
-        self._ticked_at = now
-        due = self._time_us() >= self.controller.grows_at_us
-        if due and self.controller.wants_ticks:
+    def tick(self) -> None:
+        """Let time pass for the controller, where something may come of it."""
+        if self._time_us() >= self.controller.grows_at_us and self.controller.wants_ticks:
+            now = self._clock()
             self._requests.do(lambda: self._tick(now))
-
-    def _answer(self, file: ControlFile, asked: str | int | None | InputError) -> None:
-        error: Exception | None = None
-        try:
-            if isinstance(asked, InputError):
-                raise asked
-            self.request(asked)
-        except Exception as refusal:  # whoever has asked is in another process
-            error = refusal
-        request = None if isinstance(asked, InputError) else asked
-        file.answer(
-            {"request": request, "error": None if error is None else str(error), **self.status()}
-        )
 
     # -- where nothing computes ------------------------------------------------------------------
 
@@ -322,23 +274,3 @@ def _sizes(blocks: Iterable[BlockFacts]) -> list[tuple[object, ...]]:
         (each.name, each.resident_bytes, each.stored_bytes, each.must_reside, len(each.places))
         for each in blocks
     ]
-
-
-def _look_after(control: "weakref.ref[BudgetControl]", stop: threading.Event) -> None:
-    """Look at what has changed, until told to end or forgotten."""
-    while not stop.wait(_POLL_SECONDS):
-        there = control()
-        if there is None:
-            return
-        try:
-            there.look()
-        except Exception as error:  # what was held before is held, and goes on
-            warnings.warn(f"the controller could not act: {error}", RuntimeWarning, stacklevel=1)
-        finally:
-            del there
-
-
-def _end_thread(stop: threading.Event, thread: threading.Thread) -> None:
-    stop.set()
-    if thread is not threading.current_thread() and thread.is_alive():
-        thread.join()

@@ -33,7 +33,8 @@ from lib.commands.cli import Parser, emit, run_main
 from lib.commands.flags import whole_number
 from lib.policy.control import Settings
 from lib.tiering import Runtime, attach
-from lib.tiering.control.budget_control import BudgetControl, Change
+from lib.tiering.control.budget_control import BudgetControl
+from lib.tiering.control.changes import Change
 from lib.units import format_bytes
 from lib.vocabulary import is_below
 
