@@ -17,6 +17,7 @@ from ..precision.quality import QualityMeter
 from ..progressive.draft import WIDTHS, predict_acceptance
 from ..tiering import attach, plan
 from ..tiering.planning.inputs import HintsGiven
+from ..tiering.planning.needs import PrecisionChoice
 from ..vocabulary import Precision
 from .full_model import FullModel
 
@@ -55,38 +56,62 @@ def measure_acceptance(
 
     Raises InputError as ``attach`` does.
     """
-    length = prompts.shape[1]
-    lasting: dict[str, Any] = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-    everything = {"HBM": None}
-    with attach(model, budget=everything, weights=weights):
+    with attach(model, budget={"HBM": None}, weights=weights):
+        text = OwnText(model, prompts, new_tokens=new_tokens, seed=seed)
+    found: dict[Precision, Acceptance] = {}
+    for precision in precisions:
+        with attach(model, budget={"HBM": None}, weights=weights, precision=precision):
+            found[precision] = text.compare(predict_draft(model, weights, hints, precision))
+    return found
+
+
+class OwnText:
+    """What a full model writes behind some prompts, and says of it, to compare its copies with."""
+
+    def __init__(self, model: Any, prompts: Tensor, *, new_tokens: int, seed: int) -> None:
+        """Let the model, in full, continue ``prompts``: token ids (N, T) without padding."""
+        lasting: dict[str, Any] = {
+            "attention_mask": torch.ones_like(prompts),
+            "min_new_tokens": new_tokens,
+            "max_new_tokens": new_tokens,
+        }
         greedy_NT = model.generate(prompts, do_sample=False, **lasting)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             sampled_NT = model.generate(
                 prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **lasting
             )
-        full_greedy, full_sampled = FullModel(model, greedy_NT), FullModel(model, sampled_NT)
-    found: dict[Precision, Acceptance] = {}
-    for precision in precisions:
-        with attach(model, budget=everything, weights=weights, precision=precision):
-            same = [
-                _after(length, reference_BTV).argmax(-1) == _after(length, logits_BTV).argmax(-1)
-                for _, reference_BTV, logits_BTV in full_greedy.side_by_side()
-            ]
-            coupled, meter = [], QualityMeter()
-            generator = torch.Generator().manual_seed(seed)
-            for ids_BT, reference_BTV, logits_BTV in full_sampled.side_by_side():
-                meter.add(ids_BT, reference_BTV, logits_BTV)
-                coupled.append(
-                    _coupled(_after(length, reference_BTV), _after(length, logits_BTV), generator)
-                )
-        found[precision] = Acceptance(
+        self._length, self._seed = prompts.shape[1], seed
+        self._greedy, self._sampled = FullModel(model, greedy_NT), FullModel(model, sampled_NT)
+
+    def compare(self, predicted: float | None = None) -> Acceptance:
+        """Compare the model as it is now; ``predicted`` goes along."""
+        length, same, coupled, meter = self._length, [], [], QualityMeter()
+        for _, reference_BTV, logits_BTV in self._greedy.side_by_side():
+            reference_NV, logits_NV = _after(length, reference_BTV), _after(length, logits_BTV)
+            same.append(reference_NV.argmax(-1) == logits_NV.argmax(-1))
+        generator = torch.Generator().manual_seed(self._seed)
+        for ids_BT, reference_BTV, logits_BTV in self._sampled.side_by_side():
+            meter.add(ids_BT, reference_BTV, logits_BTV)
+            reference_NV, logits_NV = _after(length, reference_BTV), _after(length, logits_BTV)
+            coupled.append(_coupled(reference_NV, logits_NV, generator))
+        return Acceptance(
             greedy=_mean(same),
             sampled=_mean(coupled),
-            predicted=_predict(model, weights, hints, precision),
+            predicted=predicted,
             kl_nats=meter.result().kl_nats,
         )
-    return found
+
+
+def predict_draft(
+    model: Any, weights: str | Path, hints: HintsGiven, precision: PrecisionChoice
+) -> float | None:
+    """Return the acceptance that calibrated hints predict of a copy; None without any."""
+    if hints is None:
+        return None
+    planned = plan(model, hints, budget={"HBM": None}, weights=weights, precision=precision)
+    nats = planned.veto.to_json(planned.plan)["predicted_nats"]
+    return None if nats is None or math.isnan(nats) else predict_acceptance(nats)
 
 
 def _after(length: int, logits_BTV: Tensor) -> Tensor:
@@ -105,13 +130,3 @@ def _coupled(reference_NV: Tensor, logits_NV: Tensor, generator: torch.Generator
 
 def _mean(shares: list[Tensor]) -> float:
     return float(torch.cat(shares).float().mean())
-
-
-def _predict(
-    model: Any, weights: str | Path, hints: HintsGiven, precision: Precision
-) -> float | None:
-    if hints is None:
-        return None
-    planned = plan(model, hints, budget={"HBM": None}, weights=weights, precision=precision)
-    nats = planned.veto.to_json(planned.plan)["predicted_nats"]
-    return None if nats is None or math.isnan(nats) else predict_acceptance(nats)
