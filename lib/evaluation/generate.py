@@ -171,6 +171,7 @@ def generation_figures(runtime: Runtime, generation: Generation) -> dict[str, An
         "lossless": not lossy,
         "precisions": {str(p): lossy.count(p) for p in Precision if p in lossy},
         **{name: veto[name] for name in ("epsilon_nats", "predicted_nats", "bound_nats")},
+        "experts": None if stats.experts is None else asdict(stats.experts),
         "drafting": asdict(stats.drafting) if isinstance(stats, ExactStats) else None,
     }
 

@@ -26,6 +26,8 @@ def closing_line(document: Mapping[str, Any]) -> str:
     ]
     if document["bytes_per_token"] is not None:
         parts.append(f"{format_bytes(document['bytes_per_token'])} moved per token")
+    if (experts := document.get("experts")) and experts["uses"]:
+        parts.append(f"{experts['ready'] / experts['uses']:.0%} of its experts there when needed")
     parts.append(describe_bound(document))
     return "; ".join(parts)
 

@@ -76,8 +76,8 @@ class PlanKeeper:
         )
         with plain_tensors():
             try:
-                self._carry_out_first(planned, originals)
                 self.recorder = self._make_recorder()
+                self._carry_out_first(planned, originals)
                 self.forwards = Forwards(
                     planned.model,
                     self.residency,
@@ -318,9 +318,11 @@ class PlanKeeper:
                 planned.plan, self.payloads, planned.schedule, planned.moves, progress=progress
             )
         self.veto.adopt(planned.plan)
+        self.recorder.resident_bytes = self.residency.resident_bytes()
+        self.recorder.reset()
 
     def _make_recorder(self) -> Recorder:
-        recorder = Recorder(
+        return Recorder(
             device=self.memory.device,
             blocks={
                 block.name: BlockStats(
@@ -329,10 +331,8 @@ class PlanKeeper:
                 for payload in self.payloads.values()
                 for block in payload.group.blocks
             },
-            resident_bytes=self.residency.resident_bytes(),
+            resident_bytes=0,
         )
-        recorder.reset()
-        return recorder
 
 
 def limits(plan: Plan) -> dict[str, int | None]:

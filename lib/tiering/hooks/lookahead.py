@@ -172,7 +172,7 @@ class LookAhead:
             for handle in self._learning:
                 handle.remove()
             self._learning.clear()
-        ahead = MARGINS if self._slots.reads_late else MARGINS[:1]
+        ahead = MARGINS if self._slots.foresight.reads_late else MARGINS[:1]
         for number, least in enumerate(ahead, first):
             layer = self._layers[number] if number < len(self._layers) else None
             if layer is None or not layer.is_known or not self._slots.wants(number):
@@ -187,7 +187,7 @@ class LookAhead:
                 asked += self._slots.expect(number, expert)
                 if asked == PER_LAYER:
                     break
-            self._slots.spend(time.perf_counter() - begun)
+            self._slots.foresight.speculation.lose(time.perf_counter() - begun)
 
 
 def _find_layer(model: nn.Module, name: str) -> _Layer | None:

@@ -13,23 +13,18 @@ from torch import Tensor
 from ...codecs.kernels import EncodedWeight
 from ...errors import PlacementError
 from ...policy.experts import Admission, Counters, ExpertCache
-from ...policy.experts.speculation import Speculation
 from ...policy.plan import Plan
 from ..payload.contents import part_view
 from ..payload.layout import Payload
 from ..transfer.transport import Ticket, Unit
 from .fast_memory import FastMemory
+from .foresight import Foresight
 from .held_expert import ExpertWeight, HeldExpert
 from .packed import PackedExperts
 from .stand_ins import plain_tensors
 
 Weights = Mapping[str, ExpertWeight]
 """One expert's weights by parameter."""
-_LEARNT = 0.1
-"""Weight of the latest read in what reads take."""
-_LATE = 0.25
-"""Share of a read's time that may be waited for what was read ahead, and of the reads that may be
-late."""
 FEW_TOKENS = 16
 """More are a prompt's, which must not push out what decoding uses."""
 
@@ -38,6 +33,7 @@ class ExpertSlots:
     """Experts in slots of their own sizes, within the bytes that a plan has for them.
 
     ``router_counts``: how often each block was routed to in training, if that is known.
+    ``emulated``: slots take no memory.
     """
 
     def __init__(
@@ -45,27 +41,22 @@ class ExpertSlots:
         memory: FastMemory,
         packed: Sequence[PackedExperts],
         router_counts: Mapping[str, float],
+        *,
+        emulated: bool,
     ) -> None:
         self.policy = "ours"
         """What decides which experts stay, of ``POLICIES``; from the next plan on."""
         self._memory = memory
         self._packed = packed
         self._router_counts = router_counts
+        self._is_emulated = emulated
         self.transport = memory.transport.another()
         self.cache: ExpertCache | None = None
         """What is cached; None where no experts are below."""
         self.ready = 0
         """Uses in decoding that waited for nothing."""
-        self.speculation = Speculation()
-        """Whether reading ahead pays."""
-        self._guessed: dict[HeldExpert, None] = {}
-        """Read ahead, and not used yet."""
-        self._gone: dict[tuple[int, int], None] = {}
-        """Evicted for what was read ahead."""
-        self._read_seconds: dict[int, float] = {}
-        """What a read takes lately, by its bytes."""
-        self._lateness = 0.0
-        self._last_ended = 0.0
+        self.foresight = Foresight()
+        """What is read ahead, and whether that pays."""
         self._num_bytes = 0
         self._largest = 0
         """Bytes of the largest expert: what is kept free to pass others through."""
@@ -81,10 +72,12 @@ class ExpertSlots:
         """Have no slots until ``adopt``."""
         for ticket, _ in self._slots.values():
             ticket.arrived.wait()
-        for kept in (self._slots, self._spare, self._guessed, self._gone):
-            kept.clear()
+        self._slots.clear()
+        self._spare.clear()
+        self.foresight.clear()
         self.transport.make_slots(0, 0)
-        self.cache, self._taken = None, 0
+        self.cache = None
+        self._take(-self._taken)
 
     def begin(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:
         """Take no more than a plan allows from here on, which is to be adopted next. What is cached
@@ -180,8 +173,7 @@ class ExpertSlots:
         if evicted is None:
             return False
         self._evict(evicted)
-        self._gone |= dict.fromkeys(evicted)
-        self._guessed[expert] = None
+        self.foresight.guess(expert, evicted)
         self._submit(expert, urgent=False)
         return True
 
@@ -193,16 +185,11 @@ class ExpertSlots:
 
     def wants(self, layer: int) -> bool:
         """Say whether the routing of a layer's next call should be predicted."""
-        return self.cache is not None and layer in self.cache.sizes and self.speculation.wants()
-
-    @property
-    def reads_late(self) -> bool:
-        """What is read ahead for the layer that begins mostly comes too late."""
-        return self._lateness > _LATE
-
-    def spend(self, seconds: float) -> None:
-        """Book what a prediction has taken."""
-        self.speculation.lose(seconds)
+        return (
+            self.cache is not None
+            and layer in self.cache.sizes
+            and self.foresight.speculation.wants()
+        )
 
     def _admit(self, layer: int, tokens: Sequence[Sequence[int]]) -> Admission:
         """Ask the cache, and let go of what it evicts."""
@@ -214,10 +201,8 @@ class ExpertSlots:
             self.ready += sum(self._is_there(layer, number) for number in distinct)
             admission = cache.use(layer, distinct)
             for number in admission.misses:
-                if (layer, number) in self._gone:
-                    del self._gone[layer, number]
-                    unit = _unit(self._packed[layer].experts[number])
-                    self.speculation.lose(self._read_time(unit))
+                unit = _unit(self._packed[layer].experts[number])
+                self.foresight.miss((layer, number), unit)
         else:
             admission = cache.use_many(layer, tokens)
         self._evict(admission.evicted)
@@ -251,31 +236,12 @@ class ExpertSlots:
                 self._forget(layer, expert)
                 raise
             moved(ticket.unit.data_bytes)
-        self._judge(expert, ticket, self._now() - begun)
+        self.foresight.judge(expert, ticket, self._now() - begun)
         if buffer is None:
             buffer = expert.shard_in_memory(0)
         weights = self._view(expert, buffer)
         self._slots[expert] = ticket, weights
         return weights
-
-    def _judge(self, expert: HeldExpert, ticket: Ticket, waited: float) -> None:
-        """Learn from a read that has been waited for what reads take, and reading ahead gains."""
-        usual = self._read_time(ticket.unit)
-        if expert in self._guessed:
-            del self._guessed[expert]
-            self.speculation.gain(usual - waited)
-            late = waited > _LATE * usual
-            self._lateness += _LEARNT * (late - self._lateness)
-        elif self._guessed:
-            self.speculation.lose(max(waited - usual, 0.0))
-        if ticket.ended:
-            took = ticket.ended - max(ticket.asked, self._last_ended)
-            self._last_ended = ticket.ended
-            size = ticket.unit.num_bytes
-            self._read_seconds[size] = usual + _LEARNT * (took - usual) if usual else took
-
-    def _read_time(self, unit: Unit) -> float:
-        return self._read_seconds.get(unit.num_bytes, 0.0)
 
     def _now(self) -> float:
         return time.perf_counter() + self._memory.charges.virtual_seconds
@@ -306,7 +272,7 @@ class ExpertSlots:
         else:
             self._make_room(unit.num_bytes)
             slot = self.transport.add_slot(unit.num_bytes)
-            self._taken += unit.num_bytes
+            self._take(unit.num_bytes)
         try:
             self._slots[expert] = self.transport.submit(unit, slot, urgent=urgent), None
         except BaseException:
@@ -318,7 +284,12 @@ class ExpertSlots:
         for size, slots in self._spare.items():
             while slots and self._taken + num_bytes > self._num_bytes:
                 self.transport.drop_slot(slots.pop())
-                self._taken -= size
+                self._take(-size)
+
+    def _take(self, num_bytes: int) -> None:
+        self._taken += num_bytes
+        if not self._is_emulated:
+            self._memory.watcher.took(num_bytes)
 
     def _evict(self, evicted: Sequence[tuple[int, int]]) -> None:
         for layer, number in evicted:
@@ -326,7 +297,7 @@ class ExpertSlots:
 
     def _release(self, expert: HeldExpert) -> None:
         """Let an expert's slot serve another."""
-        self._guessed.pop(expert, None)
+        self.foresight.guessed.pop(expert, None)
         held = self._slots.pop(expert, None)
         if held is not None:
             ticket, weights = held

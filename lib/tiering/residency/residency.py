@@ -47,7 +47,9 @@ class Residency:
             name: self._make_group(payload, memory, archive, originals)
             for name, payload in payloads.items()
         }
-        self.experts = ExpertSlots(memory, list(self.packed.values()), router_counts)
+        self.experts = ExpertSlots(
+            memory, list(self.packed.values()), router_counts, emulated=emulated
+        )
         """Those of these experts that are below, in fast memory for a while."""
         self.memory = memory
         self._archive = archive

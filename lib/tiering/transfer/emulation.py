@@ -38,7 +38,7 @@ class EmulatedTime(Charges):
         self._computing_since = 0.0
         self._waited = 0.0
         self._waited_before = 0.0
-        self._computing_since = self._now()
+        self._computing_since = self.now()
 
     @property
     def virtual_seconds(self) -> float:
@@ -47,7 +47,7 @@ class EmulatedTime(Charges):
 
     def fetch(self, tier: Tier, num_bytes: int) -> None:
         """Charge a transfer that the schedule doesn't have: rows of an embedding."""
-        self._pass(self.enqueue(tier, num_bytes) - self._now())
+        self._pass(self.enqueue(tier, num_bytes) - self.now())
 
     def use_in_place(self, num_bytes: int) -> None:
         """Charge one use of weights in HBM, where the spec says so."""
@@ -68,7 +68,7 @@ class EmulatedTime(Charges):
 
     def enqueue(self, tier: Tier, num_bytes: int) -> float:
         """Put a transfer in its tier's queue; returns when it ends, on this clock."""
-        start = max(self._now(), self._free_at.get(tier, 0.0))
+        start = max(self.now(), self._free_at.get(tier, 0.0))
         due = start + self.spec.specs[tier].transfer_seconds(num_bytes)
         self._free_at[tier] = due
         return due
@@ -76,19 +76,20 @@ class EmulatedTime(Charges):
     def wait_until(self, due: float) -> None:
         """Let the time pass until a transfer ends; what follows is compute."""
         self.slow_compute()
-        self._pass(due - self._now())
-        self._computing_since = self._now()
+        self._pass(due - self.now())
+        self._computing_since = self.now()
 
     def slow_compute(self) -> None:
         """Charge what compute since the last look would have lost to transfers that went on."""
-        now = self._now()
+        now = self.now()
         busy = max(self._free_at.values(), default=0.0)
         shared = min(now, busy) - self._computing_since
         if shared > 0:
             self._pass(self.spec.contention * shared)
-        self._computing_since = self._now()
+        self._computing_since = self.now()
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Return the time on this clock, in seconds; waits for an accelerator."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter() + self._waited
@@ -126,8 +127,8 @@ class EmulatedTransport:
     def submit(self, unit: Unit, slot: int, *, urgent: bool = True) -> Ticket:
         """Put a transfer in its tier's queue."""
         self._time.slow_compute()
-        ticket = Ticket(unit, slot)
-        ticket.due = self._time.enqueue(unit.tier, unit.data_bytes)
+        ticket = Ticket(unit, slot, asked=self._time.now())
+        ticket.due = ticket.ended = self._time.enqueue(unit.tier, unit.data_bytes)
         self._link_seconds += self._time.spec.specs[unit.tier].transfer_seconds(unit.data_bytes)
         ticket.arrived.set()
         return ticket

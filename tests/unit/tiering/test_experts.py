@@ -198,7 +198,7 @@ def test_emulation_charges_what_is_routed_to() -> None:
         assert stats.experts is not None
         reads = stats.experts.reads + stats.experts.predicted + stats.experts.prompt_reads
         moved = sum(stats.blocks[name].bytes_moved for name in stats.blocks if "experts" in name)
-        open_guesses = len(slots_of(runtime)._guessed)
+        open_guesses = len(slots_of(runtime).foresight.guessed)
     assert moved == expert_bytes(model) // 24 * (reads - open_guesses)
 
 
@@ -256,14 +256,14 @@ def test_routers_foresee_what_comes() -> None:
     model = tiny_qwen_moe(num_hidden_layers=4).eval()
     expected = outputs(model)
     with attach(model, budget=budget_for(model, 0.3)) as runtime:
-        slots_of(runtime).speculation.wants = lambda: True  # type: ignore[method-assign]
+        slots_of(runtime).foresight.speculation.wants = lambda: True  # type: ignore[method-assign]
         outputs(model)  # shows which modules are routers
         runtime.reset_stats()
         assert same(outputs(model), expected)
         stats = runtime.stats().experts
     assert stats is not None
     assert stats.foreseen_uses > 0
-    assert stats.predicted == stats.useful + stats.wasted + len(slots_of(runtime)._guessed)
+    assert stats.predicted == stats.useful + stats.wasted + len(slots_of(runtime).foresight.guessed)
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "popularity"])
