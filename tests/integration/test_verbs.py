@@ -36,6 +36,7 @@ ARGUMENTS: dict[str, str] = {
     "export": "--to accelerate --tier-hints {hints} --model {model} --output {out}",
     "probe": "--quick --repeats 1 --size 32MiB --output {out}/machine.json",
     "rank-layers": "--model {model} --data {text} --samples 4 --output {out}/layers.json",
+    "monitor": "{control} --once",
     "replay": "{log}",
     "report": "{run} --output {out}/report.html",
 }
@@ -97,6 +98,7 @@ BAD: dict[str, dict[str, str]] = {
         "--seed 99999999999999999999999": "--seed",
         "--json {out}/layers.json": "--json",
     },
+    "monitor": {"--budget some": "'some'", "--json {control}": "--json"},
     "replay": {
         "--budget some": "'some'",
         "--tier CXL": "--tier",
@@ -117,7 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json({"tiering": {"generate_json": False}, "run": {}}, folder / "run" / "config.json")
     model = GPT2LMHeadModel.from_pretrained(folder / "model")
     with attach(model, budget={"HBM": "1GiB", "SSD": None}, spill_dir=folder) as runtime:
-        runtime.control(log=folder / "control.jsonl")
+        runtime.control(log=folder / "control.jsonl", file=folder / "budget.json")
     return folder
 
 
@@ -149,6 +151,7 @@ def results(folder: Path) -> Path:
                 "checkpoint": folder / "checkpoint-1",
                 "run": folder / "run",
                 "log": folder / "control.jsonl",
+                "control": folder / "budget.json",
                 "out": own / "out",
             }
             words = [verb, *(word.format(**names) for word in ARGUMENTS[verb].split())]
