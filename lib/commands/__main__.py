@@ -24,6 +24,7 @@ VERBS = {
     "frontier": "measure fast memory against tokens per second against KL",
     "export": "write hints in the format of another tool",
     "probe": "measure the memory tiers of this machine",
+    "monitor": "watch a running model from another terminal, and ask for another budget",
     "replay": "decide again what a controller's log says, or what would have happened instead",
     "rank-layers": "rank a model's layers by what their KV cache is worth",
     "trace": "record which experts a mixture routes to while it answers",

@@ -37,6 +37,7 @@ ARGUMENTS: dict[str, str] = {
     "export": "--to accelerate --tier-hints {hints} --model {model} --output {out}",
     "probe": "--quick --repeats 1 --size 32MiB --output {out}/machine.json",
     "rank-layers": "--model {model} --data {text} --samples 4 --output {out}/layers.json",
+    "monitor": "{control} --once",
     "replay": "{log}",
     "report": "{run} --output {out}/report.html",
     "judge-policies": "{routes} --resident 0.25,0.5",
@@ -112,6 +113,7 @@ BAD: dict[str, dict[str, str]] = {
         "--samples 0": "--samples: 0",
         "--json {out}/trace.csv.gz": "--json",
     },
+    "monitor": {"--budget some": "'some'", "--json {control}": "--json"},
     "replay": {
         "--budget some": "'some'",
         "--tier CXL": "--tier",
@@ -135,7 +137,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json({"tiering": {"generate_json": False}, "run": {}}, folder / "run" / "config.json")
     model = GPT2LMHeadModel.from_pretrained(folder / "model")
     with attach(model, budget={"HBM": "1GiB", "SSD": None}, spill_dir=folder) as runtime:
-        runtime.control(log=folder / "control.jsonl")
+        runtime.control(log=folder / "control.jsonl", file=folder / "budget.json")
     return folder
 
 
@@ -179,6 +181,7 @@ def results(folder: Path) -> Path:
                 "run": folder / "run",
                 "routes": folder / "routes.csv",
                 "log": folder / "control.jsonl",
+                "control": folder / "budget.json",
                 "out": own / "out",
             }
             words = [verb, *(word.format(**names) for word in ARGUMENTS[verb].split())]

@@ -2,8 +2,9 @@
 
 The file is one JSON object, ``{"HBM": "300MiB"}`` (a size, or null for no limit). Write it
 elsewhere and rename it (``write_request`` does), so that it is never seen half-written. The answer
-stands in ``<file>.status``, written in the same way: ``request`` repeats what was asked, ``error``
-says why it was refused (null: it was not), the rest is ``BudgetControl.status``.
+stands in ``<file>.status``, written in the same way and renewed twice a second: ``request`` repeats
+what was asked, ``error`` says why it was refused (null: it was not), ``answers`` counts them,
+``sample`` is the latest of ``observe``, and the rest is ``BudgetControl.status``.
 """
 
 import json
@@ -50,8 +51,11 @@ class ControlFile:
             return error if isinstance(error, InputError) else InputError(str(error))
 
     def answer(self, status: dict[str, Any]) -> None:
-        """Write the answer."""
-        write_json(status, status_path(self.path))
+        """Write the answer. It isn't flushed to the disk, which is busy with weights."""
+        path = status_path(self.path)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(status, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
 
     def _stamp(self) -> tuple[int, ...] | None:
         try:

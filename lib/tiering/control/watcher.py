@@ -42,7 +42,10 @@ class Watcher:
         self._clock = clock
         self._ticked_at = self._sampled_at = clock()
         self._heeds = False
-        self._said: dict[str, object] = {"request": None, "error": None}
+        self._answers = 0
+        self._said: dict[str, object] = {"request": None, "error": None, "answers": 0}
+        if file is not None:
+            self._write(control, file)
         stop = threading.Event()
         thread = threading.Thread(
             target=_look_after,
@@ -82,9 +85,11 @@ class Watcher:
             control.request(asked)
         except Exception as refusal:  # whoever has asked is in another process
             error = refusal
+        self._answers += 1
         self._said = {
             "request": None if isinstance(asked, InputError) else asked,
             "error": None if error is None else str(error),
+            "answers": self._answers,
         }
         self._write(control, file)
 

@@ -1,0 +1,90 @@
+"""What a running model does, as a picture in a terminal: tiers, states, bandwidth, hits, refusals.
+
+It is drawn from the status that a controller writes beside its control file
+(``tiering.control.file``), so the model may run in another process.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ..units import format_bytes
+from ..vocabulary import State
+
+_WIDTH = 30
+_MEANINGS = {
+    State.FULL: "full, in fast memory",
+    State.REDUCED: "reduced, in fast memory",
+    State.COMPRESSED: "compressed, in fast memory",
+    State.STAGED: "in host memory",
+    State.COLD: "on storage",
+    State.IN_FLIGHT: "on the way",
+    State.RECOMPUTABLE: "tied copy, held nowhere",
+}
+
+
+def draw_status(status: Mapping[str, Any], *, age_seconds: float) -> RenderableType:
+    """Return one picture of a status; ``age_seconds``: how old it is."""
+    title = "tierhints" if age_seconds < 2 else f"tierhints, last heard {age_seconds:.0f} s ago"
+    parts: list[RenderableType] = [_budget(status), _states(status), _speed(status)]
+    if status.get("error"):
+        parts.append(Text(f"refused: {status['error']}", style="red"))
+    return Panel(Group(*parts), title=title, title_align="left")
+
+
+def _budget(status: Mapping[str, Any]) -> RenderableType:
+    """Draw what is taken of each tier; fast memory beside its limit."""
+    table = Table.grid(padding=(0, 2))
+    limit, fast = status["limit_bytes"], status["fast_bytes"]
+    total = max(limit or 0, fast, *status["bytes_per_tier"].values(), 1)
+    said = "no limit" if limit is None else f"of {format_bytes(limit)}"
+    if status["asked_bytes"] != limit:
+        asked = status["asked_bytes"]
+        more = "no limit" if asked is None else format_bytes(asked)
+        said += f" (may grow to {more} after the dwell)"
+    table.add_row("fast memory", Bar(total, 0, fast, width=_WIDTH), f"{format_bytes(fast)} {said}")
+    for tier, size in status["bytes_per_tier"].items():
+        label = "weights in HBM" if tier == "HBM" else f"weights in {tier}"
+        table.add_row(label, Bar(total, 0, size, width=_WIDTH), format_bytes(size))
+    return table
+
+
+def _states(status: Mapping[str, Any]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    for state, count in status["states"].items():
+        table.add_row(state, f"{count:4d} blocks", _MEANINGS[State(state)])
+    return Group(Text(), table)
+
+
+def _speed(status: Mapping[str, Any]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    sample = status.get("sample")
+    if sample is not None and sample["seconds"] > 0:
+        seconds = sample["seconds"]
+        table.add_row("forwards", f"{sample['forwards'] / seconds:.1f} /s")
+        table.add_row("bandwidth", f"{format_bytes(round(sample['bytes_moved'] / seconds))}/s")
+        table.add_row("waited for weights", f"{sample['waited_seconds'] / seconds:.0%} of the time")
+        hits = sample["hit_share"]
+        table.add_row("resident hits", "-" if hits is None else f"{hits:.1%} of the bytes")
+        table.add_row("on the way", str(sample["queue_depth"]))
+        worst = ", ".join(name for name, _ in sample["waited_for"][:3])
+        table.add_row("waited for most", worst or "-")
+        system = sample["system"]
+        if system is not None:
+            free = f"{format_bytes(system['free_bytes'])} free ({system['source']})"
+            share = system["waited_share"]
+            pressed = "" if share is None else f", pressure {share:.0%}"
+            table.add_row("system memory", free + pressed)
+    table.add_row("changes", str(status["changes"]))
+    last = status["last_change"]
+    if last is not None:
+        took = (last["ended_at"] - last["asked_at"]) * 1e3
+        moved = f"{len(last['demoted'])} left, {len(last['promoted'])} came"
+        table.add_row("last change", f"{moved}, {took:.0f} ms: {last['reason']}")
+    table.add_row("refused by the veto", str(status["refusals"]))
+    return Group(Text(), table)
