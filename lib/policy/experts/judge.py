@@ -63,6 +63,7 @@ def judge(trace: Trace, share: float) -> Verdict:
             per_token=trace.per_token,
             policy=policy,
             counts=early_counts(calls) if policy == "popularity" else None,
+            spare=policy == "ours",  # as in the engine
         )
         below = cache.below_cycle
         missed_bytes[policy] = sum(

@@ -125,8 +125,9 @@ def _encode_part(payload: Payload, part: Part, layout: RecordLayout, read: Reade
         matrix = weights.t() if part.transposed else weights.reshape(-1, layout.cols)
         return encode_from(lambda a, b: matrix[a:b], layout, part.dtype)
     except InputError as error:
-        whole = read_part(part, read)
-        raise name_weights(error, name, blocks, whole, layout.codec) from error
+        first, expert = part.expert or 0, part.expert
+        whole = read(name, None, None) if expert is None else read(name, expert, expert + 1)
+        raise name_weights(error, name, blocks, whole, layout.codec, first_row=first) from error
 
 
 def _encode_shard(payload: Payload, shard: Shard, layout: RecordLayout, read: Reader) -> Tensor:
