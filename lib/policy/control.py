@@ -57,7 +57,7 @@ class Settings:
     promote_share: float = 0.02
     tokens: int = 4
     refill_us: int = 4_000_000
-    step_bytes: int = 64 * 2**20
+    step_bytes: int = 32 * 2**20
 
 
 class Bucket:

@@ -74,6 +74,9 @@ class BudgetControl:
         self._began_at = clock()
         self._plan: Plan | None = None
         self._waited = (0.0, 0.0)
+        self._known: tuple[tuple[object, ...], Problem] | None = None
+        """The latest problem, and what it was made from."""
+        self._blocks: tuple[BlockFacts, ...] = ()
         watched = None if file is None else ControlFile(file)
         reserve_bytes = None if reserve is None else parse_bytes(reserve)
         self._log: ControlLog | None = None
@@ -215,8 +218,7 @@ class BudgetControl:
     def _observe_facts(self) -> Problem:
         """See to it that the controller knows what there is and what is held now."""
         began, keeper = time.thread_time(), self._keeper
-        problem = self._problem()
-        blocks = describe_blocks(problem)
+        problem, blocks = self._problem(), self._blocks
         if _sizes(blocks) != _sizes(self.controller.holding.blocks.values()):
             self._observe(
                 Facts,
@@ -231,8 +233,15 @@ class BudgetControl:
         return problem
 
     def _problem(self) -> Problem:
-        keeper = self._keeper
-        return keeper.planning.problem(keeper.plan.budget, keeper.forwards.schedule)
+        """Return what the planner chooses among; made anew where something of it has changed."""
+        planning, schedule = self._keeper.planning, self._keeper.forwards.schedule
+        budget = self._keeper.plan.budget
+        below = {tier: size for tier, size in budget.items() if tier is not Tier.HBM}
+        key = (planning.needs, planning.casts, schedule, below)
+        if self._known is None or self._known[0] != key:
+            problem = planning.problem(budget, schedule)
+            self._known, self._blocks = (key, problem), describe_blocks(problem)
+        return self._known[1]
 
     def _observe_held(self, *, decided: bool) -> None:
         plan = self._plan = self._keeper.plan
