@@ -80,6 +80,7 @@ def _summarize_case(case: Case, compute_seconds: float | None, contention: Field
         "name": case.system.name,
         "label": case.system.label,
         "peer": case.system.peer,
+        "full_precision": case.system.full_precision,
         "limit_mib": case.limit_mib,
         "survived": survived,
         "reason": case.reason,

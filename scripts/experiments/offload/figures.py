@@ -235,7 +235,10 @@ def _best_peer(runs: Sequence[Fields], limit_mib: int | None) -> float | None:
     rates = [
         run["tokens_per_s"]["median"]
         for run in runs
-        if run["peer"] and run["limit_mib"] == limit_mib and run["survived"]
+        if run["peer"]
+        and run["limit_mib"] == limit_mib
+        and run["survived"]
+        and run.get("full_precision", True)  # what is lossy is no peer of what isn't
     ]
     return max(rates, default=None)
 

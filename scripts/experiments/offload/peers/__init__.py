@@ -8,6 +8,7 @@ from scripts.experiments.offload.peers import (  # isort: skip
     airllm,
     diffusers,
     flextensor,
+    llama_cpp,
 )
 from scripts.experiments.offload.peers.base import (
     SYSTEMS,
@@ -29,6 +30,7 @@ __all__ = [
     "anonymous_bytes",
     "diffusers",
     "flextensor",
+    "llama_cpp",
     "ours",
     "register_system",
     "resident",
