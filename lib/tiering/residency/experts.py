@@ -234,7 +234,7 @@ class ExpertSlots:
 
     def _is_there(self, layer: int, number: int) -> bool:
         held = self._slots.get(self._packed[layer].experts[number])
-        return held is not None and held[0].arrived.is_set()
+        return held is not None and self.transport.has_arrived(held[0])
 
     def _weights(self, layer: int, expert: HeldExpert) -> Weights:
         """Wait for an expert; returns its weights."""

@@ -75,6 +75,9 @@ class Transport(Protocol):
         really moved. Raises PlacementError where the bytes are not sound.
         """
 
+    def has_arrived(self, ticket: "Ticket") -> bool:
+        """Say whether ``wait`` would return at once."""
+
     def done_with(self, slot: int, *, shared: bool) -> bool:
         """Say that what was computed with the slot's bytes has been asked of the device; returns
         whether they are still there.
