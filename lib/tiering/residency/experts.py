@@ -19,6 +19,7 @@ from ..payload.contents import part_view
 from ..payload.layout import Payload
 from ..transfer.transport import Ticket, Unit
 from .fast_memory import FastMemory
+from .guesses import Guesses
 from .held_expert import ExpertWeight, HeldExpert
 from .packed import PackedExperts
 from .stand_ins import plain_tensors
@@ -58,12 +59,9 @@ class ExpertSlots:
         """Uses in decoding that waited for nothing."""
         self.speculation = Speculation()
         """Whether reading ahead pays."""
-        self._guessed: dict[HeldExpert, None] = {}
-        """Read ahead, and not used yet."""
-        self._gone: dict[tuple[int, int], None] = {}
-        """Evicted for what was read ahead."""
+        self._guesses = Guesses()
         self._read_seconds: dict[int, float] = {}
-        """What a read takes lately, by its bytes."""
+        """Lately, by bytes."""
         self._lateness = 0.0
         self._last_ended = 0.0
         self._num_bytes = 0
@@ -81,7 +79,7 @@ class ExpertSlots:
         """Have no slots until ``adopt``."""
         for ticket, _ in self._slots.values():
             ticket.arrived.wait()
-        for kept in (self._slots, self._spare, self._guessed, self._gone):
+        for kept in (self._slots, self._spare, self._guesses):
             kept.clear()
         self.transport.make_slots(0, 0)
         self.cache, self._taken = None, 0
@@ -180,9 +178,8 @@ class ExpertSlots:
         if evicted is None:
             return False
         self._evict(evicted)
-        self._gone |= dict.fromkeys(evicted)
-        self._guessed[expert] = None
         self._submit(expert, urgent=False)
+        self._guesses.add(layer, number, evicted)
         return True
 
     def reset_counters(self) -> None:
@@ -210,18 +207,27 @@ class ExpertSlots:
         assert cache is not None
         distinct = list(dict.fromkeys(number for token in tokens for number in token))
         needed = sum(cache.sizes[layer][number] for number in distinct)
+        self._withdraw(layer)
+        self._guesses.settle(layer, distinct)
         if len(tokens) <= FEW_TOKENS and needed <= cache.capacity_bytes:
             self.ready += sum(self._is_there(layer, number) for number in distinct)
             admission = cache.use(layer, distinct)
             for number in admission.misses:
-                if (layer, number) in self._gone:
-                    del self._gone[layer, number]
+                if self._guesses.take_gone(layer, number):
                     unit = _unit(self._packed[layer].experts[number])
                     self.speculation.lose(self._read_time(unit))
         else:
             admission = cache.use_many(layer, tokens)
         self._evict(admission.evicted)
         return admission
+
+    def _withdraw(self, layer: int) -> None:
+        """Take back what was to be read ahead for a layer and has not begun."""
+        assert self.cache is not None
+        for number in self._guesses.of(layer):
+            held = self._slots.get(expert := self._packed[layer].experts[number])
+            if held is not None and self.transport.withdraw(held[0]):
+                self._forget(layer, expert)
 
     def mend(self) -> None:
         """Let go of what an interrupted use has left in slots, though the cache let go of it."""
@@ -251,22 +257,21 @@ class ExpertSlots:
                 self._forget(layer, expert)
                 raise
             moved(ticket.unit.data_bytes)
-        self._judge(expert, ticket, self._now() - begun)
+        self._judge(layer, expert, ticket, self._now() - begun)
         if buffer is None:
             buffer = expert.shard_in_memory(0)
         weights = self._view(expert, buffer)
         self._slots[expert] = ticket, weights
         return weights
 
-    def _judge(self, expert: HeldExpert, ticket: Ticket, waited: float) -> None:
+    def _judge(self, layer: int, expert: HeldExpert, ticket: Ticket, waited: float) -> None:
         """Learn from a read that has been waited for what reads take, and reading ahead gains."""
         usual = self._read_time(ticket.unit)
-        if expert in self._guessed:
-            del self._guessed[expert]
+        if self._guesses.take_right(layer, expert.number):
             self.speculation.gain(usual - waited)
             late = waited > _LATE * usual
             self._lateness += _LEARNT * (late - self._lateness)
-        elif self._guessed:
+        elif self._guesses:
             self.speculation.lose(max(waited - usual, 0.0))
         if ticket.ended:
             took = ticket.ended - max(ticket.asked, self._last_ended)
@@ -322,11 +327,11 @@ class ExpertSlots:
 
     def _evict(self, evicted: Sequence[tuple[int, int]]) -> None:
         for layer, number in evicted:
+            self._guesses.drop(layer, number)
             self._release(self._packed[layer].experts[number])
 
     def _release(self, expert: HeldExpert) -> None:
         """Let an expert's slot serve another."""
-        self._guessed.pop(expert, None)
         held = self._slots.pop(expert, None)
         if held is not None:
             ticket = held[0]
@@ -338,6 +343,7 @@ class ExpertSlots:
         assert self.cache is not None
         if (layer, expert.number) in self.cache:
             self.cache.forget(layer, expert.number)
+        self._guesses.drop(layer, expert.number)
         self._release(expert)
 
 

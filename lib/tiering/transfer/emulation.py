@@ -82,6 +82,14 @@ class EmulatedTime(Charges):
         ticket.due = math.inf
         self._behind.setdefault(ticket.unit.tier, deque()).append(ticket)
 
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Take a transfer out that has not begun; returns whether it had not."""
+        self._begin_behind(ticket.unit.tier, self.now())
+        if ticket.due < math.inf:
+            return False
+        self._behind[ticket.unit.tier].remove(ticket)
+        return True
+
     def has_arrived(self, ticket: Ticket) -> bool:
         """Say whether a transfer has ended."""
         now = self.now()
@@ -168,13 +176,23 @@ class EmulatedTransport:
             ticket.due = ticket.ended = self._time.enqueue(unit.tier, unit.data_bytes)
         else:
             self._time.enqueue_behind(ticket)
-        self._link_seconds += self._time.spec.specs[unit.tier].transfer_seconds(unit.data_bytes)
+        self._link_seconds += self._seconds(unit)
         ticket.arrived.set()
         return ticket
+
+    def _seconds(self, unit: Unit) -> float:
+        return self._time.spec.specs[unit.tier].transfer_seconds(unit.data_bytes)
 
     def wait(self, ticket: Ticket) -> None:
         """Let the time pass until the transfer ends."""
         self._time.wait_for(ticket)
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Take a transfer out of its tier's queue, if it has not begun."""
+        if not self._time.withdraw(ticket):
+            return False
+        self._link_seconds -= self._seconds(ticket.unit)
+        return True
 
     def has_arrived(self, ticket: Ticket) -> bool:
         """Say whether the time is over that the transfer takes."""
