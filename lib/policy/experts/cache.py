@@ -173,7 +173,7 @@ class ExpertCache:
         return evicted
 
     def forget(self, layer: int, expert: int) -> None:
-        """Take an admission back: the read failed."""
+        """Take an admission back: nothing was read."""
         self._predicted[layer].pop(expert, None)
         self._residents.drop((layer, expert))
 

@@ -70,6 +70,8 @@ class RoutedExperts:
             return torch.zeros_like(hidden)
         tokens: list[list[int]] = index.tolist()
         self._lookahead.routed(self._layer, index, tokens)
+        if len(tokens) == 1:
+            return self._one_token(hidden, tokens, weights)
         routed = len(tokens[0])
         pairs: dict[int, list[int]] = {}
         for rank in range(routed):
@@ -78,6 +80,7 @@ class RoutedExperts:
         outputs: Tensor | None = None
         with self._packed.memory.watcher.alone():
             for expert, held in self._held(tokens):
+                self._lookahead.look_on(self._layer)
                 rows = torch.tensor(pairs[expert], device=hidden.device)
                 output = self._products(hidden[rows // routed], held)
                 if outputs is None:
@@ -91,6 +94,22 @@ class RoutedExperts:
         for expert in sorted(pairs):
             rows = torch.tensor(pairs[expert], device=hidden.device)
             total.index_add_(0, rows // routed, weighted[rows].to(hidden.dtype))
+        return total
+
+    def _one_token(self, hidden: Tensor, tokens: list[list[int]], weights: Tensor) -> Tensor:
+        """Return the same with fewer operations, for what decoding does most."""
+        found: dict[int, Tensor] = {}
+        with self._packed.memory.watcher.alone():
+            for expert, held in self._held(tokens):
+                self._lookahead.look_on(self._layer)
+                found[expert] = self._products(hidden, held)
+        (experts,) = tokens
+        weighted = torch.cat([found[expert] for expert in experts]) * weights.reshape(-1, 1)
+        if self._packed.implementation != "eager":
+            return weighted.sum(dim=0, keepdim=True).to(hidden.dtype)
+        total = torch.zeros_like(hidden)
+        for expert in sorted(experts):
+            total += weighted[experts.index(expert)].to(hidden.dtype)
         return total
 
     def _held(self, tokens: Sequence[Sequence[int]]) -> Iterator[tuple[int, Weights]]:
@@ -130,7 +149,12 @@ class _Products:
                 return weight.linear(x, bias)
             weight = weight.expand(0, weight.shape[0])
         # As transformers' grouped products, which autocast leaves alone.
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(weight.dtype)
-            output = x @ weight if self._module.is_transposed else F.linear(x, weight)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                output = self._product(x.to(weight.dtype), weight)
+        else:
+            output = self._product(x.to(weight.dtype), weight)
         return output if bias is None else output.add_(bias)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight if self._module.is_transposed else F.linear(x, weight)

@@ -1,15 +1,16 @@
 """Look-ahead: the model's own routers say which experts the next layers will need.
 
-At the entrance of a layer the hidden state is nearly what the routers of this and the next layer
-will see: their norms and routers are applied to it, and what they choose and isn't in fast memory
-is read ahead (``residency.experts``). Which module is a layer's norm and which its router shows in
-the first forward: the router is the one whose output holds the ids that the experts are called
-with, the norm the one whose output the experts' block is called with.
+At the entrance of a layer the hidden state is nearly what its router will see: its norm and router
+are applied to it, and what they choose and isn't in fast memory is read ahead
+(``residency.experts``). Nearer still it is with what attention added to the tokens before, of which
+a running mean is kept: on a small mixture that raises the share of experts foreseen from 0.80 to
+0.88. Where such reads come late, the layer after the present one is asked as well, with what its
+router's input had more than the present one's. Which module is a layer's norm and which its router
+shows in the first forward (``routers``).
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,68 +19,19 @@ from torch.utils.hooks import RemovableHandle
 
 from ..residency.experts import FEW_TOKENS, ExpertSlots
 from ..residency.packed import PackedExperts
-from ..residency.stand_ins import OffloadedParameter, plain_tensors
+from ..residency.stand_ins import plain_tensors
 from ..telemetry import ExpertStats
+from .routers import RoutedLayer, find_layer
 
 MARGINS = (0.1, 0.4)
 """How far above the first expert that isn't chosen the router's logit must be for an expert to be
-read ahead: of the layer that begins, and of the one after it, which is known less well, and is
-asked where reads for the first come late. What a router is in two minds about is as often wrong as
-right.
+read ahead: of the layer that begins, and of the one after it, which is known less well. What a
+router is in two minds about is as often wrong as right.
 """
 PER_LAYER = 2
 """Experts of a layer that are read ahead each time, at most."""
-
-
-@dataclass(slots=True, eq=False)
-class _Layer:
-    """A layer with experts, and what was learnt of it."""
-
-    module: nn.Module
-    block: nn.Module
-    routers: list[nn.Module]
-    others: list[nn.Module]
-    num_experts: int
-    norm: nn.Module | None = None
-    router: nn.Module | None = None
-    place: int = 0
-    """Of the ids in the router's output."""
-    logits: int | None = None
-    """The place of its logits for all experts, if it returns them."""
-    flat: bool = False
-    """The router takes (tokens, width)."""
-    seen: dict[int, tuple[nn.Module, Any]] = field(default_factory=dict)
-    """Outputs of this forward by identity of their tensors, while it is learnt."""
-    input: Tensor | None = None
-    """What the block was called with, while it is learnt."""
-    named: list[int] = field(default_factory=list)
-    """What was predicted for its next call."""
-
-    @property
-    def is_known(self) -> bool:
-        """Its routing can be predicted now."""
-        return self.router is not None and self.norm is not None and _is_here(self.norm)
-
-    def predict(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the experts (tokens, k) that its router would choose for each token of a hidden
-        state (batch, tokens, width), and by how much (None: it doesn't say).
-        """
-        assert self.router is not None and self.norm is not None
-        x = type(self.norm).forward(self.norm, hidden)
-        if self.flat:
-            x = x.reshape(-1, x.shape[-1])
-        output = type(self.router).forward(self.router, x)
-        ids: Tensor = output[self.place]
-        ids = ids.reshape(-1, ids.shape[-1])
-        if self.logits is None:
-            return ids, None
-        logits: Tensor = output[self.logits]
-        logits = logits.reshape(-1, logits.shape[-1]).float()
-        routed = ids.shape[-1]
-        if routed == logits.shape[-1]:
-            return ids, None
-        first_out = logits.topk(routed + 1, dim=-1).values[:, routed:]
-        return ids, logits.gather(-1, ids) - first_out
+_LATEST = 0.25
+"""Weight of the latest token in what layers add to tokens."""
 
 
 class LookAhead:
@@ -88,20 +40,25 @@ class LookAhead:
     def __init__(
         self, model: nn.Module, packed: dict[str, PackedExperts], slots: ExpertSlots
     ) -> None:
-        self._uses = self._named = 0
+        self._uses = self._foreseen = 0
         self._slots = slots
-        self._layers = [_find_layer(model, name) for name in packed]
+        self._layers = [
+            None if layer is None else _Watched(layer)
+            for layer in (find_layer(model, name) for name in packed)
+        ]
         self._handles: list[RemovableHandle] = []
         self._learning: list[RemovableHandle] = []
+        self._asked: int | None = None
+        """The layer whose router's input came last, until the one after it was asked."""
 
     def follow(self) -> None:
         """Work where the plan has experts below."""
         if self._slots.cache is None:
             self.remove()
         elif not self._handles:
-            for number, layer in enumerate(self._layers):
-                if layer is not None:
-                    self._hook(number, layer)
+            for number, watched in enumerate(self._layers):
+                if watched is not None:
+                    self._hook(number, watched)
 
     def remove(self) -> None:
         """Leave no hook behind."""
@@ -122,133 +79,151 @@ class LookAhead:
             resident=counted.hits - counted.useful,
             ready=self._slots.ready,
             reads=counted.misses,
-            predicted=counted.predicted,
+            predicted=counted.predicted - self._slots.withdrawn,
             useful=counted.useful,
             wasted=counted.wasted,
             foreseen_uses=self._uses,
-            named=self._named,
+            named=self._foreseen,
             prompt_reads=counted.prompt_reads,
         )
 
     def reset_stats(self) -> None:
         """Start counting anew."""
-        self._uses = self._named = 0
+        self._uses = self._foreseen = 0
         self._slots.reset_counters()
         self._slots.transport.take_link_seconds()
 
     def routed(self, number: int, index: Tensor, tokens: Sequence[Sequence[int]]) -> None:
         """Hear of a layer's routing: index (tokens, k), and the same as lists."""
-        layer = self._layers[number]
-        if layer is None:
+        watched = self._layers[number]
+        if watched is None:
             return
-        if layer.router is None:
-            _learn(layer, index)
-        if layer.named and len(tokens) <= FEW_TOKENS:
+        if self._learning:
+            self._learn(number, watched, index)
+        if watched.named and len(tokens) <= FEW_TOKENS:
             used = {expert for token in tokens for expert in token}
             self._uses += len(used)
-            self._named += len(used.intersection(layer.named))
-        layer.named = []
+            self._foreseen += len(used.intersection(watched.named))
+        watched.named = []
 
-    def _hook(self, number: int, layer: _Layer) -> None:
+    def look_on(self, number: int) -> None:
+        """Ask the layer after one whose own reads are on their way, where reads come late."""
+        if self._asked != number:
+            return
+        self._asked = None
+        here, watched = self._layers[number], self._layer(number + 1)
+        if here is None or here.input is None or watched is None or watched.step is None:
+            return
+        if self._slots.foresight.reads_late and here.input.shape == watched.step.shape:
+            self._predict(number + 1, watched, here.input, watched.step, MARGINS[1])
+
+    def _layer(self, number: int) -> "_Watched | None":
+        return self._layers[number] if number < len(self._layers) else None
+
+    def _hook(self, number: int, watched: "_Watched") -> None:
+        layer = watched.layer
+
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(hidden, Tensor):
-                self._predict(number, hidden)
+            if isinstance(hidden, Tensor) and layer.norm is not None:
+                watched.entered = hidden
+                if _is_few(hidden):
+                    self._predict(number, watched, hidden, watched.drift, MARGINS[0])
 
-        handle = layer.module.register_forward_pre_hook(enter, with_kwargs=True)
-        self._handles.append(handle)
-        if layer.router is None:
-            for module in (*layer.others, *layer.routers):
-                self._learning.append(module.register_forward_hook(_remember(layer)))
-            self._learning.append(
-                layer.block.register_forward_pre_hook(_remember_input(layer), with_kwargs=True)
-            )
+        self._handles.append(layer.module.register_forward_pre_hook(enter, with_kwargs=True))
+        if layer.norm is None:
+            self._learning += layer.learn_by()
+        else:
+            self._hook_norm(number, watched, layer.norm)
 
-    def _predict(self, first: int, hidden: Tensor) -> None:
-        """Ask the routers of this layer and the next."""
-        if hidden.numel() // hidden.shape[-1] > FEW_TOKENS:
-            return
-        if self._learning and all(each is None or each.router for each in self._layers):
+    def _hook_norm(self, number: int, watched: "_Watched", norm: nn.Module) -> None:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            before = self._layers[number - 1] if number else None
+            with torch.no_grad():
+                watched.note(args[0], None if before is None else before.input)
+            if before is not None:
+                before.input = None
+            self._asked = number if _is_few(args[0]) else None
+
+        self._handles.append(norm.register_forward_pre_hook(note))
+
+    def _learn(self, number: int, watched: "_Watched", index: Tensor) -> None:
+        """Find a layer's norm and router; what was watched for that goes when all have theirs."""
+        layer = watched.layer
+        if layer.norm is None and layer.learn(index) and layer.norm is not None:
+            self._hook_norm(number, watched, layer.norm)
+        if all(each is None or each.layer.norm is not None for each in self._layers):
             for handle in self._learning:
                 handle.remove()
             self._learning.clear()
-        ahead = MARGINS if self._slots.foresight.reads_late else MARGINS[:1]
-        for number, least in enumerate(ahead, first):
-            layer = self._layers[number] if number < len(self._layers) else None
-            if layer is None or not layer.is_known or not self._slots.wants(number):
-                continue
-            begun = time.perf_counter()
-            with torch.no_grad(), plain_tensors():
-                chosen, margins = layer.predict(hidden)
-                sure = chosen if margins is None else chosen[margins >= least]
-            layer.named = chosen.flatten().tolist()
-            asked = 0
-            for expert in dict.fromkeys(sure.flatten().tolist()):
-                asked += self._slots.expect(number, expert)
-                if asked == PER_LAYER:
-                    break
-            self._slots.foresight.speculation.lose(time.perf_counter() - begun)
+
+    def _predict(
+        self,
+        number: int,
+        watched: "_Watched",
+        hidden: Tensor,
+        added: Tensor | None,
+        margin: float,
+    ) -> None:
+        """Ask a layer's router about a hidden state (batch, tokens, width)."""
+        if not watched.layer.is_known or not self._slots.wants(number):
+            return
+        begun = time.thread_time()
+        with plain_tensors():
+            if added is not None and added.shape == hidden.shape:
+                hidden = hidden + added
+            chosen, margins = watched.layer.predict(hidden)
+        if margin == MARGINS[0]:
+            watched.named = [expert for token in chosen for expert in token]
+        asked = 0
+        sure = {
+            expert: None
+            for token, by in zip(chosen, margins, strict=True)
+            for expert, above in zip(token, by, strict=True)
+            if above >= margin
+        }
+        for expert in sure:
+            asked += self._slots.expect(number, expert)
+            if asked == PER_LAYER:
+                break
+        self._slots.foresight.speculation.lose(time.thread_time() - begun)
 
 
-def _find_layer(model: nn.Module, name: str) -> _Layer | None:
-    """Return the layer that has an experts module, an element of a list; None where none has."""
-    parts = name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        if isinstance(model.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
-            module = model.get_submodule(".".join(parts[:end]))
-            block = model.get_submodule(".".join(parts[:-1]))
-            experts = model.get_submodule(name)
-            return _Layer(
-                module=module,
-                block=block,
-                routers=[each for each in block.children() if each is not experts],
-                others=[each for each in module.children() if each is not block],
-                num_experts=next(experts.parameters()).shape[0],
-            )
-    return None
+class _Watched:
+    """A layer, and what it lately added to its tokens: tensors are (batch, 1, width)."""
+
+    def __init__(self, layer: RoutedLayer) -> None:
+        self.layer = layer
+        self.named: list[int] = []
+        """What was predicted for its next call."""
+        self.entered: Tensor | None = None
+        """Its input, until its router has its own."""
+        self.input: Tensor | None = None
+        """What its router's norm was called with."""
+        self.drift: Tensor | None = None
+        """What that had more than the layer's input."""
+        self.step: Tensor | None = None
+        """What that had more than the input of the router before it."""
+
+    def note(self, hidden: Tensor, before: Tensor | None) -> None:
+        """Learn from what the router's norm is called with, and was in the layer before."""
+        self.drift = _follow(self.drift, hidden, self.entered)
+        self.step = _follow(self.step, hidden, before)
+        self.entered, self.input = None, hidden
 
 
-def _remember(layer: _Layer) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    def remember(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs = output if isinstance(output, tuple) else (output,)
-        for each in outputs:
-            if isinstance(each, Tensor):
-                layer.seen[id(each)] = module, (args, outputs)
-
-    return remember
-
-
-def _remember_input(
-    layer: _Layer,
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer.input = args[0] if args else kwargs.get("hidden_states")
-
-    return remember
+def _follow(mean: Tensor | None, hidden: Tensor, before: Tensor | None) -> Tensor | None:
+    """Return the running mean of what was added, with what was added this time."""
+    if before is None or before.shape != hidden.shape or before.device != hidden.device:
+        return mean
+    if hidden.dim() != 3:
+        return None
+    if hidden.shape[1] != 1:
+        added = (hidden[:, -FEW_TOKENS:] - before[:, -FEW_TOKENS:]).mean(1, keepdim=True)
+        return added if mean is None or not _is_few(hidden) else mean
+    added = hidden - before
+    return added if mean is None or mean.shape != added.shape else mean.lerp(added, _LATEST)
 
 
-def _learn(layer: _Layer, index: Tensor) -> None:
-    """Find a layer's norm and router by what they returned in this forward."""
-    router, norm = layer.seen.get(id(index)), layer.seen.get(id(layer.input))
-    if router is not None and norm is not None:
-        module, (args, outputs) = router
-        if module in layer.routers and len(args) == 1 and norm[0] in layer.others:
-            layer.place = next(place for place, each in enumerate(outputs) if each is index)
-            layer.logits = next(
-                (
-                    place
-                    for place, each in enumerate(outputs)
-                    if isinstance(each, Tensor)
-                    and each.is_floating_point()
-                    and each.shape[-1] == layer.num_experts
-                ),
-                None,
-            )
-            layer.flat = args[0].dim() == 2
-            layer.router, layer.norm = module, norm[0]
-    layer.seen.clear()
-    layer.input = None
-
-
-def _is_here(module: nn.Module) -> bool:
-    return not any(isinstance(each, OffloadedParameter) for each in module.parameters())
+def _is_few(hidden: Tensor) -> bool:
+    return hidden.numel() <= FEW_TOKENS * hidden.shape[-1]

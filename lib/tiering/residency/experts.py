@@ -55,6 +55,8 @@ class ExpertSlots:
         """What is cached; None where no experts are below."""
         self.ready = 0
         """Uses in decoding that waited for nothing."""
+        self.withdrawn = 0
+        """Predictions that were not read, since their layer came before."""
         self.foresight = Foresight()
         """What is read ahead, and whether that pays."""
         self._num_bytes = 0
@@ -74,7 +76,7 @@ class ExpertSlots:
             ticket.arrived.wait()
         self._slots.clear()
         self._spare.clear()
-        self.foresight.clear()
+        self.foresight.guesses.clear()
         self.transport.make_slots(0, 0)
         self.cache = None
         self._take(-self._taken)
@@ -173,13 +175,13 @@ class ExpertSlots:
         if evicted is None:
             return False
         self._evict(evicted)
-        self.foresight.guess(expert, evicted)
         self._submit(expert, urgent=False)
+        self.foresight.guesses.add(layer, number, evicted)
         return True
 
     def reset_counters(self) -> None:
         """Start counting anew."""
-        self.ready = 0
+        self.ready = self.withdrawn = 0
         if self.cache is not None:
             self.cache.counters = Counters()
 
@@ -197,16 +199,26 @@ class ExpertSlots:
         assert cache is not None
         distinct = list(dict.fromkeys(number for token in tokens for number in token))
         needed = sum(cache.sizes[layer][number] for number in distinct)
+        self._withdraw(layer)
+        self.foresight.guesses.settle(layer, distinct)
         if len(tokens) <= FEW_TOKENS and needed <= cache.capacity_bytes:
             self.ready += sum(self._is_there(layer, number) for number in distinct)
             admission = cache.use(layer, distinct)
             for number in admission.misses:
-                unit = _unit(self._packed[layer].experts[number])
-                self.foresight.miss((layer, number), unit)
+                self.foresight.miss(layer, number, _unit(self._packed[layer].experts[number]))
         else:
             admission = cache.use_many(layer, tokens)
         self._evict(admission.evicted)
         return admission
+
+    def _withdraw(self, layer: int) -> None:
+        """Take back what was to be read ahead for a layer and has not begun."""
+        assert self.cache is not None
+        for number in self.foresight.guesses.of(layer):
+            held = self._slots.get(expert := self._packed[layer].experts[number])
+            if held is not None and self.transport.withdraw(held[0]):
+                self._forget(layer, expert)
+                self.withdrawn += 1
 
     def mend(self) -> None:
         """Let go of what an interrupted use has left in slots, though the cache let go of it."""
@@ -219,7 +231,7 @@ class ExpertSlots:
 
     def _is_there(self, layer: int, number: int) -> bool:
         held = self._slots.get(self._packed[layer].experts[number])
-        return held is not None and held[0].arrived.is_set()
+        return held is not None and self.transport.has_arrived(held[0])
 
     def _weights(self, layer: int, expert: HeldExpert) -> Weights:
         """Wait for an expert; returns its weights."""
@@ -236,7 +248,7 @@ class ExpertSlots:
                 self._forget(layer, expert)
                 raise
             moved(ticket.unit.data_bytes)
-        self.foresight.judge(expert, ticket, self._now() - begun)
+        self.foresight.judge(layer, expert.number, ticket, self._now() - begun)
         if buffer is None:
             buffer = expert.shard_in_memory(0)
         weights = self._view(expert, buffer)
@@ -293,15 +305,15 @@ class ExpertSlots:
 
     def _evict(self, evicted: Sequence[tuple[int, int]]) -> None:
         for layer, number in evicted:
+            self.foresight.guesses.drop(layer, number)
             self._release(self._packed[layer].experts[number])
 
-    def _release(self, expert: HeldExpert) -> None:
-        """Let an expert's slot serve another."""
-        self.foresight.guessed.pop(expert, None)
+    def _release(self, expert: HeldExpert, *, read: bool = True) -> None:
+        """Let an expert's slot serve another; not ``read``: nothing came into it."""
         held = self._slots.pop(expert, None)
         if held is not None:
             ticket, weights = held
-            if weights is None:  # nobody has waited for it: it was read for nothing
+            if weights is None and read:  # nobody has waited for it: it was read for nothing
                 with self._memory.watcher.moving(expert.name) as moved:
                     moved(ticket.unit.data_bytes)
             self.transport.done_with(ticket.slot, shared=False)
@@ -312,7 +324,8 @@ class ExpertSlots:
         assert self.cache is not None
         if (layer, expert.number) in self.cache:
             self.cache.forget(layer, expert.number)
-        self._release(expert)
+        self.foresight.guesses.drop(layer, expert.number)
+        self._release(expert, read=False)
 
 
 def _unit(expert: HeldExpert) -> Unit:

@@ -1,11 +1,8 @@
 """What reading experts ahead has gained and cost, by the clock: whether it goes on, and how far."""
 
-from collections.abc import Sequence
-
-from ...policy.experts import Expert
 from ...policy.experts.speculation import Speculation
 from ..transfer.transport import Ticket, Unit
-from .held_expert import HeldExpert
+from .guesses import Guesses
 
 _LATE = 0.25
 """Share of a read's time that may be waited for what was read ahead, and of the reads that may be
@@ -21,10 +18,8 @@ class Foresight:
     def __init__(self) -> None:
         self.speculation = Speculation()
         """Whether reading ahead pays."""
-        self.guessed: dict[HeldExpert, None] = {}
-        """Read ahead, and not used yet."""
-        self._gone: dict[Expert, None] = {}
-        """Evicted for what was read ahead."""
+        self.guesses = Guesses()
+        """What is read ahead."""
         self._read_seconds: dict[int, float] = {}
         """What a read takes lately, by its bytes."""
         self._lateness = 0.0
@@ -35,31 +30,19 @@ class Foresight:
         """What is read ahead for the layer that begins mostly comes too late."""
         return self._lateness > _LATE
 
-    def clear(self) -> None:
-        """Forget what is on its way; what reads take stays known."""
-        self.guessed.clear()
-        self._gone.clear()
-
-    def guess(self, expert: HeldExpert, evicted: Sequence[Expert]) -> None:
-        """Note what is read ahead, and what went for it."""
-        self.guessed[expert] = None
-        self._gone |= dict.fromkeys(evicted)
-
-    def miss(self, expert: Expert, unit: Unit) -> None:
-        """Hear of an expert that must be read: perhaps since a guess has pushed it out."""
-        if expert in self._gone:
-            del self._gone[expert]
+    def miss(self, layer: int, number: int, unit: Unit) -> None:
+        """Hear of an expert that must be read: perhaps since a wrong guess has pushed it out."""
+        if self.guesses.take_gone(layer, number):
             self.speculation.lose(self._read_time(unit))
 
-    def judge(self, expert: HeldExpert, ticket: Ticket, waited: float) -> None:
+    def judge(self, layer: int, number: int, ticket: Ticket, waited: float) -> None:
         """Learn from a read that was waited for so many seconds."""
         usual = self._read_time(ticket.unit)
-        if expert in self.guessed:
-            del self.guessed[expert]
+        if self.guesses.take_right(layer, number):
             self.speculation.gain(usual - waited)
             late = waited > _LATE * usual
             self._lateness += _LEARNT * (late - self._lateness)
-        elif self.guessed:
+        elif self.guesses:
             self.speculation.lose(max(waited - usual, 0.0))
         took = ticket.ended - max(ticket.asked, self._last_ended)
         self._last_ended = ticket.ended

@@ -4,7 +4,9 @@ The plan, the schedule and the prefetching are those of a real runtime; only the
 another. Nothing moves, so outputs are the model's own.
 """
 
+import math
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +24,8 @@ class EmulatedTime(Charges):
 
     Each tier is one link, first come first served: a transfer starts when it is asked for or when
     the one before it ends, takes setup plus bytes over bandwidth, and goes on while the model
-    computes; only what is left of it when its unit is needed is waited for. The model's own compute
+    computes; only what is left of it when its unit is needed is waited for. What isn't urgent
+    begins when nothing else is on the link, and ends undisturbed. The model's own compute
     is the real one, made slower by the spec's contention while a link is busy. On an accelerator
     the host waits for the device before it looks at the clock.
     """
@@ -32,6 +35,8 @@ class EmulatedTime(Charges):
         """What is charged for; another one takes effect at once."""
         self._device = device
         self._free_at: dict[Tier, float] = {}
+        self._behind: dict[Tier, deque[Ticket]] = {}
+        """What isn't urgent and has not begun."""
         self._waiter: Waiter | None = None
         if spec.clock is Clock.WALL:
             self._waiter = DeviceWaiter(device) if device.type == "cuda" else HostWaiter()
@@ -68,16 +73,55 @@ class EmulatedTime(Charges):
 
     def enqueue(self, tier: Tier, num_bytes: int) -> float:
         """Put a transfer in its tier's queue; returns when it ends, on this clock."""
-        start = max(self.now(), self._free_at.get(tier, 0.0))
+        now = self.now()
+        self._begin_behind(tier, now)
+        return self._carry(tier, num_bytes, now)
+
+    def enqueue_behind(self, ticket: Ticket) -> None:
+        """Put a transfer behind all that is urgent; it is ``due`` once it has begun."""
+        ticket.due = math.inf
+        self._behind.setdefault(ticket.unit.tier, deque()).append(ticket)
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Take a transfer out that has not begun; returns whether it had not."""
+        self._begin_behind(ticket.unit.tier, self.now())
+        if ticket.due < math.inf:
+            return False
+        self._behind[ticket.unit.tier].remove(ticket)
+        return True
+
+    def has_arrived(self, ticket: Ticket) -> bool:
+        """Say whether a transfer has ended."""
+        now = self.now()
+        self._begin_behind(ticket.unit.tier, now)
+        return ticket.due <= now
+
+    def wait_for(self, ticket: Ticket) -> None:
+        """Let the time pass until a transfer ends; what follows is compute."""
+        self.slow_compute()
+        tier, now = ticket.unit.tier, self.now()
+        self._begin_behind(tier, now)
+        while ticket.due == math.inf:
+            self._begin_next(tier, now)
+        self._pass(ticket.due - now)
+        self._computing_since = self.now()
+
+    def _begin_behind(self, tier: Tier, now: float) -> None:
+        """Begin what isn't urgent and found the link free before now."""
+        behind = self._behind.get(tier)
+        while behind and max(self._free_at.get(tier, 0.0), behind[0].asked) < now:
+            self._begin_next(tier, behind[0].asked)
+
+    def _begin_next(self, tier: Tier, since: float) -> None:
+        ticket = self._behind[tier].popleft()
+        ticket.due = ticket.ended = self._carry(tier, ticket.unit.data_bytes, since)
+
+    def _carry(self, tier: Tier, num_bytes: int, since: float) -> float:
+        """Use the link from then on, when it is free; returns until when."""
+        start = max(since, self._free_at.get(tier, 0.0))
         due = start + self.spec.specs[tier].transfer_seconds(num_bytes)
         self._free_at[tier] = due
         return due
-
-    def wait_until(self, due: float) -> None:
-        """Let the time pass until a transfer ends; what follows is compute."""
-        self.slow_compute()
-        self._pass(due - self.now())
-        self._computing_since = self.now()
 
     def slow_compute(self) -> None:
         """Charge what compute since the last look would have lost to transfers that went on."""
@@ -89,7 +133,7 @@ class EmulatedTime(Charges):
         self._computing_since = self.now()
 
     def now(self) -> float:
-        """Return the time on this clock, in seconds; waits for an accelerator."""
+        """Return the time on this clock."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter() + self._waited
@@ -128,14 +172,31 @@ class EmulatedTransport:
         """Put a transfer in its tier's queue."""
         self._time.slow_compute()
         ticket = Ticket(unit, slot, asked=self._time.now())
-        ticket.due = ticket.ended = self._time.enqueue(unit.tier, unit.data_bytes)
-        self._link_seconds += self._time.spec.specs[unit.tier].transfer_seconds(unit.data_bytes)
+        if urgent:
+            ticket.due = ticket.ended = self._time.enqueue(unit.tier, unit.data_bytes)
+        else:
+            self._time.enqueue_behind(ticket)
+        self._link_seconds += self._seconds(unit)
         ticket.arrived.set()
         return ticket
 
+    def _seconds(self, unit: Unit) -> float:
+        return self._time.spec.specs[unit.tier].transfer_seconds(unit.data_bytes)
+
     def wait(self, ticket: Ticket) -> None:
         """Let the time pass until the transfer ends."""
-        self._time.wait_until(ticket.due)
+        self._time.wait_for(ticket)
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Take a transfer out of its tier's queue, if it has not begun."""
+        if not self._time.withdraw(ticket):
+            return False
+        self._link_seconds -= self._seconds(ticket.unit)
+        return True
+
+    def has_arrived(self, ticket: Ticket) -> bool:
+        """Say whether the time is over that the transfer takes."""
+        return self._time.has_arrived(ticket)
 
     def done_with(self, slot: int, *, shared: bool) -> bool:
         """Nothing was moved, so nothing is overwritten."""

@@ -130,6 +130,17 @@ class ReaderTransport:
             torch.cuda.current_stream(self._device).wait_event(ticket.copied)
         return self._slots[ticket.slot][: ticket.unit.num_bytes]
 
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Let the threads pass it over, if none has begun with it."""
+        if not ticket.withdraw():
+            return False
+        ticket.arrived.set()
+        return True
+
+    def has_arrived(self, ticket: Ticket) -> bool:
+        """Say whether all bytes have been read."""
+        return ticket.arrived.is_set()
+
     def done_with(self, slot: int, *, shared: bool) -> bool:
         """Let the copy stream know after which of the device's work a slot may be overwritten.
 

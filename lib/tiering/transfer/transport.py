@@ -75,6 +75,12 @@ class Transport(Protocol):
         really moved. Raises PlacementError where the bytes are not sound.
         """
 
+    def withdraw(self, ticket: "Ticket") -> bool:
+        """Give a unit up that has not begun to come; returns whether it had not."""
+
+    def has_arrived(self, ticket: "Ticket") -> bool:
+        """Say whether ``wait`` would return at once."""
+
     def done_with(self, slot: int, *, shared: bool) -> bool:
         """Say that what was computed with the slot's bytes has been asked of the device; returns
         whether they are still there.
@@ -157,6 +163,14 @@ class Ticket:
         """Return a read that is still to do."""
         with self._lock:
             return self._pieces.popleft() if self._pieces else None
+
+    def withdraw(self) -> bool:
+        """Leave nothing to read, if nothing is being read; returns whether that is so."""
+        with self._lock:
+            if not self._pieces or len(self._pieces) < self._num_open:
+                return False
+            self._pieces.clear()
+        return True
 
     def end_pieces(self, count: int) -> bool:
         """Say that so many reads are done; returns whether they were the last."""
