@@ -36,7 +36,7 @@ def plot_acceptance(document: Mapping[str, Any], path: Path, *, dpi: int = DPI) 
             axes.set_xlabel("bits per weight, scales included")
             axes.set_ylim(-0.03, 1.03)
             axes.grid(alpha=0.3)
-        row[0].set_ylabel("share of drafted tokens that the full model chooses")
+        row[0].set_ylabel("share of drafted tokens accepted")
         figure.legend(
             *row[0].get_legend_handles_labels(),
             frameon=False,
