@@ -53,8 +53,8 @@ def tiny_mixtral() -> MixtralForCausalLM:
     torch.manual_seed(0)
     return MixtralForCausalLM(
         MixtralConfig(
-            hidden_size=16,
-            intermediate_size=24,
+            hidden_size=32,
+            intermediate_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,

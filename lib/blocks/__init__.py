@@ -6,6 +6,7 @@ belongs to the block that names it first, and the other modules that compute wit
 ``Block.modules``.
 """
 
+from .experts import EXPERTS_IMPLEMENTATION, routed_experts, takes_single_experts
 from .identity import Run, digest_samples, parameter_digest
 from .parameters import (
     is_sharded,
@@ -17,6 +18,7 @@ from .parameters import (
 from .partition import Block, BlockKind, Piece, partition_model, select_piece, tied_modules
 
 __all__ = [
+    "EXPERTS_IMPLEMENTATION",
     "Block",
     "BlockKind",
     "Piece",
@@ -25,8 +27,10 @@ __all__ = [
     "is_sharded",
     "parameter_digest",
     "partition_model",
+    "routed_experts",
     "select_piece",
     "storage_bytes",
+    "takes_single_experts",
     "tied_modules",
     "unique_parameters",
     "unwrap_model",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..blocks import Block, unique_parameters, unwrap_model
+from ..blocks import Block, takes_single_experts, unique_parameters, unwrap_model
 from ..blocks.faults import describe_fault
 from ..errors import InputError
 from ..vocabulary import Precision, precision_rank
@@ -61,10 +61,15 @@ def stored_form(
 
 
 def weight_form(model: nn.Module, name: str, precision: Precision) -> StoredForm | None:
-    """Say how the parameter of that name is stored at a precision; None: raw, without an error."""
+    """Say how the parameter of that name is stored at a precision, or each expert's slice of it
+    where these are stored one by one; None: raw, without an error.
+    """
     model = unwrap_model(model)
     owner = model.get_submodule(name.rpartition(".")[0])
-    return stored_form(name, model.get_parameter(name), owner, precision)
+    weight: Tensor = model.get_parameter(name)
+    if takes_single_experts(owner):
+        weight = torch.empty(weight.shape[1:], dtype=weight.dtype, device="meta")
+    return stored_form(name, weight, owner, precision)
 
 
 def is_router(name: str, weight: Tensor, owner: nn.Module) -> bool:
@@ -137,14 +142,17 @@ def name_weights(
 def stored_bytes(model: nn.Module, block: Block, precision: Precision) -> int:
     """Return the bytes that a block's weights take at a precision, scales and headers included.
 
-    An expert takes its share of the record that packs it with the others.
+    An expert that shares a record with others takes its share of it.
     """
     parameters = unique_parameters(model)
     total = 0
     for piece in block.pieces:
         form = weight_form(model, piece.parameter, precision)
+        owner = unwrap_model(model).get_submodule(piece.parameter.rpartition(".")[0])
         if form is None:
             total += piece.num_bytes
+        elif takes_single_experts(owner):
+            total += form.record.num_bytes
         else:
             share = piece.num_params / parameters[piece.parameter].numel()
             total += round(form.record.num_bytes * share)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...blocks import EXPERTS_IMPLEMENTATION
 from ...errors import PlacementError
-from ..payload.groups import IMPLEMENTATION
 from ..residency.experts import ExpertSlots, Weights
 from ..residency.packed import PACKED, PackedExperts
 from ..residency.stand_ins import NO_GRADIENTS
@@ -29,7 +29,7 @@ def serve_experts(
     if packed:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+        ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _forward)
     for layer, each in enumerate(packed):
         each.compute = RoutedExperts(layer, each, slots, lookahead)
 

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from ...blocks import Block, unique_parameters
+from ...blocks import Block, routed_experts, unique_parameters
 from ...codecs.kernels import Use, resident_bytes
 from ...errors import InputError
 from ...hints import Hints
 from ...machine import MachineProfile
 from ...policy.plan import BlockNeed
 from ...vocabulary import Precision, most_precise
-from ..payload.groups import group_blocks, routed_experts
+from ..payload.groups import group_blocks
 from ..payload.layout import Payload, codec_scratch_bytes, lookup_bytes, lookup_moved, make_payload
 from .demands import Demand
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
+from ...blocks import EXPERTS_IMPLEMENTATION, routed_experts
 from ...policy.plan import Plan
 from ...vocabulary import Tier
-from ..payload.groups import IMPLEMENTATION, routed_experts
 from ..payload.layout import Payload
 from ..payload.parts import Part
 from .archive import Archive
@@ -185,7 +185,7 @@ def settle(packed: Sequence[PackedExperts]) -> None:
         each.config._experts_implementation = each.implementation
     for each in packed:
         if not each.is_plain:
-            each.config._experts_implementation = IMPLEMENTATION
+            each.config._experts_implementation = EXPERTS_IMPLEMENTATION
 
 
 class _AwayExperts:

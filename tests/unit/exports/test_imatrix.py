@@ -70,11 +70,11 @@ def test_llamas_linear_layers_keep_their_inputs(tmp_path: Path) -> None:
 
 def test_fused_experts_are_split_into_gate_and_up(tmp_path: Path) -> None:
     tensors, _, fisher = export_and_read(tiny_mixtral(), tmp_path)
-    fused = fisher["model.layers.0.mlp.experts.gate_up_proj"].numpy()  # (experts, 2 x 24, 16)
-    for name, rows in (("gate", slice(0, 24)), ("up", slice(24, 48))):
+    fused = fisher["model.layers.0.mlp.experts.gate_up_proj"].numpy()  # (experts, 2 x 32, 32)
+    for name, rows in (("gate", slice(0, 32)), ("up", slice(32, 64))):
         found = tensors[f"blk.0.ffn_{name}_exps.weight.in_sum2"].data / 64
         expected = fused[:, rows].sum(axis=1)
-        assert found.shape == (4, 16)
+        assert found.shape == (4, 32)
         np.testing.assert_allclose(found, np.maximum(expected, 1e-6 * expected.mean()), rtol=1e-5)
 
 
