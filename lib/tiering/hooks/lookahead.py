@@ -23,7 +23,7 @@ from ..residency.stand_ins import plain_tensors
 from ..telemetry import ExpertStats
 from .routers import RoutedLayer, find_layer
 
-MARGINS = (0.1, 0.4)
+MARGINS = (0.0, 0.2)
 """How far above the first expert that isn't chosen the router's logit must be for an expert to be
 read ahead: of the layer that begins, and of the one after it, which is known less well. What a
 router is in two minds about is as often wrong as right.
@@ -138,7 +138,7 @@ class LookAhead:
 
     def _hook_norm(self, number: int, watched: "_Watched", norm: nn.Module) -> None:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            before = self._layers[number - 1] if number else None
+            before = self._layers[number - 1] if number and self._slots.reads_late else None
             with torch.no_grad():
                 watched.note(args[0], None if before is None else before.input)
             if before is not None:
@@ -172,17 +172,11 @@ class LookAhead:
         with plain_tensors():
             if added is not None and added.shape == hidden.shape:
                 hidden = hidden + added
-            chosen, margins = watched.layer.predict(hidden)
+            chosen, sure = watched.layer.predict(hidden, margin)
         if margin == MARGINS[0]:
-            watched.named = [expert for token in chosen for expert in token]
+            watched.named = chosen
         asked = 0
-        sure = {
-            expert: None
-            for token, by in zip(chosen, margins, strict=True)
-            for expert, above in zip(token, by, strict=True)
-            if above >= margin
-        }
-        for expert in sure:
+        for expert in dict.fromkeys(sure):
             asked += self._slots.expect(number, expert)
             if asked == PER_LAYER:
                 break

@@ -5,7 +5,6 @@ what the next layers are expected to route to is read behind that, into room tha
 less.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -250,14 +249,14 @@ class ExpertSlots:
         if weights is not None:
             return weights
         with self._memory.watcher.moving(expert.name) as moved, plain_tensors():
-            begun = self._now()
+            begun = self._memory.charges.now()
             try:
                 buffer = self.transport.wait(ticket)
             except PlacementError:
                 self._forget(layer, expert)
                 raise
             moved(ticket.unit.data_bytes)
-        self._judge(layer, expert, ticket, self._now() - begun)
+        self._judge(layer, expert, ticket, self._memory.charges.now() - begun)
         if buffer is None:
             buffer = expert.shard_in_memory(0)
         weights = self._view(expert, buffer)
@@ -281,9 +280,6 @@ class ExpertSlots:
 
     def _read_time(self, unit: Unit) -> float:
         return self._read_seconds.get(unit.num_bytes, 0.0)
-
-    def _now(self) -> float:
-        return time.perf_counter() + self._memory.charges.virtual_seconds
 
     def _view(self, expert: HeldExpert, buffer: Tensor) -> Weights:
         found: dict[str, ExpertWeight] = {}
