@@ -126,6 +126,16 @@ def run_moe(
     return found
 
 
+def run_share(
+    model: Any, given: Given, *, hints: Path | None, share: float, rounds: int
+) -> dict[str, Any]:
+    """Return and print what each policy does with one share of experts at x/c = 1."""
+    bench = _Bench(model, given, hints, decode(model, given).logits, rounds)
+    figures = bench.run_share(share, [_MAIN_RATIO])[_MAIN_RATIO]
+    print(_lines(share, _MAIN_RATIO, figures))
+    return {**figures, "outputs_equal": bench.outputs_equal}
+
+
 class _Bench:
     """A model, its text, and what was measured of it before anything moves."""
 
@@ -424,7 +434,6 @@ def read_given(
     *,
     sequences: int,
     prompt_tokens: int,
-    length: int | None,
     cpu_time: bool = False,
 ) -> Given:
     """Return held-out text of a checkpoint. ``cpu_time``: on a machine that others use too."""
@@ -432,7 +441,7 @@ def read_given(
         path,
         None,
         vocab_size=vocabulary_size(model),
-        length=length or int(model.config.max_position_embeddings),
+        length=int(model.config.max_position_embeddings),
         count=sequences,
         seed=0,
     )
@@ -455,7 +464,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.model,
         sequences=args.sequences,
         prompt_tokens=args.prompt_tokens,
-        length=None,
         cpu_time=args.cpu_time,
     )
     found = run_moe(
