@@ -53,6 +53,7 @@ class Forwards:
         schedule: Sequence[Step],
         *,
         supervisor: Supervisor,
+        look_ahead: bool = True,
     ) -> None:
         self.schedule = tuple(schedule)
         """The uses that the next forward is expected to make."""
@@ -83,7 +84,7 @@ class Forwards:
         """A forward has shown the uses of all blocks, and whether the model enters autocast."""
         self._watches = False
         """The next forward is to show them."""
-        self.lookahead = LookAhead(model, residency.packed, residency.experts)
+        self.lookahead = LookAhead(model, residency.packed, residency.experts, enabled=look_ahead)
         serve_experts(list(residency.packed.values()), residency.experts, self.lookahead)
         self.around = Surroundings(
             self, model, residency, save_state=self._save_state, generation=self._generation

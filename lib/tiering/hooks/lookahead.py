@@ -38,8 +38,14 @@ class LookAhead:
     """Predicts, and reads ahead, while experts are below."""
 
     def __init__(
-        self, model: nn.Module, packed: dict[str, PackedExperts], slots: ExpertSlots
+        self,
+        model: nn.Module,
+        packed: dict[str, PackedExperts],
+        slots: ExpertSlots,
+        *,
+        enabled: bool = True,
     ) -> None:
+        self._enabled = enabled
         self._uses = self._foreseen = 0
         self._slots = slots
         self._layers = [
@@ -53,7 +59,7 @@ class LookAhead:
 
     def follow(self) -> None:
         """Work where the plan has experts below."""
-        if self._slots.cache is None:
+        if self._slots.cache is None or not self._enabled:
             self.remove()
         elif not self._handles:
             for number, watched in enumerate(self._layers):
@@ -173,6 +179,8 @@ class LookAhead:
             if added is not None and added.shape == hidden.shape:
                 hidden = hidden + added
             chosen, sure = watched.layer.predict(hidden, margin)
+        # Of this thread: what others take of a core is not the prediction's.
+        self._slots.spend(time.thread_time() - begun)
         if margin == MARGINS[0]:
             watched.named = chosen
         asked = 0
@@ -180,7 +188,6 @@ class LookAhead:
             asked += self._slots.expect(number, expert)
             if asked == PER_LAYER:
                 break
-        self._slots.spend(time.thread_time() - begun)
 
 
 class _Watched:

@@ -81,7 +81,7 @@ class ExpertSlots:
         for kept in (self._slots, self._spare, self._guesses):
             kept.clear()
         self.transport.make_slots(0, 0)
-        self.cache, self._taken = None, 0
+        self.cache, self._taken, self.speculation = None, 0, Speculation()
 
     def begin(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:
         """Take no more than a plan allows from here on, which is to be adopted next. What is cached
