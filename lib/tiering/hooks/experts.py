@@ -18,20 +18,24 @@ from ...errors import PlacementError
 from ..payload.groups import IMPLEMENTATION
 from ..residency.experts import ExpertSlots, Weights
 from ..residency.packed import PACKED, PackedExperts
+from ..residency.residency import Residency
 from ..residency.stand_ins import NO_GRADIENTS
 from .lookahead import LookAhead
 
 
-def serve_experts(
-    packed: Sequence[PackedExperts], slots: ExpertSlots, lookahead: LookAhead
-) -> None:
-    """Let modules compute with experts that are held apart, or in ``slots`` for a while."""
+def serve_experts(model: nn.Module, residency: Residency, *, look_ahead: bool) -> LookAhead:
+    """Let modules compute with experts that are held apart, or in slots for a while; returns what
+    reads them ahead.
+    """
+    packed, slots = residency.packed, residency.experts
+    lookahead = LookAhead(model, packed, slots, enabled=look_ahead)
     if packed:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
-    for layer, each in enumerate(packed):
+    for layer, each in enumerate(packed.values()):
         each.compute = RoutedExperts(layer, each, slots, lookahead)
+    return lookahead
 
 
 def _forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ from scripts.experiments.controller.pressure import run_pressure
 
 SCENARIOS = ("dense", "moe", "mix", "pressure")
 _MODEL = Path("runs/moe-quickstart/checkpoint")
+_QUICK_SECONDS = 6.0
+"""Of pressure."""
 _MIX_SHARE = 0.2
 _PROMPTS = (0.125, 0.75)
 """Shares of a row that are its prompt: mostly decoding, mostly prefill."""
@@ -122,7 +124,7 @@ def _run_mix(args: argparse.Namespace) -> dict[str, Any]:
 def _run_pressure(args: argparse.Namespace) -> dict[str, Any]:
     found = run_pressure(
         _dense_model(args),
-        seconds=6.0 if args.quick else 120.0,
+        seconds=_QUICK_SECONDS if args.quick else 120.0,
         period_seconds=2.0 if args.quick else 4.0,
     )
     print(
