@@ -81,6 +81,10 @@ bench-load: $(STAMP) ## Time load, attach and first token beside reading the fil
 bench-decode: $(STAMP) ## Decode in memory beside Transformers, torchao and llama.cpp (hours); BENCH_DECODE_ARGS
 	$(Q)env -u GOMP_SPINCOUNT $(BIN)/python scripts/experiments/decode/bench_decode.py $(or $(BENCH_DECODE_ARGS),--json runs/decode.json)
 
+.PHONY: bench-controller
+bench-controller: $(STAMP) ## Judge the controller: dense, a trained mixture, pressure; BENCH_CONTROLLER_ARGS="--quick"
+	$(Q)$(BIN)/python scripts/experiments/controller/bench_controller.py $(or $(BENCH_CONTROLLER_ARGS),--json runs/controller.json)
+
 .PHONY: study-signals
 study-signals: $(STAMP) ## Train dozens of small models: is Adam's moment as good as Fisher? (1 hour)
 	$(Q)$(BIN)/python scripts/experiments/study/study_signals.py $(or $(STUDY_SIGNALS_ARGS),--json runs/study/study.json --plot runs/study/study.png)

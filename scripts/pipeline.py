@@ -258,6 +258,10 @@ def benchmark_mode(config: Config, mode: Mode, checkpoint: Path) -> Any:
         command += ["--epsilon", config.bench.epsilon]
     if config.bench.exact and mode == "real":
         command += ["--exact"]
+    if not config.tiering.look_ahead:
+        command += ["--no-look-ahead"]
+    if config.tiering.dwell_ms is not None:
+        command += ["--dwell-ms", str(config.tiering.dwell_ms)]
     if mode == "emulated":
         spec = config.run.directory / "tier_spec.json"
         write_spec(config, spec)

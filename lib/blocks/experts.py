@@ -23,6 +23,7 @@ def takes_single_experts(module: nn.Module) -> bool:
     config: Any = getattr(module, "config", None)
     return (
         hasattr(type(module).forward, "__wrapped__")
+        and "forward" not in vars(module)
         and hasattr(module, "has_gate")
         and getattr(config, "_experts_implementation", None) in _IMPLEMENTATIONS
         and all(parameter.is_contiguous() for parameter in module.parameters())

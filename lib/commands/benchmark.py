@@ -79,6 +79,8 @@ def run_benchmark(args: argparse.Namespace, choose_length: Callable[[Any], int])
         epsilon=args.epsilon,
         emulation=_read_spec(args),
         baseline=args.baseline,
+        look_ahead=args.look_ahead,
+        dwell_ms=args.dwell_ms,
         canary_every=args.canary,
         exact=args.exact,
         num_iterations=args.num_iterations,
@@ -111,6 +113,8 @@ def run_benchmark(args: argparse.Namespace, choose_length: Callable[[Any], int])
         "budget": args.budget,
         "precision": args.precision,
         "epsilon": args.epsilon,
+        "look_ahead": args.look_ahead,
+        "dwell_ms": args.dwell_ms,
         "canary": args.canary,
         "spec_file": None if args.spec is None else str(args.spec),
         "batch_size": args.batch_size,
@@ -127,11 +131,14 @@ def _check_numbers(args: argparse.Namespace) -> None:
         ("--num-iterations", args.num_iterations, 1),
         ("--warmup", args.warmup, 0),
         ("--canary", args.canary, 1),
+        ("--dwell-ms", args.dwell_ms, 0),
     ):
         if value is not None and value < least:
             raise InputError(f"{flag} {value} is too small: give {least} or more")
     if args.canary is not None and args.epsilon is None:
         raise InputError("--canary has no effect without --epsilon: give both, or neither")
+    if args.dwell_ms is not None and args.budget is None:
+        raise InputError("--dwell-ms has no effect without --budget: give both, or neither")
 
 
 def _read_hints(path: Path) -> Hints:
@@ -193,6 +200,19 @@ def add_mode_flags(tiers: Flags, *, mode: str) -> None:
         "--exact",
         action="store_true",
         help="also write text within the --budget, exactly, by plain streaming and resident",
+    )
+    tiers.add_argument(
+        "--look-ahead",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read a mixture's experts before they are asked for, while that pays",
+    )
+    tiers.add_argument(
+        "--dwell-ms",
+        type=int,
+        metavar="MS",
+        help="with --budget, run under a controller, which brings more into fast memory only after "
+        "so long without pressure (default: no controller)",
     )
     tiers.add_argument(
         "--spec",

@@ -272,6 +272,7 @@ def _tiering(symbols: Symbols) -> TieringConfig:
             f"{symbols.label('TIERING_JSON_OUTPUT')} is empty: give a path, for example "
             f"tier_hints.json"
         )
+    dwell_ms = symbols.integer("TIERING_DWELL_MS")
     return TieringConfig(
         enabled=symbols.flag("ENABLE_HIERARCHICAL_TIERING"),
         signal=symbols.option(_SIGNALS),
@@ -285,6 +286,8 @@ def _tiering(symbols: Symbols) -> TieringConfig:
         generate_json=symbols.flag("TIERING_GENERATE_JSON"),
         json_output=json_output,
         inference_benchmark=symbols.flag("TIERING_INFERENCE_BENCHMARK"),
+        look_ahead=symbols.flag("TIERING_LOOK_AHEAD"),
+        dwell_ms=dwell_ms if symbols.flag("TIERING_CONTROLLER") else None,
         clock=symbols.option(_CLOCKS),
         specs=tuple(
             TierNumbers(

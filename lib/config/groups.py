@@ -155,6 +155,8 @@ class TieringConfig:
     generate_json: bool
     json_output: str  # relative to the run's folder, or absolute
     inference_benchmark: bool
+    look_ahead: bool  # of experts
+    dwell_ms: int | None  # of the controller; None: there is none
     clock: Clock
     specs: tuple[TierNumbers, ...]
 

@@ -25,6 +25,7 @@ from ..checkpoint.models import cast_weights
 from ..errors import InputError
 from ..hints import Hints, match_hints
 from ..machine import cpu_name
+from ..policy.control import Settings
 from ..precision.floors import parse_epsilon
 from ..precision.quality import Quality
 from ..tiering import Clock, EmulationSpec, Runtime, Stats, attach, specs_to_json
@@ -50,7 +51,8 @@ class BenchmarkSettings:
 
     ``baseline``: measure the untouched model, too; always so under an ``epsilon``, a bound on the
     KL from that model. ``canary_every``: under an epsilon, measure the KL again after so many timed
-    passes. ``exact``: also write text, exactly, within the budget (``measure_decoding``). Raises
+    passes. ``exact``: also write text, exactly, within the budget (``measure_decoding``).
+    ``dwell_ms``: run under a controller with that dwell (None: without one); needs a budget. Raises
     InputError for a number out of range, and for settings that exclude each other.
     """
 
@@ -59,6 +61,8 @@ class BenchmarkSettings:
     precision: PrecisionChoice = None
     epsilon: float | str | None = None
     emulation: EmulationSpec | None = None
+    look_ahead: bool = True
+    dwell_ms: int | None = None
     baseline: bool = True
     canary_every: int | None = None
     exact: bool = False
@@ -72,9 +76,12 @@ class BenchmarkSettings:
             ("num_iterations", self.num_iterations, 1),
             ("warmup", self.warmup, 0),
             ("canary_every", self.canary_every, 1),
+            ("dwell_ms", self.dwell_ms, 0),
         ):
             if value is not None and value < least:
                 raise InputError(f"{name} {value} is too small: give {least} or more")
+        if self.dwell_ms is not None and self.budget is None:
+            raise InputError("dwell_ms has no effect without a budget: give both, or neither")
         if self.epsilon is not None:
             parse_epsilon(self.epsilon)
             object.__setattr__(self, "baseline", True)
@@ -201,8 +208,11 @@ def _measure(
             epsilon=settings.epsilon,
             measure=canary,
             emulation=settings.emulation,
+            look_ahead=settings.look_ahead,
             device=bench.device,
         ) as runtime:
+            if settings.dwell_ms is not None:
+                runtime.control(settings=Settings(dwell_us=1000 * settings.dwell_ms))
             times, memory = bench.run(
                 "tiered",
                 iterations=settings.num_iterations,

@@ -30,6 +30,7 @@ def attach(
     budget: Budget | None = None,
     weights: str | Path | None = None,
     spill_dir: str | Path | None = None,
+    look_ahead: bool = True,
     # What it may cost.
     precision: PrecisionChoice = None,
     epsilon: float | str | None = None,
@@ -60,6 +61,7 @@ def attach(
             budget=budget,
             weights=weights,
             spill_dir=spill_dir,
+            look_ahead=look_ahead,
             precision=precision,
             epsilon=epsilon,
             measure=measure,
@@ -93,7 +95,14 @@ def attach(
         **common,
     )
     try:
-        full = attach_tiers(model, hints, budget=division.budget, spill_dir=spill_dir, **common)
+        full = attach_tiers(
+            model,
+            hints,
+            budget=division.budget,
+            spill_dir=spill_dir,
+            look_ahead=look_ahead,
+            **common,
+        )
     except BaseException:
         draft.close()
         raise

@@ -35,6 +35,7 @@ def attach(
     budget: Budget | None = None,
     weights: str | Path | None = None,
     spill_dir: str | Path | None = None,
+    look_ahead: bool = True,
     # What it may cost.
     precision: PrecisionChoice = None,
     epsilon: float | str | None = None,
@@ -59,6 +60,8 @@ def attach(
     never in memory as a whole; compressed weights made from it are kept beside it for the
     next run ($TIERHINTS_RECORDS names another folder; empty: nowhere). ``spill_dir`` holds the SSD
     tier, and them, and keeps it for the next run (default: a temporary folder on a disk).
+    ``look_ahead``: experts that are below are read before they are asked for, by what the model's
+    own routers say of the next layers, while that pays.
 
     *What it may cost.* ``precision`` None keeps outputs bit for bit; "int4" and the like compress
     every matrix, but none below its floor; without ``weights`` the originals go to the SSD, for
@@ -115,6 +118,7 @@ def attach(
         Archive(stores, originals, records, lasting=folder is not None),
         transport=transport,
         charges=charges,
+        look_ahead=look_ahead,
     )
     runtime = Runtime(keeper)
     if measure is not None:

@@ -52,6 +52,7 @@ class PlanKeeper:
         *,
         transport: Transport,
         charges: Charges,
+        look_ahead: bool = True,
     ) -> None:
         self.plan = planned.plan
         """Where each group of blocks is, and what that was predicted to cost."""
@@ -84,6 +85,7 @@ class PlanKeeper:
                     self.recorder,
                     planned.schedule,
                     supervisor=self,
+                    look_ahead=look_ahead,
                 )
             except BaseException:
                 self.residency.close()

@@ -39,6 +39,7 @@ class ExpertStats:
     """Experts that are below, in decoding: ``uses``, of which ``resident`` were in fast memory
     without having been read ahead, and ``ready`` were there when they were needed.
 
+    ``cache_bytes``: beside them the plan has one or two experts' bytes to pass others through.
     ``reads`` are of what was missing, ``predicted`` ahead of need: ``useful`` were used by the next
     call of their layer, ``wasted`` not. Of ``foreseen_uses``, those of layers whose routing was
     predicted, ``named`` were in the prediction. ``prompt_reads`` are those of prompts.

@@ -134,6 +134,26 @@ def test_budget_precision_and_epsilon_reach_the_benchmark_after_calibration(
         assert commands[-1][commands[-1].index(flag) + 1] == value
 
 
+def test_look_ahead_and_the_controllers_dwell_reach_the_benchmark(
+    tmp_path: Path, commands: list[list[str]]
+) -> None:
+    for lines, dwell in [
+        (("CONFIG_TIERING_LOOK_AHEAD=n", "CONFIG_TIERING_CONTROLLER=y"), "2000"),
+        (("CONFIG_TIERING_CONTROLLER=y", "CONFIG_TIERING_DWELL_MS=70"), "70"),
+        ((), None),
+    ]:
+        config = load(tmp_path, 'CONFIG_BENCH_BUDGET="HBM=1MiB,SSD="', *lines)
+        (config.run.directory / "checkpoint").mkdir(parents=True, exist_ok=True)
+        save_hints(tiny_hints({}), config.hints_path)
+        commands.clear()
+        pipeline.benchmark(config)
+        command = commands[-1]
+        assert ("--no-look-ahead" in command) is ("CONFIG_TIERING_LOOK_AHEAD=n" in lines)
+        assert ("--dwell-ms" in command) is (dwell is not None)
+        if dwell is not None:
+            assert command[command.index("--dwell-ms") + 1] == dwell
+
+
 @pytest.mark.parametrize(
     ("preset", "scripts"),
     [

@@ -146,7 +146,7 @@ class ExpertCache:
         experts = distinct(tokens)
         call = self._begin(layer)
         self.values.touch_prompt(layer, tokens, call)
-        self._settle(layer, experts)
+        self._settle(layer, experts, decodes=False)
         admission = self._residents.offer(layer, experts, self.values.key)
         self._current = frozenset((layer, index) for index in experts)
         read = (*admission.misses, *admission.passing)
@@ -215,11 +215,17 @@ class ExpertCache:
             return _SOON
         return self.values.key(expert)
 
-    def _settle(self, layer: int, experts: Sequence[int]) -> None:
-        """Judge what was predicted for this call; what was not used has its own worth again."""
+    def _settle(self, layer: int, experts: Sequence[int], *, decodes: bool = True) -> None:
+        """Judge what was predicted for this call; what was not used has its own worth again. What a
+        prompt uses of it isn't counted.
+        """
         predicted = self._predicted[layer]
         wrong = [index for index in predicted if index not in experts]
-        self.counters.useful += len(predicted) - len(wrong)
+        right = len(predicted) - len(wrong)
+        if decodes:
+            self.counters.useful += right
+        else:
+            self.counters.predicted -= right
         self.counters.wasted += len(wrong)
         predicted.clear()
         for index in wrong:

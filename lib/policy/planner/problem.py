@@ -214,18 +214,18 @@ class Problem:
 
 
 def least_cache(needs: Iterable[BlockNeed]) -> int:
-    """Return the bytes of the smallest cache for experts: what one token takes of a layer, and one
-    expert more, to read into.
+    """Return the bytes of the smallest cache for experts: what one token takes of a layer, and the
+    largest expert, to pass others through.
     """
     layers: dict[str, list[BlockNeed]] = {}
     for need in needs:
         if need.routed:
             layers.setdefault(need.name.rpartition(".")[0], []).append(need)
-    least = 0
+    routed, largest = 0, 0
     for experts in layers.values():
         sizes = sorted((need.unit for need in experts), reverse=True)
-        least = max(least, sum(sizes[: experts[0].routed]) + sizes[0])
-    return min(least, most_cached(needs))
+        routed, largest = max(routed, sum(sizes[: experts[0].routed])), max(largest, sizes[0])
+    return routed + largest
 
 
 def most_cached(needs: Iterable[BlockNeed]) -> int:

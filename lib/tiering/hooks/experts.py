@@ -17,35 +17,39 @@ from torch.nn import functional as F
 from ...blocks import EXPERTS_IMPLEMENTATION
 from ...errors import PlacementError
 from ..residency.experts import ExpertSlots, Weights
-from ..residency.packed import PACKED, PackedExperts
+from ..residency.packed import PACKED, PackedExperts, given_implementation
+from ..residency.residency import Residency
 from ..residency.stand_ins import NO_GRADIENTS
 from .lookahead import LookAhead
 
 
-def serve_experts(
-    packed: Sequence[PackedExperts], slots: ExpertSlots, lookahead: LookAhead
-) -> None:
-    """Let modules compute with experts that are held apart, or in ``slots`` for a while."""
+def serve_experts(model: nn.Module, residency: Residency, *, look_ahead: bool) -> LookAhead:
+    """Let modules compute with experts that are held apart, or in slots for a while; returns what
+    reads them ahead.
+    """
+    packed, slots = residency.packed, residency.experts
+    lookahead = LookAhead(model, packed, slots, enabled=look_ahead)
     if packed:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _forward)
-    for layer, each in enumerate(packed):
+    for layer, each in enumerate(packed.values()):
         each.compute = RoutedExperts(layer, each, slots, lookahead)
+    return lookahead
 
 
 def _forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Compute what transformers asks of an experts module: hidden (tokens, width), index and
     weights (tokens, k) -> (tokens, width).
     """
-    packed = PACKED[module]
-    if not packed.is_plain:
+    packed = PACKED.get(module)
+    if packed is not None and not packed.is_plain:
         assert packed.compute is not None
         return packed.compute(hidden, index, weights)
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
-    compute = ALL_EXPERTS_FUNCTIONS.get(packed.implementation, eager)
+    compute = ALL_EXPERTS_FUNCTIONS.get(given_implementation(module.config), eager)
     output: Tensor = compute(module, hidden, index, weights)
     return output
 
@@ -127,6 +131,7 @@ class _Products:
 
     def __init__(self, packed: PackedExperts) -> None:
         self._module: Any = packed.module
+        self._implementation = packed.implementation
         prefix = packed.experts[0].payload.group.modules[0]
         self._up = f"{prefix}.{'gate_up_proj' if self._module.has_gate else 'up_proj'}"
         self._down = f"{prefix}.down_proj"
@@ -148,8 +153,9 @@ class _Products:
             if not self._module.is_transposed:
                 return weight.linear(x, bias)
             weight = weight.expand(0, weight.shape[0])
-        # As transformers' grouped products, which autocast leaves alone.
-        if torch.is_autocast_enabled(x.device.type):
+        # transformers' grouped products are left alone by autocast, and no others.
+        grouped = self._implementation == "grouped_mm"
+        if grouped and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 output = self._product(x.to(weight.dtype), weight)
         else:

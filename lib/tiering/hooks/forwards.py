@@ -23,7 +23,6 @@ from ..residency.residency import Residency
 from ..telemetry import Recorder
 from .experts import serve_experts
 from .group_hook import GroupHook
-from .lookahead import LookAhead
 from .progress import PassBar, count_passes
 from .requests import Requests
 from .surroundings import Surroundings
@@ -53,6 +52,7 @@ class Forwards:
         schedule: Sequence[Step],
         *,
         supervisor: Supervisor,
+        look_ahead: bool = True,
     ) -> None:
         self.schedule = tuple(schedule)
         """The uses that the next forward is expected to make."""
@@ -83,8 +83,7 @@ class Forwards:
         """A forward has shown the uses of all blocks, and whether the model enters autocast."""
         self._watches = False
         """The next forward is to show them."""
-        self.lookahead = LookAhead(model, residency.packed, residency.experts)
-        serve_experts(list(residency.packed.values()), residency.experts, self.lookahead)
+        self.lookahead = serve_experts(model, residency, look_ahead=look_ahead)
         self.around = Surroundings(
             self, model, residency, save_state=self._save_state, generation=self._generation
         )

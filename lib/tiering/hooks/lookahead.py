@@ -23,7 +23,7 @@ from ..residency.stand_ins import plain_tensors
 from ..telemetry import ExpertStats
 from .routers import RoutedLayer, find_layer
 
-MARGINS = (0.1, 0.4)
+MARGINS = (0.0, 0.2)
 """How far above the first expert that isn't chosen the router's logit must be for an expert to be
 read ahead: of the layer that begins, and of the one after it, which is known less well. What a
 router is in two minds about is as often wrong as right.
@@ -38,8 +38,14 @@ class LookAhead:
     """Predicts, and reads ahead, while experts are below."""
 
     def __init__(
-        self, model: nn.Module, packed: dict[str, PackedExperts], slots: ExpertSlots
+        self,
+        model: nn.Module,
+        packed: dict[str, PackedExperts],
+        slots: ExpertSlots,
+        *,
+        enabled: bool = True,
     ) -> None:
+        self._enabled = enabled
         self._uses = self._foreseen = 0
         self._slots = slots
         self._layers = [
@@ -48,16 +54,20 @@ class LookAhead:
         ]
         self._handles: list[RemovableHandle] = []
         self._learning: list[RemovableHandle] = []
+        self._hooked: frozenset[int] = frozenset()
+        """The layers that have experts below."""
         self._asked: int | None = None
         """The layer whose router's input came last, until the one after it was asked."""
 
     def follow(self) -> None:
         """Work where the plan has experts below."""
-        if self._slots.cache is None:
+        cache = self._slots.cache if self._enabled else None
+        below = frozenset(() if cache is None else cache.sizes)
+        if below != self._hooked:
             self.remove()
-        elif not self._handles:
-            for number, watched in enumerate(self._layers):
-                if watched is not None:
+            self._hooked = below
+            for number in sorted(below):
+                if (watched := self._layers[number]) is not None:
                     self._hook(number, watched)
 
     def remove(self) -> None:
@@ -66,6 +76,7 @@ class LookAhead:
             handle.remove()
         self._handles.clear()
         self._learning.clear()
+        self._hooked = frozenset()
 
     def stats(self) -> ExpertStats | None:
         """Return what decoding met since the last reset; None where no experts are below."""
@@ -125,6 +136,7 @@ class LookAhead:
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states")
+            layer.seen.clear()
             if isinstance(hidden, Tensor) and layer.norm is not None:
                 watched.entered = hidden
                 if _is_few(hidden):
@@ -138,7 +150,9 @@ class LookAhead:
 
     def _hook_norm(self, number: int, watched: "_Watched", norm: nn.Module) -> None:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            before = self._layers[number - 1] if number else None
+            before = (
+                self._layers[number - 1] if number and self._slots.foresight.reads_late else None
+            )
             with torch.no_grad():
                 watched.note(args[0], None if before is None else before.input)
             if before is not None:
@@ -152,7 +166,8 @@ class LookAhead:
         layer = watched.layer
         if layer.norm is None and layer.learn(index) and layer.norm is not None:
             self._hook_norm(number, watched, layer.norm)
-        if all(each is None or each.layer.norm is not None for each in self._layers):
+        hooked = [self._layers[each] for each in self._hooked]
+        if all(each is None or each.layer.norm is not None for each in hooked):
             for handle in self._learning:
                 handle.remove()
             self._learning.clear()
@@ -172,21 +187,16 @@ class LookAhead:
         with plain_tensors():
             if added is not None and added.shape == hidden.shape:
                 hidden = hidden + added
-            chosen, margins = watched.layer.predict(hidden)
+            chosen, sure = watched.layer.predict(hidden, margin)
+        # Of this thread: what others take of a core is not the prediction's.
+        self._slots.foresight.speculation.lose(time.thread_time() - begun)
         if margin == MARGINS[0]:
-            watched.named = [expert for token in chosen for expert in token]
+            watched.named = chosen
         asked = 0
-        sure = {
-            expert: None
-            for token, by in zip(chosen, margins, strict=True)
-            for expert, above in zip(token, by, strict=True)
-            if above >= margin
-        }
-        for expert in sure:
+        for expert in dict.fromkeys(sure):
             asked += self._slots.expect(number, expert)
             if asked == PER_LAYER:
                 break
-        self._slots.foresight.speculation.lose(time.thread_time() - begun)
 
 
 class _Watched:

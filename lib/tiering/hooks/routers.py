@@ -53,9 +53,10 @@ class RoutedLayer:
         """Its routing can be predicted now."""
         return self.router is not None and self.norm is not None and _is_here(self.norm)
 
-    def predict(self, hidden: Tensor) -> tuple[list[list[int]], list[list[float]]]:
-        """Return by token the experts that its router would choose for a hidden state (batch,
-        tokens, width), and by how much (infinitely, where it doesn't say).
+    def predict(self, hidden: Tensor, margin: float) -> tuple[list[int], list[int]]:
+        """Return the experts that its router would choose for a hidden state (batch, tokens,
+        width), and of these those whose logit is so far above the first that isn't chosen (all,
+        where the router doesn't return its logits).
         """
         norm = self.norm
         assert norm is not None and self.router is not None
@@ -63,30 +64,22 @@ class RoutedLayer:
             x: Tensor = type(norm).forward(norm, hidden)
         else:
             x = F.rms_norm(hidden, hidden.shape[-1:], _weight(norm), self.epsilon)
+        logits: Tensor | None
         if self.is_linear and _is_here(self.router):
             logits = _linear(self.router, x.reshape(-1, x.shape[-1]))
-            if self.routed == self.num_experts:
-                return logits.argsort(descending=True).tolist(), [[float("inf")] * self.routed]
-            values, ids = logits.topk(self.routed + 1)
-            margins = values[:, :-1] - values[:, -1:]
-            return ids[:, :-1].tolist(), margins.tolist()
-        return self._call(x)
-
-    def _call(self, x: Tensor) -> tuple[list[list[int]], list[list[float]]]:
-        """Return what the router itself says of its input."""
-        assert self.router is not None
-        if self.flat:
-            x = x.reshape(-1, x.shape[-1])
-        output = type(self.router).forward(self.router, x)
-        ids: Tensor = output[self.place]
-        ids = ids.reshape(-1, ids.shape[-1])
-        routed = ids.shape[-1]
-        if self.logits is None or routed == self.num_experts:
-            return ids.tolist(), [[float("inf")] * routed] * len(ids)
-        logits: Tensor = output[self.logits]
+            ids = logits.topk(self.routed).indices
+        else:
+            if self.flat:
+                x = x.reshape(-1, x.shape[-1])
+            output = type(self.router).forward(self.router, x)
+            ids = output[self.place].reshape(-1, output[self.place].shape[-1])
+            logits = None if self.logits is None else output[self.logits]
+        chosen = ids.flatten().tolist()
+        if not margin or logits is None or self.routed == self.num_experts:
+            return chosen, chosen
         logits = logits.reshape(-1, logits.shape[-1]).float()
-        first_out = logits.topk(routed + 1, dim=-1).values[:, routed:]
-        return ids.tolist(), (logits.gather(-1, ids) - first_out).tolist()
+        first_out = logits.topk(self.routed + 1).values[:, self.routed :]
+        return chosen, ids[logits.gather(-1, ids) - first_out >= margin].tolist()
 
     def learn_by(self) -> list[RemovableHandle]:
         """Watch the next forward; returns the hooks that do."""

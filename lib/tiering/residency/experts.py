@@ -5,15 +5,15 @@ what the next layers are expected to route to is read behind that, into room tha
 less.
 """
 
-import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
 from ...codecs.kernels import EncodedWeight
-from ...errors import PlacementError
 from ...policy.experts import Admission, Counters, ExpertCache
 from ...policy.plan import Plan
+from ...units import format_bytes
 from ..payload.contents import part_view
 from ..payload.layout import Payload
 from ..transfer.transport import Ticket, Unit
@@ -60,8 +60,11 @@ class ExpertSlots:
         self.foresight = Foresight()
         """What is read ahead, and whether that pays."""
         self._num_bytes = 0
-        self._largest = 0
-        """Bytes of the largest expert: what is kept free to pass others through."""
+        self._aside = 0
+        """Bytes that are no cache's: one or two of the largest experts pass through them."""
+        self._passes_two = False
+        self._plan: Plan | None = None
+        self._has_warned = False
         self._taken = 0
         self._is_busy = False
         """A use has begun and not come to its end."""
@@ -73,12 +76,13 @@ class ExpertSlots:
     def free(self) -> None:
         """Have no slots until ``adopt``."""
         for ticket, _ in self._slots.values():
-            ticket.arrived.wait()
+            if not self.transport.withdraw(ticket):
+                ticket.arrived.wait()
         self._slots.clear()
         self._spare.clear()
-        self.foresight.guesses.clear()
         self.transport.make_slots(0, 0)
         self.cache = None
+        self.foresight.clear()
         self._take(-self._taken)
 
     def begin(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:
@@ -98,11 +102,12 @@ class ExpertSlots:
     def _resize(self, num_bytes: int) -> None:
         assert self.cache is not None
         self._num_bytes = num_bytes
-        self._evict(self.cache.set_capacity(num_bytes - self._largest))
+        self._evict(self.cache.set_capacity(num_bytes - self._aside))
         self._make_room(0)
 
     def adopt(self, plan: Plan) -> None:
         """Have the slots of a plan; at first what was routed to most in training is read."""
+        self._plan = plan
         if self.cache is not None:
             self._resize(plan.cache_bytes)
             return
@@ -118,11 +123,16 @@ class ExpertSlots:
             layer: [max(_unit(each).num_bytes, 1) if each.units else 1 for each in experts]
             for layer, experts in layers.items()
         }
-        self._largest = max(max(each) for each in sizes.values())
         per_token = {
             layer: min(self._packed[layer].routed, len(experts))
             for layer, experts in layers.items()
         }
+        largest = max(max(each) for each in sizes.values())
+        needed = max(
+            sum(sorted(each, reverse=True)[: per_token[layer]]) for layer, each in sizes.items()
+        )
+        self._passes_two = needed + 2 * largest <= self._num_bytes
+        self._aside = (2 if self._passes_two else 1) * largest
         counts = {
             (layer, each.number): self._router_counts[each.name]
             for layer, experts in layers.items()
@@ -131,12 +141,21 @@ class ExpertSlots:
         }
         self.cache = ExpertCache(
             sizes,
-            self._num_bytes - self._largest,
+            self._num_bytes - self._aside,
             per_token=per_token,
             policy=self.policy,
             counts=counts,
             spare=self.policy == "ours",
         )
+        if self.cache.below_cycle and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{format_bytes(self.cache.capacity_bytes)} for experts is less than a token uses, "
+                f"{format_bytes(self.cache.cycle_bytes)}: most are read for every token; give that "
+                "much more HBM, or fewer bits",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         for layer, number in self.cache.experts():
             self._submit(self._packed[layer].experts[number], urgent=False)
 
@@ -157,12 +176,12 @@ class ExpertSlots:
         for number in (*admission.hits, *admission.misses):
             yield number, self._weights(layer, experts[number])
             self.transport.done_with(self._slots[experts[number]][0].slot, shared=False)
-        for number in admission.passing:
-            try:
-                self._submit(experts[number], urgent=True)
-                yield number, self._weights(layer, experts[number])
-            finally:
-                self._release(experts[number])
+        passing = admission.passing
+        for place, number in enumerate(passing):
+            for each in passing[place : place + 1 + self._passes_two]:
+                self._submit(experts[each], urgent=True)
+            yield number, self._weights(layer, experts[number])
+            self._release(experts[number])
         self._is_busy = False
 
     def expect(self, layer: int, number: int) -> bool:
@@ -171,19 +190,21 @@ class ExpertSlots:
         """
         assert self.cache is not None
         expert = self._packed[layer].experts[number]
+        self._is_busy = True
         evicted = self.cache.admit_predicted(layer, number)
-        if evicted is None:
-            return False
-        self._evict(evicted)
-        self._submit(expert, urgent=False)
-        self.foresight.guesses.add(layer, number, evicted)
-        return True
+        if evicted is not None:
+            self._evict(evicted)
+            self._submit(expert, urgent=False)
+            self.foresight.guesses.add(layer, number, evicted)
+        self._is_busy = False
+        return evicted is not None
 
     def reset_counters(self) -> None:
         """Start counting anew."""
         self.ready = self.withdrawn = 0
         if self.cache is not None:
-            self.cache.counters = Counters()
+            open_guesses = sum(len(self.foresight.guesses.of(layer)) for layer in self.cache.sizes)
+            self.cache.counters = Counters(predicted=open_guesses)
 
     def wants(self, layer: int) -> bool:
         """Say whether the routing of a layer's next call should be predicted."""
@@ -221,13 +242,12 @@ class ExpertSlots:
                 self.withdrawn += 1
 
     def mend(self) -> None:
-        """Let go of what an interrupted use has left in slots, though the cache let go of it."""
-        if self._is_busy and self.cache is not None:
-            for layer, packed in enumerate(self._packed):
-                for each in packed.experts:
-                    if each in self._slots and (layer, each.number) not in self.cache:
-                        self._release(each)
-        self._is_busy = False
+        """Begin anew after a use that was interrupted, perhaps in the midst of a decision."""
+        if self._is_busy:
+            self._is_busy = False
+            self.free()
+            if self._plan is not None:
+                self.adopt(self._plan)
 
     def _is_there(self, layer: int, number: int) -> bool:
         held = self._slots.get(self._packed[layer].experts[number])
@@ -241,22 +261,20 @@ class ExpertSlots:
         if weights is not None:
             return weights
         with self._memory.watcher.moving(expert.name) as moved, plain_tensors():
-            begun = self._now()
+            begun = self._memory.charges.now()
             try:
                 buffer = self.transport.wait(ticket)
-            except PlacementError:
-                self._forget(layer, expert)
+            except BaseException:
+                if ticket.error is not None:  # not an interrupt: the read has failed
+                    self._forget(layer, expert)
                 raise
             moved(ticket.unit.data_bytes)
-        self.foresight.judge(layer, expert.number, ticket, self._now() - begun)
+        self.foresight.judge(layer, expert.number, ticket, self._memory.charges.now() - begun)
         if buffer is None:
             buffer = expert.shard_in_memory(0)
         weights = self._view(expert, buffer)
         self._slots[expert] = ticket, weights
         return weights
-
-    def _now(self) -> float:
-        return time.perf_counter() + self._memory.charges.virtual_seconds
 
     def _view(self, expert: HeldExpert, buffer: Tensor) -> Weights:
         found: dict[str, ExpertWeight] = {}

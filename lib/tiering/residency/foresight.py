@@ -30,6 +30,11 @@ class Foresight:
         """What is read ahead for the layer that begins mostly comes too late."""
         return self._lateness > _LATE
 
+    def clear(self) -> None:
+        """Forget what is on its way, and try anew whether it pays; what reads take stays known."""
+        self.guesses.clear()
+        self.speculation = Speculation()
+
     def miss(self, layer: int, number: int, unit: Unit) -> None:
         """Hear of an expert that must be read: perhaps since a wrong guess has pushed it out."""
         if self.guesses.take_gone(layer, number):
@@ -44,8 +49,8 @@ class Foresight:
             self._lateness += _LEARNT * (late - self._lateness)
         elif self.guesses:
             self.speculation.lose(max(waited - usual, 0.0))
-        took = ticket.ended - max(ticket.asked, self._last_ended)
-        self._last_ended = ticket.ended
+        took = max(ticket.ended - max(ticket.asked, self._last_ended), 0.0)
+        self._last_ended = max(self._last_ended, ticket.ended)
         learnt = usual + _LEARNT * (took - usual) if usual else took
         self._read_seconds[ticket.unit.num_bytes] = learnt
 

@@ -43,6 +43,7 @@ class HeldExpert(HeldGroup):
         assert payload.group.expert is not None
         self.packed = packed
         self.number = payload.group.expert
+        self._is_home = False
         self._slices = _ExpertWeights(self, originals, memory)
         self.weights = self._slices
 
@@ -76,14 +77,14 @@ class HeldExpert(HeldGroup):
 
     def restore(self) -> None:
         """Bring the original weights home for good."""
-        if self._originals.from_checkpoint or self.packed.is_plain or self.tier is None:
+        if self._originals.from_checkpoint or self.packed.is_plain or self._is_home:
             return
         for part in self.payload.parts:
             name = part.parameter
             home = self._originals.home(name)
             self.packed.give_back(self.number, part, self.read_original(name), home)
         self.native, self.stored, self.tier = None, None, None
-        self.units = ()
+        self.units, self._is_home = (), True
 
     def _note_originals(self) -> None:
         """All experts' are read by ``PackedExperts.read``."""

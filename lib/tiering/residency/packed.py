@@ -9,7 +9,8 @@ token is routed to (``hooks.experts``).
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
 from ...blocks import EXPERTS_IMPLEMENTATION, routed_experts
+from ...errors import PlacementError
 from ...policy.plan import Plan
 from ...vocabulary import Tier
 from ..payload.layout import Payload
@@ -28,6 +30,8 @@ from .originals import Originals
 from .stand_ins import Away, OffloadedParameter, WeightOps, plain_tensors, set_away, set_weights
 from .weights import Lost
 
+_DEFAULT = "grouped_mm"
+"""Of transformers."""
 PACKED: "weakref.WeakKeyDictionary[nn.Module, PackedExperts]" = weakref.WeakKeyDictionary()
 """The modules whose experts a runtime holds apart."""
 
@@ -43,9 +47,8 @@ class PackedExperts:
         """How many experts a token takes."""
         self.is_plain = True
         """The parameters are plain ones."""
-        config: Any = module.config
-        self.config = config
-        self.implementation: str = config._experts_implementation
+        self.config: Any = module.config
+        self.implementation = _join(self.config)
         """What the module computes by while they are."""
         self.compute: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         """What the module computes with while they are not: from hidden, index and weights."""
@@ -66,11 +69,16 @@ class PackedExperts:
 
     # -- placing -----------------------------------------------------------------------------------
 
-    def begin(self, plan: Plan) -> None:
-        """Hear of the plan that is carried out next."""
+    def begin(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:
+        """Hear of the plan that is carried out next. What one that failed has put together stays as
+        experts that are held apart.
+        """
+        for name, (whole, there) in self._made.items():
+            for expert in sorted(there):
+                self.held.setdefault(expert, {})[name] = whole[expert].clone()
         self._made.clear()
         self._whole = all(
-            plan.placements[each.name].tier is Tier.HBM and not each.payload.lossy
+            plan.placements[each.name].tier is Tier.HBM and not payloads[each.name].lossy
             for each in self.experts
         )
 
@@ -89,9 +97,12 @@ class PackedExperts:
     def settle(self) -> None:
         """Let the parameters be what the plan made of them."""
         if self._whole:
-            for name, (whole, _) in self._made.items():
-                set_weights(self._originals.parameters[name], whole)
-                self._originals.stored.pop(name, None)
+            for part in self.experts[0].payload.parts:
+                if self._made or not self.is_plain:
+                    set_weights(
+                        self._originals.parameters[part.parameter], self._put_together(part)
+                    )
+                    self._originals.stored.pop(part.parameter, None)
             self._made.clear()
             self.held.clear()
         else:
@@ -128,19 +139,26 @@ class PackedExperts:
 
     def leave(self) -> None:
         """Let the module compute as before."""
-        self.config._experts_implementation = self.implementation
-        PACKED.pop(self.module, None)
+        if PACKED.pop(self.module, None) is not None:
+            _leave(self.config)
 
     # -- reading -----------------------------------------------------------------------------------
 
     def tensor(self, expert: int, name: str) -> Tensor:
-        """Return the raw slice of a parameter that is in fast memory."""
-        if name in self._made:
-            return self._made[name][0][expert]
+        """Return the raw slice of a parameter that is in fast memory; raises PlacementError where
+        it isn't.
+        """
+        whole, there = self._made.get(name, (None, frozenset[int]()))
+        if whole is not None and expert in there:
+            return whole[expert]
         if self.is_plain:
             return self._originals.parameters[name].data[expert]
-        weight = self.held[expert][name]
-        assert isinstance(weight, Tensor)
+        weight = self.held.get(expert, {}).get(name)
+        if not isinstance(weight, Tensor):
+            raise PlacementError(
+                f"the weights of {self.experts[expert].name} are not in fast memory: set another "
+                "budget, or detach"
+            )
         return weight
 
     def read(self, name: str, start: int | None, end: int | None) -> Tensor:
@@ -167,6 +185,16 @@ class PackedExperts:
         whole[expert] = weight
         there.add(expert)
 
+    def _put_together(self, part: Part) -> Tensor:
+        """Return a whole parameter, of what came for it and what was in fast memory before; raises
+        PlacementError where an expert's slice is nowhere.
+        """
+        name, there = part.parameter, self._made.get(part.parameter, (None, set()))[1]
+        for expert in range(len(self.experts)):
+            if expert not in there:
+                self._fill(expert, part, self.tensor(expert, name), self.memory.device)
+        return self._made[name][0]
+
     def _take_away(self, part: Part) -> None:
         name = part.parameter
         if not self._originals.from_checkpoint:
@@ -182,10 +210,45 @@ def settle(packed: Sequence[PackedExperts]) -> None:
     """
     for each in packed:
         each.settle()
-        each.config._experts_implementation = each.implementation
     for each in packed:
-        if not each.is_plain:
-            each.config._experts_implementation = EXPERTS_IMPLEMENTATION
+        apart = any(not other.is_plain for other in PACKED.values() if other.config is each.config)
+        each.config._experts_implementation = (
+            EXPERTS_IMPLEMENTATION if apart else each.implementation
+        )
+
+
+@dataclass(slots=True)
+class _Shared:
+    """A config that models share: what they compute by, and how many modules of ours have it."""
+
+    config: Any
+    implementation: str
+    users: int = 0
+
+
+_SHARED: dict[int, _Shared] = {}
+"""By the identity of the config."""
+
+
+def given_implementation(config: Any) -> str:
+    """Return what models of a config compute by when no runtime holds their experts."""
+    shared = _SHARED.get(id(config))
+    name: str = config._experts_implementation if shared is None else shared.implementation
+    return _DEFAULT if name == EXPERTS_IMPLEMENTATION else name  # of a copy made meanwhile
+
+
+def _join(config: Any) -> str:
+    implementation = given_implementation(config)
+    _SHARED.setdefault(id(config), _Shared(config, implementation)).users += 1
+    return implementation
+
+
+def _leave(config: Any) -> None:
+    shared = _SHARED[id(config)]
+    shared.users -= 1
+    if not shared.users:
+        config._experts_implementation = shared.implementation
+        del _SHARED[id(config)]
 
 
 class _AwayExperts:

@@ -89,7 +89,7 @@ class Residency:
         self.memory.free_slots()  # what fails below leaves none
         self.experts.begin(plan, payloads)
         for packed in self.packed.values():
-            packed.begin(plan)
+            packed.begin(plan, payloads)
         log = self.memory.transitions
         for name, group in self.groups.items():
             if payloads[name].precision is not group.payload.precision:
@@ -176,8 +176,9 @@ class Residency:
 
     @property
     def moves(self) -> bool:
-        """Weights come and go under the present plan."""
-        return bool(self.moving) or self.experts.cache is not None
+        """Weights come and go under the present plan, or experts are computed one by one."""
+        apart = any(not packed.is_plain for packed in self.packed.values())
+        return bool(self.moving) or apart
 
     @property
     def whole_experts(self) -> list[str]:

@@ -7,7 +7,7 @@ another. Nothing moves, so outputs are the model's own.
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class EmulatedTime(Charges):
     def __init__(self, spec: EmulationSpec, device: torch.device) -> None:
         self.spec = spec
         """What is charged for; another one takes effect at once."""
+        self.clock: Callable[[], float] = time.perf_counter
+        """Seconds of compute: on a machine that others use too, rather those of the thread."""
         self._device = device
         self._free_at: dict[Tier, float] = {}
         self._behind: dict[Tier, deque[Ticket]] = {}
@@ -136,7 +138,7 @@ class EmulatedTime(Charges):
         """Return the time on this clock."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter() + self._waited
+        return self.clock() + self._waited
 
     def _pass(self, seconds: float) -> None:
         if seconds <= 0:

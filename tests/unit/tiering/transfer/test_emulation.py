@@ -9,6 +9,8 @@ from torch import nn
 
 from lib.errors import InputError
 from lib.tiering import Clock, EmulationSpec, TierSpec, attach
+from lib.tiering.transfer.emulation import EmulatedTime, EmulatedTransport
+from lib.tiering.transfer.transport import Unit
 from lib.tiering.transfer.waiting import HostWaiter, Overshoot
 from lib.vocabulary import Tier
 
@@ -195,3 +197,22 @@ def test_real_mode_emulates_no_machine() -> None:
         assert runtime.emulation is None
         with pytest.raises(InputError, match="attach with mode='emulated'"):
             runtime.emulation = EmulationSpec()
+
+
+def test_what_is_not_urgent_waits_for_all_that_is_and_can_be_withdrawn() -> None:
+    now = [0.0]
+    specs = {Tier.SSD: TierSpec("SSD", 1e6, 1e9)}  # a second each
+    clock = EmulatedTime(EmulationSpec(specs=specs), torch.device("cpu"))
+    clock.clock = lambda: now[0]
+    transport = EmulatedTransport(clock)
+    unit = Unit("group", 0, Tier.SSD, "key", 0, 1, 1)
+    first, second, third = (transport.submit(unit, 0, urgent=False) for _ in range(3))
+    now[0] = 0.5  # the first has begun
+    urgent = transport.submit(unit, 0)
+    assert urgent.due == pytest.approx(2.0)
+    assert not transport.withdraw(first) and transport.withdraw(third)
+    now[0] = 1.5
+    assert transport.has_arrived(first) and not transport.has_arrived(urgent)
+    transport.wait(second)
+    assert clock.virtual_seconds == pytest.approx(1.5)  # until 3.0
+    assert transport.take_link_seconds() == pytest.approx(3.0)
