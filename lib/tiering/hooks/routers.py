@@ -177,7 +177,10 @@ def _remember_input(
 
 
 def _is_here(module: nn.Module) -> bool:
-    return not any(isinstance(each, OffloadedParameter) for each in module.parameters())
+    for parameter in module._parameters.values():  # a norm or a router has no others
+        if isinstance(parameter, OffloadedParameter):
+            return False
+    return True
 
 
 def _weight(module: nn.Module) -> Tensor:
