@@ -140,6 +140,8 @@ class Controller:
     def wants_ticks(self) -> bool:
         """A ``Tick`` may bring a promotion, once its time has come."""
         target = self._target
+        if self.holding.replans:
+            return self.limit_bytes != target
         return self.limit_bytes != target or self.holding.has_room(target, self._least(target))
 
     @property
@@ -228,7 +230,8 @@ class Controller:
 
     def _shrink(self, limit: int, reason: str) -> Decision:
         """Demote what is worth least until the limit holds."""
-        demotion = self.holding.demote(limit, self._pressure)
+        replans = self.holding.replans
+        demotion = None if replans else self.holding.demote(limit, self._pressure)
         if demotion is None:
             return Replan(reason=f"{reason}; single moves don't get there", limit_bytes=limit)
         return Move(
@@ -249,6 +252,10 @@ class Controller:
         target, holding = self._target, self.holding
         if not self._dwelt or not self._holds or _less(target, holding.fast_bytes):
             return None
+        if holding.replans:
+            if self.limit_bytes == target:
+                return None
+            return Replan(reason="there is room, after the dwell", limit_bytes=target)
         may = [each for each in holding.away if self._buckets[each.name].count(self.time_us) > 1]
         promoted = holding.promote(
             None if target is None else target - holding.fast_bytes,

@@ -56,19 +56,22 @@ class Observation:
 class Facts(Observation):
     """What is to be placed. ``floor_bytes``: the smallest budget that the planner can plan for;
     ``below``: the tiers below fast memory, fastest first, and what each may hold (None: no limit).
+    ``replans``: there are experts, which a plan may cache, so that single moves don't make one.
     """
 
     blocks: tuple[BlockFacts, ...]
     floor_bytes: int
     scratch_bytes: int
     below: tuple[tuple[Tier, int | None], ...]
+    replans: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held(Observation):
     """What is held from now on, whoever has decided it: the tier of each block, in the order of the
     facts, and the slots beside them. ``limit_bytes``: what fast memory may take; None: no limit.
-    ``decided``: it is what the controller has decided.
+    ``decided``: it is what the controller has decided; ``cache_bytes``: what a cache of experts
+    takes.
     """
 
     tiers: tuple[Tier, ...]
@@ -76,6 +79,7 @@ class Held(Observation):
     slot_bytes: int
     limit_bytes: int | None
     decided: bool
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,13 +38,16 @@ class Holding:
         self.tiers: dict[str, Tier] = {}
         self.num_slots, self.slot_bytes = 0, 0
         self._below: tuple[tuple[Tier, int | None], ...] = ()
-        self._scratch_bytes = 0
+        self._scratch_bytes, self._cache_bytes = 0, 0
+        self.replans = False
+        """Only the planner makes another plan."""
 
     def take_facts(self, facts: Facts) -> None:
         """Learn what there is to hold."""
         self.blocks = {each.name: each for each in facts.blocks}
         self.tiers = {name: tier for name, tier in self.tiers.items() if name in self.blocks}
         self._below, self._scratch_bytes = facts.below, facts.scratch_bytes
+        self.replans = facts.replans
 
     def take_held(self, held: Held) -> list[str]:
         """Learn what is held; returns the blocks whose places have changed."""
@@ -52,13 +55,14 @@ class Holding:
         changed = [name for name, tier in tiers.items() if self.tiers.get(name, tier) is not tier]
         self.tiers = tiers
         self.num_slots, self.slot_bytes = held.num_slots, held.slot_bytes
+        self._cache_bytes = held.cache_bytes
         return changed
 
     @property
     def fast_bytes(self) -> int:
-        """Fast memory that is taken: residents, slots and scratch."""
+        """Fast memory that is taken: residents, slots, a cache and scratch."""
         resident = sum(facts.resident_bytes for facts in self._residents())
-        return resident + self.slots_bytes + self._scratch_bytes
+        return resident + self.slots_bytes + self._scratch_bytes + self._cache_bytes
 
     @property
     def away(self) -> list[BlockFacts]:

@@ -223,14 +223,21 @@ class BudgetControl:
             self._observe(
                 Facts,
                 blocks=blocks,
-                floor_bytes=min(layout.smallest_bytes for layout in problem.layouts),
+                floor_bytes=self._smallest(problem),
                 scratch_bytes=keeper.plan.scratch_bytes,
                 below=tuple(problem.below),
+                replans=any(need.routed for need in keeper.planning.needs),
             )
         if self._plan is not keeper.plan:
             self._observe_held(decided=False)
         self.seconds += time.thread_time() - began
         return problem
+
+    def _smallest(self, problem: Problem) -> int:
+        planning = self._keeper.planning
+        if any(need.routed for need in planning.needs):
+            return planning.smallest_budget(self._keeper.plan.budget, self._schedule)
+        return min(layout.smallest_bytes for layout in problem.layouts)
 
     def _problem(self) -> Problem:
         """Return what the planner chooses among; made anew where something of it has changed."""
@@ -252,6 +259,7 @@ class BudgetControl:
             slot_bytes=plan.slot_bytes,
             limit_bytes=plan.limit(Tier.HBM),
             decided=decided,
+            cache_bytes=plan.cache_bytes,
         )
 
     def _observe(self, kind: type[Observation], **values: Any) -> Decision | None:

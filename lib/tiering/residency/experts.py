@@ -8,13 +8,9 @@ less.
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import Tensor
-
-from ...codecs.kernels import EncodedWeight
 from ...policy.experts import Admission, Counters, ExpertCache
 from ...policy.plan import Plan
 from ...units import format_bytes
-from ..payload.contents import part_view
 from ..payload.layout import Payload
 from ..transfer.transport import Ticket, Unit
 from .fast_memory import FastMemory
@@ -272,22 +268,9 @@ class ExpertSlots:
         self.foresight.judge(layer, expert.number, ticket, self._memory.charges.now() - begun)
         if buffer is None:
             buffer = expert.shard_in_memory(0)
-        weights = self._view(expert, buffer)
+        weights = expert.view(buffer)
         self._slots[expert] = ticket, weights
         return weights
-
-    def _view(self, expert: HeldExpert, buffer: Tensor) -> Weights:
-        found: dict[str, ExpertWeight] = {}
-        for part in expert.payload.parts:
-            if part.record is None:
-                found[part.parameter] = part_view(buffer, part)
-                continue
-            assert self._memory.scratch is not None
-            record = buffer[part.offset : part.offset + part.num_bytes]
-            found[part.parameter] = EncodedWeight(
-                record, part.record, dtype=part.dtype, scratch=self._memory.scratch
-            )
-        return found
 
     # -- slots -------------------------------------------------------------------------------------
 
@@ -326,12 +309,13 @@ class ExpertSlots:
             self.foresight.guesses.drop(layer, number)
             self._release(self._packed[layer].experts[number])
 
-    def _release(self, expert: HeldExpert, *, read: bool = True) -> None:
-        """Let an expert's slot serve another; not ``read``: nothing came into it."""
+    def _release(self, expert: HeldExpert) -> None:
+        """Let an expert's slot serve another."""
         held = self._slots.pop(expert, None)
         if held is not None:
             ticket, weights = held
-            if weights is None and read:  # nobody has waited for it: it was read for nothing
+            if weights is None and not self.transport.withdraw(ticket) and ticket.error is None:
+                # Nobody has waited for it: it was read for nothing.
                 with self._memory.watcher.moving(expert.name) as moved:
                     moved(ticket.unit.data_bytes)
             self.transport.done_with(ticket.slot, shared=False)
@@ -343,7 +327,7 @@ class ExpertSlots:
         if (layer, expert.number) in self.cache:
             self.cache.forget(layer, expert.number)
         self.foresight.guesses.drop(layer, expert.number)
-        self._release(expert, read=False)
+        self._release(expert)
 
 
 def _unit(expert: HeldExpert) -> Unit:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import xxhash
 from torch import Tensor
 
-from ...codecs.kernels import CompressedWeight
+from ...codecs.kernels import CompressedWeight, EncodedWeight
 from ...errors import PlacementError
-from ..payload.contents import flat_bytes
+from ..payload.contents import flat_bytes, part_view
 from ..payload.layout import Payload
 from ..payload.parts import Part
 from ..stores import byte_view
@@ -52,6 +52,13 @@ class HeldExpert(HeldGroup):
         """It comes when tokens are routed to it, and at no module's hook."""
         return not self.packed.is_plain
 
+    def acquire(self) -> int:
+        """Bring nothing: what is below comes once it is routed to."""
+        if not self.units:
+            return super().acquire()
+        self.refuse_written()
+        return 0
+
     def read_original(self, name: str) -> Tensor:
         """Return its slice of an original parameter, in host memory."""
         if self.native is not None:
@@ -74,6 +81,20 @@ class HeldExpert(HeldGroup):
         if isinstance(weight, Tensor):
             return weight
         return weight.expand(0, part.rows).view(part.shape)
+
+    def view(self, buffer: Tensor) -> dict[str, ExpertWeight]:
+        """Return its weights, by parameter, from the bytes of its payload in fast memory."""
+        found: dict[str, ExpertWeight] = {}
+        for part in self.payload.parts:
+            if part.record is None:
+                found[part.parameter] = part_view(buffer, part)
+                continue
+            assert self.memory.scratch is not None
+            record = buffer[part.offset : part.offset + part.num_bytes]
+            found[part.parameter] = EncodedWeight(
+                record, part.record, dtype=part.dtype, scratch=self.memory.scratch
+            )
+        return found
 
     def restore(self) -> None:
         """Bring the original weights home for good."""

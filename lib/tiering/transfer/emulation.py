@@ -191,8 +191,9 @@ class EmulatedTransport:
 
     def withdraw(self, ticket: Ticket) -> bool:
         """Take a transfer out of its tier's queue, if it has not begun."""
-        if not self._time.withdraw(ticket):
-            return False
+        if ticket.is_withdrawn or not self._time.withdraw(ticket):
+            return ticket.is_withdrawn
+        ticket.is_withdrawn = True
         self._link_seconds -= self._seconds(ticket.unit)
         return True
 

@@ -154,6 +154,8 @@ class Ticket:
     finish: Callable[[], None] | None = None
     """What the reader thread does once all bytes are in host memory."""
     store: Store | None = None
+    is_withdrawn: bool = False
+    """It was given up, and nothing of it was read."""
     _pieces: deque[tuple[int, Tensor]] = field(default_factory=deque)
     """(Start in the payload, target) of the reads that have not begun."""
     _num_open: int = 0
@@ -167,10 +169,10 @@ class Ticket:
     def withdraw(self) -> bool:
         """Leave nothing to read, if nothing is being read; returns whether that is so."""
         with self._lock:
-            if not self._pieces or len(self._pieces) < self._num_open:
-                return False
-            self._pieces.clear()
-        return True
+            if not self.is_withdrawn and self._pieces and len(self._pieces) == self._num_open:
+                self._pieces.clear()
+                self.is_withdrawn = True
+            return self.is_withdrawn
 
     def end_pieces(self, count: int) -> bool:
         """Say that so many reads are done; returns whether they were the last."""

@@ -1,8 +1,11 @@
 """Experts one by one: the same bits as the whole model's, within any budget, whatever happens."""
 
+import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -304,3 +307,55 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+class Interrupts:
+    """Raises KeyboardInterrupt at the n-th line that is run of the modules that serve experts."""
+
+    FILES = (
+        "/experts.py",
+        "lookahead.py",
+        "foresight.py",
+        "cache.py",
+        "residents.py",
+        "readers.py",
+    )
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        return self._line if frame.f_code.co_filename.endswith(self.FILES) else None
+
+    def _line(self, frame: FrameType, event: str, arg: object) -> Any:
+        self._left -= event == "line"
+        if self._left == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return self._line
+
+
+def test_interrupts_at_any_line_leave_cache_and_slots_whole() -> None:
+    model = tiny_qwen_moe().eval()
+    texts = [IDS[:1, place : place + 2] for place in range(4)]
+    with torch.no_grad(), attach(model, budget=budget_for(model, 0.3)) as runtime:
+        slots = slots_of(runtime)
+        slots.foresight.speculation.wants = lambda: True  # type: ignore[method-assign]
+        expected = [model(text).logits for text in texts]
+        generator = random.Random(0)
+        for _ in range(40):
+            before = sys.gettrace()
+            sys.settrace(Interrupts(generator.randrange(1, 4000)))
+            try:
+                for text in texts:
+                    model(text)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(before)
+            assert same([model(text).logits for text in texts], expected)
+            slots.mend()
+            used = [ticket.slot for ticket, _ in slots._slots.values()]
+            spare = [slot for each in slots._spare.values() for slot in each]
+            assert sorted(used + spare) == sorted(slots.transport._slots)  # type: ignore[attr-defined]
+            assert sum(slot.nbytes for slot in slots.transport.slots()) <= runtime.plan.cache_bytes
