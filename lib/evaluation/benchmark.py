@@ -36,7 +36,7 @@ from ..tiering.telemetry import transfer_ms
 from ..vocabulary import Precision
 from .canary import CANARY_SEQUENCES, Canary, measure_kl
 from .decoding import DecodingSettings, check_decoding, measure_decoding
-from .forwards import ForwardBench, latency_to_json
+from .forwards import ForwardBench, fast_memory_note, latency_to_json
 
 _TIMELINE_FORWARDS = 3
 """Forward passes whose resident bytes are kept in the document; the pattern repeats."""
@@ -242,7 +242,7 @@ def _measure(
     virtual = stats.clock == Clock.VIRTUAL
     return {
         "measured": "emulated (virtual clock)" if virtual else "wall-clock",
-        "fast_memory": _fast_memory_note(settings.mode, allocator=allocator),
+        "fast_memory": fast_memory_note(settings.mode, allocator=allocator),
         "baseline": baseline,
         "tiered": tiered,
         "impact": impact,
@@ -343,16 +343,6 @@ def _compare(baseline: Fields, tiered: Fields, mode: Mode) -> Fields:
 def _add_memory(part: Fields, peak_weight_bytes: int, *, allocator: bool) -> None:
     fast = part["peak_allocated_bytes"] if allocator else peak_weight_bytes
     part |= {"peak_weight_bytes": peak_weight_bytes, "peak_fast_memory_bytes": fast}
-
-
-def _fast_memory_note(mode: str, *, allocator: bool) -> str:
-    if allocator:
-        return "CUDA allocator's peak: weights and activations"
-    return (
-        "weight storages resident"
-        if mode == "real"
-        else "weight storages resident: emulation moves nothing"
-    )
 
 
 def _percent(value: float, reference: float) -> float:

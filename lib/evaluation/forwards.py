@@ -183,3 +183,14 @@ def peak_rss() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no VmHWM line")
+
+
+def fast_memory_note(mode: str, *, allocator: bool) -> str:
+    """Say what the peak of fast memory counts."""
+    if allocator:
+        return "CUDA allocator's peak: weights and activations"
+    return (
+        "weight storages resident"
+        if mode == "real"
+        else "weight storages resident: emulation moves nothing"
+    )
