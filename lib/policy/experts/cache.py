@@ -221,11 +221,8 @@ class ExpertCache:
         """
         predicted = self._predicted[layer]
         wrong = [index for index in predicted if index not in experts]
-        right = len(predicted) - len(wrong)
         if decodes:
-            self.counters.useful += right
-        else:
-            self.counters.predicted -= right
+            self.counters.useful += len(predicted) - len(wrong)
         self.counters.wasted += len(wrong)
         predicted.clear()
         for index in wrong:
