@@ -92,6 +92,7 @@ def test_two_ddp_processes_equal_one(folder: Path) -> None:
     assert_same_run(folder / "runs/ddp", folder / "runs/one")
 
 
+@pytest.mark.slow
 def test_fsdp2_is_stopped_by_one_rank_and_continues_from_whole_tensors(folder: Path) -> None:
     config = write_config(folder, RUN_NAME="fsdp", TRAIN_FSDP2=True, **SYMBOLS)
     script = folder / "stop_one_rank.py"
@@ -113,6 +114,7 @@ def test_experts_are_balanced_and_counted_over_all_processes(tmp_path: Path, fsd
     assert_same_run(tmp_path / "runs/two", tmp_path / "runs/one")
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_pruned_as_whole_ones(folder: Path) -> None:
     symbols = {"TRAIN_PRUNE": True, "TRAIN_PRUNE_GLOBAL": True, "TRAIN_PRUNE_EVERY": 1, **SYMBOLS}
     train(*tiny_config(folder, RUN_NAME="pruned", **symbols))

@@ -3,12 +3,12 @@
     python scripts/experiments/controller/dense.py --model ./my-model --share 0.6
 
 Every block is used once per token, in the same order. All policies have the same fast memory, and
-stream through the same slots; what is left beside them is their cache. *ours* begins with
+stream through the slots of *ours*; what is left beside them is their cache. *ours* begins with
 everything resident and is taken down to the budget by the controller; *static* is the planner's
-plan for it. Both run, and their bytes are counted. LRU, LFU and Belady are played through on the
-same uses and sizes: Belady's figure is the bound that no cache of this size can beat, whole blocks
-or not: in a cycle each block waits as long as every other, so a byte of cache saves one byte per
-cycle.
+plan for it, which may have other slots. Both run, and their bytes are counted. LRU, LFU and Belady
+are played through on the same uses and sizes: Belady's figure is the bound that no cache of this
+size can beat, whole blocks or not: in a cycle each block waits as long as every other, so a byte of
+cache saves one byte per cycle.
 """
 
 import argparse
@@ -65,8 +65,6 @@ def run_dense(
             plan = runtime.plan
         with attach(model, hints, budget={"HBM": limit, "SSD": None}, **options) as runtime:
             found["static"] = _decode(model, runtime, tokens)
-            # The larger cache of the two, since the bound is to hold for both.
-            plan = max(plan, runtime.plan, key=_cache_bytes)
     sizes = streamed_sizes(plan)
     cache = _cache_bytes(plan)
     total = sum(sizes.values())

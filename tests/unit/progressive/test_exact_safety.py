@@ -285,7 +285,7 @@ def interrupted_texts(spill: str) -> None:
         begin = time.perf_counter()
         write(model)
         seconds = time.perf_counter() - begin
-        for number in range(25):
+        for number in range(10):
             try:
                 signal.setitimer(signal.ITIMER_REAL, draw.random() * seconds * 1.2 + 1e-5)
                 write(model)

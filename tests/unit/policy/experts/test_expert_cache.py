@@ -40,7 +40,7 @@ def size(experts: set[Expert]) -> int:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(asked=st.lists(calls, max_size=60))
 def test_an_engine_that_does_as_it_is_told_holds_what_the_cache_says(
     policy: str, asked: list
