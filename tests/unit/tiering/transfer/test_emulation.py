@@ -138,7 +138,7 @@ def test_a_runtime_holds_no_more_after_many_forwards(
 ) -> None:
     monkeypatch.setattr("lib.tiering.transfer.waiting._SAMPLE", 16)
     monkeypatch.setattr("lib.tiering.telemetry._TIMELINE_LIMIT", 16)
-    monkeypatch.setattr("lib.tiering.transfer.transitions._KEPT", 16)
+    monkeypatch.setattr("lib.tiering.transfer.transitions._KEPT", 4)
     model = toy()
     if clock is None:
         runtime = attach(model, HINTS, budget={"HBM": None, "SSD": None}, spill_dir=tmp_path)
