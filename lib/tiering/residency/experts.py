@@ -116,8 +116,7 @@ class ExpertSlots:
         if not layers:
             return
         sizes = {
-            layer: [max(_unit(each).num_bytes, 1) if each.units else 1 for each in experts]
-            for layer, experts in layers.items()
+            layer: [_unit(each).num_bytes for each in experts] for layer, experts in layers.items()
         }
         per_token = {
             layer: min(self._packed[layer].routed, len(experts))
