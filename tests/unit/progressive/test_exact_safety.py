@@ -4,8 +4,6 @@ import errno
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from own_process import run_apart
 from smallest_budget import named
 from tiny_models import tiny_gpt2, tiny_llama, tiny_mixtral
 from torch import Tensor
@@ -299,16 +298,4 @@ def interrupted_texts(spill: str) -> None:
 
 
 def test_texts_interrupted_at_any_moment_neither_hang_nor_go_wrong(tmp_path: Path) -> None:
-    code = f"import test_exact_safety as t; t.interrupted_texts({str(tmp_path)!r})"
-    root = Path(__file__).parents[3]
-    paths = [str(Path(__file__).parent), str(root), str(root / "tests")]
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        cwd=root,
-        timeout=240,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_apart(__file__, f"interrupted_texts({str(tmp_path)!r})", seconds=240)

@@ -6,14 +6,13 @@ import errno
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from own_process import run_apart
 from smallest_budget import smallest
 from tiny_models import tiny_gpt2
 from torch import Tensor, nn
@@ -76,19 +75,7 @@ def interrupted_forwards(spill: str) -> None:
 
 
 def test_forwards_interrupted_at_any_moment_neither_hang_nor_go_wrong(tmp_path: Path) -> None:
-    code = f"import test_interruptions as t; t.interrupted_forwards({str(tmp_path)!r})"
-    root = Path(__file__).parents[3]
-    paths = [str(Path(__file__).parent), str(root), str(root / "tests")]
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        cwd=root,
-        timeout=120,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_apart(__file__, f"interrupted_forwards({str(tmp_path)!r})", seconds=120)
 
 
 def _interrupt_once(patch: pytest.MonkeyPatch, owner: type, method: str) -> None:
