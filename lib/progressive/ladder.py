@@ -1,0 +1,66 @@
+"""The tiers that a request's keys and values may be held at, and the bytes that each takes.
+
+The first ``SINK_TOKENS`` of a text, which attention returns to again and again (Xiao et al. 2023,
+arXiv:2309.17453), and the latest ``RECENT_TOKENS`` at least are always full; what is between them
+is compact, in pages of ``PAGE_TOKENS``. No torch: planning and admission compute with it.
+"""
+
+from dataclasses import dataclass
+
+from ..codecs.layout import Codec
+from ..vocabulary import Precision
+
+SINK_TOKENS = 4
+RECENT_TOKENS = 64
+PAGE_TOKENS = 64
+
+LayerPrecisions = tuple[Precision, Precision]
+"""Of a layer's keys, and of its values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvShape:
+    """What a token leaves in the cache of a model."""
+
+    layers: int
+    heads: int
+    """Of keys and values, not of queries."""
+    key_dim: int
+    value_dim: int
+    itemsize: int
+    """Bytes of a number of the model's dtype."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in full, over all layers."""
+        return self.layers * self.heads * (self.key_dim + self.value_dim) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvTier:
+    """One tier: what pages hold."""
+
+    name: str
+    precisions: tuple[LayerPrecisions, ...] | None
+    """One for each layer; None: pages are full."""
+
+    def page_bytes(self, shape: KvShape) -> int:
+        """Return the bytes of one page, over all layers."""
+        if self.precisions is None:
+            return PAGE_TOKENS * shape.token_bytes
+        rows = shape.heads * PAGE_TOKENS
+        return sum(
+            Codec(keys).layout(rows, shape.key_dim).num_bytes
+            + Codec(values).layout(rows, shape.value_dim).num_bytes
+            for keys, values in self.precisions
+        )
+
+    def num_bytes(self, shape: KvShape, tokens: int) -> int:
+        """Return the bytes of a text of so many tokens, over all layers."""
+        pages = num_pages(tokens)
+        return pages * self.page_bytes(shape) + (tokens - pages * PAGE_TOKENS) * shape.token_bytes
+
+
+def num_pages(tokens: int) -> int:
+    """Return the whole pages of a text: what is behind its first tokens and before its latest."""
+    return max(0, (tokens - SINK_TOKENS - RECENT_TOKENS) // PAGE_TOKENS)
