@@ -6,17 +6,40 @@ in a way that isn't implemented are here with the values that change nothing.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..progressive.bounds import Metric, QualityBound, RequestError
 
 Zero = Annotated[float, Field(ge=0, le=0, description="Only 0 is supported.")]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Stop = str | Annotated[list[str], Field(max_length=16)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 BIGGEST = 2**31 - 1
+INERT = {
+    "frequency_penalty": "leave it out, or give 0",
+    "presence_penalty": "leave it out, or give 0",
+    "logit_bias": "leave it out",
+    "echo": "leave it out, or give false",
+    "suffix": "leave it out",
+    "best_of": "leave it out, and give n",
+    "modalities": "text is all that there is",
+    "service_tier": "leave it out",
+    "store": "nothing is stored; leave it out",
+}
+"""Fields that may only have values that change nothing -> what to do."""
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a character (a lone surrogate) is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+Stop = Text | Annotated[list[Text], Field(max_length=16)]
 
 
 class Body(BaseModel):
@@ -29,17 +52,17 @@ class TextPart(Body):
     """A part of a message; pictures and sound are not read."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
-Content = str | list[TextPart]
+Content = Text | list[TextPart]
 
 
 class CalledFunction(Body):
     """A function as it was called, its arguments as JSON text."""
 
-    name: str
-    arguments: str
+    name: Text
+    arguments: Text
 
 
 class CalledTool(Body):
@@ -56,10 +79,10 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
-    name: str | None = None
+    name: Text | None = None
     tool_calls: list[CalledTool] | None = None
     tool_call_id: str | None = None
-    reasoning_content: str | None = None
+    reasoning_content: Text | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -86,7 +109,7 @@ class Function(Body):
     """A function that may be called."""
 
     name: Name
-    description: str | None = None
+    description: Text | None = None
     parameters: dict[str, Any] | None = None
     """JSON Schema; None: it takes none."""
     strict: bool | None = None
@@ -116,7 +139,7 @@ class JsonSchema(Body):
     """The schema that an answer has to keep."""
 
     name: Name
-    description: str | None = None
+    description: Text | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
 
@@ -218,7 +241,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
+    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     suffix: None = None

@@ -2,16 +2,20 @@
 
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException as HTTPError
 
 from ..errors import InputError, PlacementError
 from ..progressive.bounds import RequestError
+from .bodies import INERT
 
 _LOG = logging.getLogger("tierhints.serving")
+_TYPE_NAMES = {"body", "str", "int", "float", "bool", "none", "literal"}
 _LATER = {"queue_full": 429, "closed": 503}
 """Codes of the engine -> statuses of what may be asked again."""
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -71,35 +75,45 @@ def add_error_handlers(app: FastAPI) -> None:
         return as_api_error(error).response()
 
     async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+        assert isinstance(error, HTTPError)
         return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return validation_error(error.errors()[0]).response()
+        return validation_error(error.errors()).response()
 
     for kind in (ApiError, InputError, Exception):
         app.add_exception_handler(kind, known)
-    for base in HTTPException.__mro__:  # Starlette's own too, of which it raises 404 and 405
-        if base.__name__ == "HTTPException":
-            app.add_exception_handler(base, http)
+    app.add_exception_handler(HTTPError, http)
     app.add_exception_handler(RequestValidationError, invalid)
 
 
-def validation_error(first: Mapping[str, Any]) -> ApiError:
-    """Return the error of what pydantic found first."""
-    where = [str(part) for part in first["loc"] if part != "body"]
-    param = where[0] if where else None
-    if first["type"] == "json_invalid":
-        detail = first.get("ctx", {}).get("error", "it can't be parsed")
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Return the error of what pydantic found: of the first field, what is said most closely."""
+    found = [(_path(error["loc"]), error) for error in errors]
+    param = next(iter(found[0][0]), None)
+    own = [each for each in found if next(iter(each[0]), None) == param]
+    path, error = max(own, key=lambda each: len(each[0]))
+    name, kind = ".".join(path) or "the body", error["type"]
+    if kind == "json_invalid":
+        detail = error.get("ctx", {}).get("error", "it can't be parsed")
         return ApiError(400, f"the body is not JSON ({detail}): send a JSON object")
-    if first["type"] == "extra_forbidden":
-        message = f"{'.'.join(where)} is not supported: leave it out"
-        return ApiError(400, message, param=param, code="unsupported_parameter")
-    if first["type"] == "missing":
-        what = ".".join(where) or "the body"
-        message = f"{what} is missing: give it"
-        return ApiError(400, message, param=param, code="missing_required_parameter")
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    message = f"{'.'.join(where) or 'the body'}: {reason}"
-    return ApiError(400, message, param=param, code="invalid_value")
+    code = "invalid_value"
+    if kind == "extra_forbidden":
+        message, code = f"{name} is not supported: leave it out", "unsupported_parameter"
+    elif param in INERT:
+        message, code = f"{name} is not supported: {INERT[param]}", "unsupported_parameter"
+    elif kind == "missing":
+        message, code = f"{name} is missing: give it", "missing_required_parameter"
+    else:
+        message = f"{name}: {str(error['msg']).removeprefix('Value error, ')}"
+    return ApiError(400, message, param=param, code=code)
+
+
+def _path(loc: Sequence[str | int]) -> list[str]:
+    """Return the names of the fields on the way to an error; pydantic has those of types, too."""
+    return [
+        str(part)
+        for part in loc
+        if isinstance(part, int) or (re.fullmatch("[a-z_]+", part) and part not in _TYPE_NAMES)
+    ]
