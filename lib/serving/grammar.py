@@ -17,6 +17,8 @@ ANY_OBJECT: Schema = {"type": "object"}
 _NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 """No spaces between tokens of JSON, of which small models would write lines."""
+_INTERSECTING = ("allOf", "if", "then", "else", "dependentSchemas", "unevaluatedProperties")
+"""Where these are, an object may get properties from several schemas."""
 
 
 class Grammars:
@@ -33,7 +35,7 @@ class Grammars:
         """Return the constraint of JSON that keeps a schema; raises RequestError, which names the
         field of the request, for a schema that can't be kept.
         """
-        return self._constraint(f"start: %json {json.dumps({**schema, **_COMPACT})}", param)
+        return self._constraint(f"start: %json {_written(schema)}", param)
 
     def call(self, functions: Mapping[str, Schema | None]) -> Constraint:
         """Return the constraint of ``{"name": ..., "arguments": ...}``, a call of one of several
@@ -43,9 +45,8 @@ class Grammars:
         lines = [f"start: {' | '.join(calls)}"]
         for call, (name, schema) in zip(calls, functions.items(), strict=True):
             opening = json.dumps(f'{{"name":"{name}","arguments":')
-            arguments = json.dumps({**(schema or _NO_ARGUMENTS), **_COMPACT})
             lines += [f'{call}: {opening} {call}_arguments "}}"']
-            lines += [f"{call}_arguments: %json {arguments}"]
+            lines += [f"{call}_arguments: %json {_written(schema or _NO_ARGUMENTS)}"]
         return self._constraint("\n".join(lines), "tools")
 
     def _constraint(self, grammar: str, param: str) -> Constraint:
@@ -99,3 +100,33 @@ class _Masks:
         self._tokens = list(tokens)
         allowed = bytearray(self._matcher.compute_logit_bias())
         return torch.frombuffer(allowed, dtype=torch.uint8)[: self._vocab_size] != 0
+
+
+def _written(schema: Schema) -> str:
+    """Return a schema as llguidance reads it."""
+    intersects = any(f'"{word}"' in json.dumps(schema) for word in _INTERSECTING)
+    closed = schema if intersects else _close(schema)
+    return json.dumps({**closed, **_COMPACT})
+
+
+def _close(schema: Any) -> Any:
+    """Return a schema whose objects have no properties but those that it names, where it doesn't
+    say that they may: what keeps it keeps the given one, and small models come to an end.
+    """
+    if isinstance(schema, list):
+        return [_close(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {
+        key: {name: _close(each) for name, each in value.items()}
+        if key in ("properties", "$defs", "definitions") and isinstance(value, dict)
+        else _close(value)
+        if key in ("items", "prefixItems", "anyOf", "oneOf", "additionalProperties")
+        else value
+        for key, value in schema.items()
+    }
+    names = schema.get("properties")
+    if isinstance(names, dict) and {*schema.get("required", ())} <= names.keys():
+        if not schema.keys() & {"additionalProperties", "patternProperties", "anyOf", "oneOf"}:
+            closed["additionalProperties"] = False
+    return closed

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 HERMES: Mapping[str, Any] = {
     "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
     "fields": {
         "tool_calls": {
             "open_pattern": r"\s*<tool_call>",
