@@ -37,6 +37,7 @@ class PlainEngine:
     def __init__(self, model: Any, *, max_queue: int = 8, calibrated: bool = False) -> None:
         self.context = model.config.max_position_embeddings
         self.broken: Exception | None = None
+        self.steps = 0
         self.paused = threading.Event()
         self.paused.set()
         self._model = model
@@ -77,6 +78,10 @@ class PlainEngine:
             own = list(self._running.values())
         tokens = sum(len(each.request.prompt) + len(each.tokens) for each in own)
         return PlainStats(len(own), tokens * TOKEN_BYTES, tiers={"full": self._number - len(own)})
+
+    def wait_until_idle(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._running, seconds)
 
     def close(self) -> None:
         with self._changed:
@@ -124,6 +129,7 @@ class PlainEngine:
 
     @torch.no_grad()
     def _next(self, running: Running) -> Token:
+        self.steps += 1
         request, tokens, sampling = running.request, running.tokens, running.request.sampling
         ids = torch.tensor([tokens[-1:] or list(request.prompt)])
         output = self._model(ids, use_cache=True, past_key_values=running.cache)

@@ -1,4 +1,6 @@
-"""Stop texts: an answer ends before the first of them, and never shows its beginning."""
+"""Stop texts: an answer ends before the one that is complete first, and never shows the beginning
+of any.
+"""
 
 from collections.abc import Sequence
 
@@ -17,10 +19,12 @@ class StopFinder:
         if self.found:
             return ""
         text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        places = [(place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:
             self.found, self._held = True, ""
-            return text[: min(places)]
+            # The one that is complete first, wherever the text is cut into pieces.
+            place, _ = min(places, key=lambda each: (each[0] + len(each[1]), each[0]))
+            return text[:place]
         keep = max((_begun(text, stop) for stop in self._stops), default=0)
         shown = text[: len(text) - keep]
         self._held = text[len(text) - keep :]

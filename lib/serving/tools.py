@@ -107,8 +107,11 @@ class TemplateReader:
         prompt: Sequence[int],
         tools: Sequence[Document],
     ) -> None:
+        # What a template's generation prompt has begun is a part of the answer; the form of our own
+        # begins nothing, and its instructions show what a call looks like.
+        prefix = "" if template is HERMES else tokenizer.decode(list(prompt))
         self._parser = tokenizer.get_response_parser(
-            dict(template), prefix=tokenizer.decode(list(prompt)), tools=list(tools) or None
+            dict(template), prefix=prefix, tools=list(tools) or None
         )
         self._names = {tool["function"]["name"] for tool in tools}
         self._unread = ""
