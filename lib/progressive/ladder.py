@@ -2,7 +2,8 @@
 
 The first ``SINK_TOKENS`` of a text, which attention returns to again and again (Xiao et al. 2023,
 arXiv:2309.17453), and the latest ``RECENT_TOKENS`` at least are always full; what is between them
-is compact, in pages of ``PAGE_TOKENS``. No torch: planning and admission compute with it.
+is compact, in pages of ``PAGE_TOKENS``. What isn't in pages lies in blocks of ``BLOCK_TOKENS``. No
+torch: planning and admission compute with it.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from ..vocabulary import Precision
 SINK_TOKENS = 4
 RECENT_TOKENS = 64
 PAGE_TOKENS = 64
+BLOCK_TOKENS = 16
 
 LayerPrecisions = tuple[Precision, Precision]
 """Of a layer's keys, and of its values."""
@@ -56,9 +58,13 @@ class KvTier:
         )
 
     def num_bytes(self, shape: KvShape, tokens: int) -> int:
-        """Return the bytes of a text of so many tokens, over all layers."""
+        """Return the bytes of a text of so many tokens, over all layers: those of its sinks, whole
+        pages and whole blocks.
+        """
         pages = num_pages(tokens)
-        return pages * self.page_bytes(shape) + (tokens - pages * PAGE_TOKENS) * shape.token_bytes
+        tail = max(0, tokens - SINK_TOKENS - pages * PAGE_TOKENS)
+        full = SINK_TOKENS + -(-tail // BLOCK_TOKENS) * BLOCK_TOKENS
+        return pages * self.page_bytes(shape) + full * shape.token_bytes
 
 
 def num_pages(tokens: int) -> int:

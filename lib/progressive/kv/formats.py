@@ -1,0 +1,123 @@
+"""How a page holds a layer's keys, or its values: a record of ``codecs``, or full."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...codecs import ops
+from ...codecs.layout import PLANE_BITS, Codec, RecordLayout
+from ...codecs.records import decode, encode
+from ...errors import InputError
+from ...vocabulary import Precision, precision_rank
+from ..ladder import PAGE_TOKENS, KvShape, KvTier, LayerPrecisions
+
+
+@dataclass(frozen=True, slots=True)
+class PageFormat:
+    """A page of states (heads, PAGE_TOKENS, dim): the tensor itself, or a record with a row, hence
+    a scale and a zero, for each head and token.
+    """
+
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    """Of the states."""
+    layout: RecordLayout | None
+    """None: full. A prefix where planes were dropped: new pages drop them too."""
+
+    @classmethod
+    def make(
+        cls, heads: int, dim: int, dtype: torch.dtype, precision: Precision | None
+    ) -> "PageFormat":
+        """Lay out pages at a precision; None: full."""
+        layout = None if precision is None else Codec(precision).layout(heads * PAGE_TOKENS, dim)
+        return cls(heads, dim, dtype, layout)
+
+    @property
+    def precision(self) -> Precision | None:
+        """What is read of a page; None: full."""
+        return None if self.layout is None else self.layout.precision
+
+    def encode(self, states: Tensor) -> Tensor:
+        """Return a page of states (heads, PAGE_TOKENS, dim), in new memory."""
+        if self.layout is None:
+            return states.clone(memory_format=torch.contiguous_format)
+        page = encode(states.reshape(-1, self.dim), self.layout.codec).to(states.device)
+        return page if self.layout.num_bytes == len(page) else page[: self.layout.num_bytes].clone()
+
+    def decode(self, page: Tensor) -> Tensor:
+        """Return the states of a page: (heads, PAGE_TOKENS, dim)."""
+        if self.layout is None:
+            return page
+        return _decode(page, self.layout, self.dtype).view(self.heads, PAGE_TOKENS, self.dim)
+
+    def lowered(self, precision: Precision | None) -> "PageFormat":
+        """Return the format of fewer bits that drops planes of this one, or else another record's.
+
+        Raises InputError for a more precise one, which pages can't be made of.
+        """
+        if precision == self.precision:
+            return self
+        if precision is None or (
+            self.precision and precision_rank(precision) < precision_rank(self.precision)
+        ):
+            raise InputError(
+                f"pages at {self.precision} can't be raised to {precision or 'full'}: rebuild them "
+                "from the originals"
+            )
+        if self.layout is not None:
+            own = PLANE_BITS.get(self.layout.codec.precision, ())
+            bits = PLANE_BITS.get(precision, (0,))
+            if bits == own[: len(bits)]:
+                return replace(self, layout=self.layout.prefix(precision))
+        return self.make(self.heads, self.dim, self.dtype, precision)
+
+    def lower(self, page: Tensor, lowered: "PageFormat") -> Tensor:
+        """Return a page of this format in another that ``lowered`` has returned."""
+        own, other = self.layout, lowered.layout
+        if own is not None and other is not None and own.codec == other.codec:
+            return page[: other.num_bytes].clone()
+        return lowered.encode(self.decode(page))
+
+
+def layer_formats(
+    shape: KvShape, tier: KvTier, layer: int, dtype: torch.dtype
+) -> tuple[PageFormat, PageFormat]:
+    """Return the formats of a layer's keys and of its values at a tier."""
+    keys, values = tier.precisions[layer] if tier.precisions is not None else (None, None)
+    return (
+        PageFormat.make(shape.heads, shape.key_dim, dtype, keys),
+        PageFormat.make(shape.heads, shape.value_dim, dtype, values),
+    )
+
+
+def codec_errors(
+    keys: Tensor, values: Tensor, precisions: LayerPrecisions | None
+) -> tuple[float, float]:
+    """Return the sums of squared errors that keys and values (T, heads, dim) of some tokens would
+    have in pages at these precisions; None: full, so 0.
+    """
+    if precisions is None:
+        return 0.0, 0.0
+    errors = []
+    for states, precision in zip((keys, values), precisions, strict=True):
+        rows = states.reshape(-1, states.shape[-1])
+        codec = Codec(precision)
+        record = encode(rows, codec).to(rows.device)
+        errors.append(squared_error(rows, _decode(record, codec.layout(*rows.shape), rows.dtype)))
+    return errors[0], errors[1]
+
+
+def squared_error(states: Tensor, others: Tensor) -> float:
+    """Return the sum of squared differences, in float64."""
+    return float((states.double() - others.double()).square().sum())
+
+
+def _decode(record: Tensor, layout: RecordLayout, dtype: torch.dtype) -> Tensor:
+    if layout.codec.is_raw:
+        return decode(record, layout, dtype=dtype)
+    ops.prepare(record.device.type)
+    arguments = ops.layout_arguments(layout)
+    decoded: Tensor = torch.ops.tierhints.decode(record, *arguments, 0, layout.rows, dtype)
+    return decoded

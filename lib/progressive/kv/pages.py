@@ -1,0 +1,268 @@
+"""The keys and values of one request in fast memory.
+
+Of each layer's tokens
+
+    sinks (full) | pages (at the tier) | tail (full)
+
+``settle`` makes pages of what has become whole ones (``ladder.num_pages``); the tail, in blocks of
+``BLOCK_TOKENS`` that never move, is what may still be taken back or replaced. Sinks and blocks hold
+a token's key and value side by side: (heads, tokens, key_dim + value_dim). A page is two tensors,
+one of keys and one of values, rows by head and then by token.
+
+    states = RequestStates(shape, tier)
+    for layer ...: states.fill(layer, keys, values)       # a prompt, or a chunk of it
+    for layer ...: states.append(layer, keys, values)     # drafted tokens
+    for layer ...: states.overwrite(layer, start, keys, values)  # as a full pass has computed them
+    states.crop(length)                                   # those it rejects are taken back
+    states.settle()
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ..ladder import BLOCK_TOKENS, PAGE_TOKENS, SINK_TOKENS, KvShape, KvTier, num_pages
+from .formats import PageFormat, layer_formats, squared_error
+
+Page = tuple[Tensor, Tensor]
+"""Of keys, and of values, each in its format."""
+
+
+class LayerStates:
+    """One layer's states."""
+
+    def __init__(
+        self, shape: KvShape, formats: tuple[PageFormat, PageFormat], device: torch.device
+    ) -> None:
+        self.formats = formats
+        self.pages: list[Page] = []
+        self.length = 0
+        """Tokens."""
+        self.errors = [0.0, 0.0]
+        """Sums of squared errors of the pages' keys, and of their values."""
+        self._key_dim = shape.key_dim
+        self._block_shape = shape.heads, BLOCK_TOKENS, shape.key_dim + shape.value_dim
+        self._sinks = torch.empty(
+            shape.heads, SINK_TOKENS, self._block_shape[2], dtype=formats[0].dtype, device=device
+        )
+        self._blocks: list[Tensor] = []
+
+    @property
+    def tail_start(self) -> int:
+        """The first token behind the pages."""
+        return SINK_TOKENS + PAGE_TOKENS * len(self.pages)
+
+    @property
+    def first_open(self) -> int:
+        """The first token that may still change: sinks may, as long as there are no pages."""
+        return self.tail_start if self.pages else 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        full = self._sinks.nbytes + sum(block.nbytes for block in self._blocks)
+        return full + sum(keys.nbytes + values.nbytes for keys, values in self.pages)
+
+    def resize(self, length: int) -> None:
+        """Make room for so many tokens, or take away those behind them."""
+        self.length = length
+        needed = -(-max(0, length - self.tail_start) // BLOCK_TOKENS)
+        del self._blocks[needed:]
+        while len(self._blocks) < needed:
+            self._blocks.append(self._sinks.new_empty(self._block_shape))
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put the states of tokens from ``start`` on where they are full."""
+        for piece, first, last, at in self._pieces(start, start + len(keys)):
+            taken = slice(at - start, at - start + last - first)
+            piece[:, first:last, : self._key_dim] = keys[taken].transpose(0, 1)
+            piece[:, first:last, self._key_dim :] = values[taken].transpose(0, 1)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return all keys and values, (heads, length, dim), as they are attended to."""
+        sinks = self._read_full(0, min(SINK_TOKENS, self.length))
+        parts = [sinks]
+        for page in self.pages:
+            keys, values = (of.decode(side) for of, side in zip(self.formats, page, strict=True))
+            parts.append((keys, values))
+        parts.append(self._read_full(self.tail_start, self.length))
+        keys, values = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
+        return keys, values
+
+    def settle(self) -> None:
+        """Make pages of what has become whole ones."""
+        for _ in range(len(self.pages), num_pages(self.length)):
+            self._add_page(*self._read_full(self.tail_start, self.tail_start + PAGE_TOKENS))
+            del self._blocks[: PAGE_TOKENS // BLOCK_TOKENS]
+
+    def rebuild(self, formats: tuple[PageFormat, PageFormat], keys: Tensor, values: Tensor) -> None:
+        """Make all pages anew from the originals of their tokens (T, heads, dim)."""
+        count = len(self.pages)
+        assert len(keys) == len(values) == PAGE_TOKENS * count, "originals of all pages are needed"
+        self.pages, self.formats, self.errors = [], formats, [0.0, 0.0]
+        for index in range(count):
+            tokens = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
+            self._add_page(keys[tokens].transpose(0, 1), values[tokens].transpose(0, 1))
+
+    def demote(self, formats: tuple[PageFormat, PageFormat]) -> None:
+        """Turn all pages into these formats, which ``PageFormat.lowered`` has made.
+
+        Errors become upper bounds: the root of their sum grows by that of what is lost here.
+        """
+        for side, (old, new) in enumerate(zip(self.formats, formats, strict=True)):
+            if old == new:
+                continue
+            lost = 0.0
+            for index, page in enumerate(self.pages):
+                lowered = old.lower(page[side], new)
+                lost += squared_error(old.decode(page[side]), new.decode(lowered))
+                self.pages[index] = (lowered, page[1]) if side == 0 else (page[0], lowered)
+            self.errors[side] = (self.errors[side] ** 0.5 + lost**0.5) ** 2
+        self.formats = formats
+
+    def _add_page(self, *states: Tensor) -> None:
+        """Encode keys and values (heads, PAGE_TOKENS, dim), and note their errors."""
+        page = []
+        for side, (of, given) in enumerate(zip(self.formats, states, strict=True)):
+            dense = given.contiguous()  # so that sums are added up in one order
+            page.append(of.encode(dense))
+            if of.layout is not None:
+                self.errors[side] += squared_error(dense, of.decode(page[side]))
+        self.pages.append((page[0], page[1]))
+
+    def _read_full(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values (heads, T, dim) of tokens that are full: copies."""
+        pieces = [piece[:, first:last] for piece, first, last, _ in self._pieces(start, end)]
+        both = torch.cat(pieces, dim=1) if pieces else self._sinks[:, :0]
+        return both[..., : self._key_dim], both[..., self._key_dim :]
+
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[Tensor, int, int, int]]:
+        """Yield where full tokens from ``start`` to ``end`` lie: tensor, first and last row, and
+        the first row's token.
+        """
+        while start < min(end, SINK_TOKENS):
+            last = min(end, SINK_TOKENS)
+            yield self._sinks, start, last, start
+            start = last
+        while start < end:
+            index, row = divmod(start - self.tail_start, BLOCK_TOKENS)
+            count = min(end - start, BLOCK_TOKENS - row)
+            yield self._blocks[index], row, row + count, start
+            start += count
+
+
+class RequestStates:
+    """Keys and values of one request, all layers, in fast memory.
+
+    Tensors given and returned are on ``device`` and in ``dtype``; their memory isn't kept.
+    """
+
+    def __init__(
+        self,
+        shape: KvShape,
+        tier: KvTier,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        assert shape.itemsize == dtype.itemsize, "the shape is of another dtype"
+        self.shape = shape
+        self.tier = tier
+        self.dtype = dtype
+        self.layers = [
+            LayerStates(shape, layer_formats(shape, tier, layer, dtype), torch.device(device))
+            for layer in range(shape.layers)
+        ]
+
+    @property
+    def length(self) -> int:
+        """Tokens that all layers have."""
+        return min(layer.length for layer in self.layers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors: after ``settle``, ``tier.num_bytes(shape, length)``."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    @property
+    def errors(self) -> list[tuple[float, float]]:
+        """Of each layer the sums of squared errors of its pages against the states that they were
+        made of: keys', values'. Upper bounds once pages were demoted.
+        """
+        return [(layer.errors[0], layer.errors[1]) for layer in self.layers]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Add tokens (T, heads, dim) to a layer's tail."""
+        states = self.layers[layer]
+        start = states.length
+        states.resize(start + len(keys))
+        states.write(start, keys, values)
+
+    def fill(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Add tokens (T, heads, dim) to a layer, however many, and make pages on the way: a chunk
+        of a prompt is never in full here but for its tail. What is in pages can't be taken back.
+        """
+        for some in range(0, len(keys), PAGE_TOKENS):
+            end = some + PAGE_TOKENS
+            self.append(layer, keys[some:end], values[some:end])
+            self.layers[layer].settle()
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens of all layers. Raises InputError where pages go on."""
+        for layer in self.layers:
+            self._check_open(layer, length)
+        for layer in self.layers:
+            layer.resize(min(layer.length, length))
+
+    def overwrite(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Replace the states of a layer's tokens from ``start`` on by others (T, heads, dim).
+
+        Raises InputError for tokens in pages, and for those that aren't there.
+        """
+        states = self.layers[layer]
+        self._check_open(states, start)
+        if start + len(keys) > states.length:
+            raise InputError(
+                f"tokens {start} to {start + len(keys)} can't be replaced: there are "
+                f"{states.length}"
+            )
+        states.write(start, keys, values)
+
+    def settle(self, layer: int | None = None) -> None:
+        """Make pages of a layer's whole ones, or of all layers': they can't be taken back."""
+        for states in self.layers if layer is None else (self.layers[layer],):
+            states.settle()
+
+    def rebuild(self, layer: int, tier: KvTier, keys: Tensor, values: Tensor) -> None:
+        """Make a layer's pages anew at another tier, from the originals (T, heads, dim) of all of
+        their tokens: those from ``SINK_TOKENS`` on. ``tier`` is the new one from the first on.
+        """
+        formats = layer_formats(self.shape, tier, layer, self.dtype)
+        self.layers[layer].rebuild(formats, keys, values)
+        self.tier = tier
+
+    def demote(self, tier: KvTier) -> None:
+        """Turn all pages into those of a lower tier, without originals: by dropping planes where
+        its codes are a prefix, by encoding anew elsewhere.
+
+        Raises InputError, before anything is changed, for a tier that is more precise somewhere.
+        """
+        formats = []
+        for index, layer in enumerate(self.layers):
+            (keys, values), wanted = (
+                layer.formats,
+                layer_formats(self.shape, tier, index, self.dtype),
+            )
+            formats.append((keys.lowered(wanted[0].precision), values.lowered(wanted[1].precision)))
+        for layer, lowered in zip(self.layers, formats, strict=True):
+            layer.demote(lowered)
+        self.tier = tier
+
+    def _check_open(self, layer: LayerStates, start: int) -> None:
+        if start < layer.first_open:
+            raise InputError(
+                f"tokens from {start} on can't be taken back: those before {layer.first_open} are "
+                "in pages"
+            )
