@@ -17,7 +17,8 @@ one of keys and one of values, rows by head and then by token.
     states.settle()
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ from .formats import PageFormat, layer_formats, squared_error
 
 Page = tuple[Tensor, Tensor]
 """Of keys, and of values, each in its format."""
+OnPage = Callable[[int, int, Tensor, Tensor], None]
+"""Is told a layer, a page's index, and the keys and values (PAGE_TOKENS, heads, dim) that the page
+is made of.
+"""
 
 
 class LayerStates:
@@ -82,19 +87,21 @@ class LayerStates:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return all keys and values, (heads, length, dim), as they are attended to."""
-        sinks = self._read_full(0, min(SINK_TOKENS, self.length))
+        sinks = self.read_full(0, min(SINK_TOKENS, self.length))
         parts = [sinks]
         for page in self.pages:
             keys, values = (of.decode(side) for of, side in zip(self.formats, page, strict=True))
             parts.append((keys, values))
-        parts.append(self._read_full(self.tail_start, self.length))
+        parts.append(self.read_full(self.tail_start, self.length))
         keys, values = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
         return keys, values
 
-    def settle(self) -> None:
-        """Make pages of what has become whole ones."""
-        for _ in range(len(self.pages), num_pages(self.length)):
-            self._add_page(*self._read_full(self.tail_start, self.tail_start + PAGE_TOKENS))
+    def settle(self, length: int, on_page: Callable[[int, Tensor, Tensor], None]) -> None:
+        """Make pages of what has become whole ones of the first ``length`` tokens."""
+        for page in range(len(self.pages), num_pages(length)):
+            keys, values = self.read_full(self.tail_start, self.tail_start + PAGE_TOKENS)
+            on_page(page, keys.transpose(0, 1), values.transpose(0, 1))
+            self._add_page(keys, values)
             del self._blocks[: PAGE_TOKENS // BLOCK_TOKENS]
 
     def rebuild(self, formats: tuple[PageFormat, PageFormat], keys: Tensor, values: Tensor) -> None:
@@ -132,7 +139,7 @@ class LayerStates:
                 self.errors[side] += squared_error(dense, of.decode(page[side]))
         self.pages.append((page[0], page[1]))
 
-    def _read_full(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def read_full(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return keys and values (heads, T, dim) of tokens that are full: copies."""
         pieces = [piece[:, first:last] for piece, first, last, _ in self._pieces(start, end)]
         both = torch.cat(pieces, dim=1) if pieces else self._sinks[:, :0]
@@ -207,7 +214,7 @@ class RequestStates:
         for some in range(0, len(keys), PAGE_TOKENS):
             end = some + PAGE_TOKENS
             self.append(layer, keys[some:end], values[some:end])
-            self.layers[layer].settle()
+            self.settle(layer)
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens of all layers. Raises InputError where pages go on."""
@@ -230,10 +237,38 @@ class RequestStates:
             )
         states.write(start, keys, values)
 
-    def settle(self, layer: int | None = None) -> None:
-        """Make pages of a layer's whole ones, or of all layers': they can't be taken back."""
-        for states in self.layers if layer is None else (self.layers[layer],):
-            states.settle()
+    def settle(
+        self,
+        layer: int | None = None,
+        *,
+        length: int | None = None,
+        on_page: OnPage = lambda layer, page, keys, values: None,
+    ) -> None:
+        """Make pages of a layer's whole ones, or of all layers': they can't be taken back.
+
+        ``length``: only the first tokens count; default: all. ``on_page`` may keep the originals.
+        """
+        for index in range(self.shape.layers) if layer is None else (layer,):
+            states = self.layers[index]
+            states.settle(
+                states.length if length is None else length, functools.partial(on_page, index)
+            )
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values, (length, heads, dim), as they are attended to."""
+        keys, values = self.layers[layer].read()
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+    def read_sinks(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (T, heads, dim) of a layer's tokens before the pages."""
+        keys, values = self.layers[layer].read_full(0, SINK_TOKENS)
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+    def read_tail(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (T, heads, dim) of a layer's tokens behind the pages."""
+        states = self.layers[layer]
+        keys, values = states.read_full(states.tail_start, states.length)
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
     def rebuild(self, layer: int, tier: KvTier, keys: Tensor, values: Tensor) -> None:
         """Make a layer's pages anew at another tier, from the originals (T, heads, dim) of all of
