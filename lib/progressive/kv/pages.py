@@ -48,6 +48,33 @@ class LayerStates:
             shape.heads, SINK_TOKENS, self._block_shape[2], dtype=formats[0].dtype, device=device
         )
         self._blocks: list[Tensor] = []
+        self._table: Tensor | None = None
+
+    @property
+    def fits_kernel(self) -> bool:
+        """Whether the kernel attends to these states."""
+        return self._sinks.is_cpu and all(of.fits_kernel for of in self.formats)
+
+    @property
+    def table(self) -> Tensor:
+        """Where all lies, as the kernel takes it (codecs/native/pages.cpp): int64. Another one
+        is made when pieces come or go.
+        """
+        if self._table is None:
+            keys, values = self.formats
+            heads, _, width = self._block_shape
+            size = self._sinks.element_size()
+            numbers = [heads, self._key_dim, width - self._key_dim, size * 8]
+            numbers += [*keys.bits, *values.bits, len(self.pages)]
+            full = [
+                (len(piece[0]), piece.data_ptr(), piece.data_ptr() + self._key_dim * size)
+                for piece in (self._sinks, *self._blocks)
+            ]
+            pages = [(PAGE_TOKENS, keys.address(k), values.address(v)) for k, v in self.pages]
+            for piece in (full[0], *pages, *full[1:]):
+                numbers += piece
+            self._table = torch.tensor(numbers)
+        return self._table
 
     @property
     def tail_start(self) -> int:
@@ -69,6 +96,9 @@ class LayerStates:
         """Make room for so many tokens, or take away those behind them."""
         self.length = length
         needed = -(-max(0, length - self.tail_start) // BLOCK_TOKENS)
+        if needed == len(self._blocks):
+            return
+        self._table = None
         del self._blocks[needed:]
         while len(self._blocks) < needed:
             self._blocks.append(self._sinks.new_empty(self._block_shape))
@@ -93,18 +123,43 @@ class LayerStates:
 
     def settle(self) -> None:
         """Make pages of what has become whole ones."""
-        for _ in range(len(self.pages), num_pages(self.length)):
-            self._add_page(*self._read_full(self.tail_start, self.tail_start + PAGE_TOKENS))
-            del self._blocks[: PAGE_TOKENS // BLOCK_TOKENS]
+        count = num_pages(self.length) - len(self.pages)
+        if count > 0:
+            end = self.tail_start + count * PAGE_TOKENS
+            keys, values = self._read_full(self.tail_start, end)
+            self._add_pages(keys, values)
+            del self._blocks[: count * PAGE_TOKENS // BLOCK_TOKENS]
+
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens (T, heads, dim), and make pages without a way through the tail."""
+        self.settle()
+        if len(keys) < SINK_TOKENS + 2 * PAGE_TOKENS:  # what is in the tail might be enough
+            self.append(keys, values)
+            self.settle()
+            return
+        count = num_pages(self.length + len(keys)) - len(self.pages)
+        sinks = max(0, SINK_TOKENS - self.length)
+        self.append(keys[:sinks], values[:sinks])
+        tail = self._read_full(self.tail_start, self.length)
+        taken = sinks + count * PAGE_TOKENS - tail[0].shape[1]
+        new = (side[sinks:taken].transpose(0, 1) for side in (keys, values))
+        self._blocks, self.length = [], self.tail_start + count * PAGE_TOKENS
+        self._add_pages(*(torch.cat(both, dim=1) for both in zip(tail, new, strict=True)))
+        self.append(keys[taken:], values[taken:])
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens (T, heads, dim) to the tail."""
+        start = self.length
+        self.resize(start + len(keys))
+        self.write(start, keys, values)
 
     def rebuild(self, formats: tuple[PageFormat, PageFormat], keys: Tensor, values: Tensor) -> None:
         """Make all pages anew from the originals of their tokens (T, heads, dim)."""
         count = len(self.pages)
         assert len(keys) == len(values) == PAGE_TOKENS * count, "originals of all pages are needed"
-        self.pages, self.formats, self.errors = [], formats, [0.0, 0.0]
-        for index in range(count):
-            tokens = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
-            self._add_page(keys[tokens].transpose(0, 1), values[tokens].transpose(0, 1))
+        self.pages, self.formats, self.errors, self._table = [], formats, [0.0, 0.0], None
+        if count:
+            self._add_pages(keys.transpose(0, 1), values.transpose(0, 1))
 
     def demote(self, formats: tuple[PageFormat, PageFormat]) -> None:
         """Turn all pages into these formats, which ``PageFormat.lowered`` has made.
@@ -120,17 +175,19 @@ class LayerStates:
                 lost += squared_error(old.decode(page[side]), new.decode(lowered))
                 self.pages[index] = (lowered, page[1]) if side == 0 else (page[0], lowered)
             self.errors[side] = (self.errors[side] ** 0.5 + lost**0.5) ** 2
-        self.formats = formats
+        self.formats, self._table = formats, None
 
-    def _add_page(self, *states: Tensor) -> None:
-        """Encode keys and values (heads, PAGE_TOKENS, dim), and note their errors."""
-        page = []
+    def _add_pages(self, *states: Tensor) -> None:
+        """Encode keys and values (heads, whole pages of tokens, dim), and note their errors."""
+        sides = []
         for side, (of, given) in enumerate(zip(self.formats, states, strict=True)):
-            dense = given.contiguous()  # so that sums are added up in one order
-            page.append(of.encode(dense))
-            if of.layout is not None:
-                self.errors[side] += squared_error(dense, of.decode(page[side]))
-        self.pages.append((page[0], page[1]))
+            heads, _, dim = given.shape
+            paged = given.reshape(heads, -1, PAGE_TOKENS, dim)
+            pages, error = of.encode(paged.transpose(0, 1))
+            sides.append(pages)
+            self.errors[side] += error
+        self.pages += zip(*sides, strict=True)
+        self._table = None
 
     def _read_full(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return keys and values (heads, T, dim) of tokens that are full: copies."""
@@ -195,19 +252,13 @@ class RequestStates:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens (T, heads, dim) to a layer's tail."""
-        states = self.layers[layer]
-        start = states.length
-        states.resize(start + len(keys))
-        states.write(start, keys, values)
+        self.layers[layer].append(keys, values)
 
     def fill(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens (T, heads, dim) to a layer, however many, and make pages on the way: a chunk
         of a prompt is never in full here but for its tail. What is in pages can't be taken back.
         """
-        for some in range(0, len(keys), PAGE_TOKENS):
-            end = some + PAGE_TOKENS
-            self.append(layer, keys[some:end], values[some:end])
-            self.layers[layer].settle()
+        self.layers[layer].fill(keys, values)
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens of all layers. Raises InputError where pages go on."""

@@ -56,7 +56,8 @@ def test_bytes_are_those_that_the_ladder_says(of: KvTier, length: int) -> None:
             in_pieces.append(layer, key[None], value[None])
     in_pieces.settle()
     assert in_pieces.num_bytes == states.num_bytes
-    assert in_pieces.errors == states.errors
+    for found, expected in zip(in_pieces.errors, states.errors, strict=True):
+        assert found == pytest.approx(expected, rel=1e-9)
     for one, other in zip(in_pieces.layers, states.layers, strict=True):
         for a, b in zip(one.read(), other.read(), strict=True):
             assert torch.equal(a, b)
@@ -148,7 +149,7 @@ class Model:
     st.lists(
         st.tuples(
             st.sampled_from(["append", "crop", "settle", "overwrite", "fill"]),
-            st.integers(0, 90),
+            st.integers(0, 300),
         ),
         max_size=25,
     )
