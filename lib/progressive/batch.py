@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..tiering.stores.base import aligned_buffer
-from .kv.attention import attend
+from .kv.attention import append_tokens, attend
 from .kv.originals import Originals
 from .kv.pages import RequestStates
 from .ladder import PAGE_TOKENS, KvShape
@@ -125,10 +125,9 @@ class Batch:
         """
         found = query.new_zeros((*query.shape[:2], value.shape[2]))
         count = len(self._decoded)
-        for index, each in enumerate(self._decoded):
-            each.states.append(layer, key[index : index + 1], value[index : index + 1])
         if count:
             states = [each.states for each in self._decoded]
+            append_tokens(states, layer, key[:count], value[:count])
             found[:count] = attend(
                 query[:count], states, layer, kind.scale, softcap=kind.softcap, window=kind.window
             )

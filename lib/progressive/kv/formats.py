@@ -39,12 +39,42 @@ class PageFormat:
         """What is read of a page; None: full."""
         return None if self.layout is None else self.layout.precision
 
-    def encode(self, states: Tensor) -> Tensor:
-        """Return a page of states (heads, PAGE_TOKENS, dim), in new memory."""
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of a number, as stored and as read: the kernel's words for a format."""
         if self.layout is None:
-            return states.clone(memory_format=torch.contiguous_format)
-        page = encode(states.reshape(-1, self.dim), self.layout.codec).to(states.device)
-        return page if self.layout.num_bytes == len(page) else page[: self.layout.num_bytes].clone()
+            return self.dtype.itemsize * 8, self.dtype.itemsize * 8
+        return self.layout.codec.bits, self.layout.bits
+
+    @property
+    def fits_kernel(self) -> bool:
+        """Whether the kernel computes with such pages."""
+        full = self.dtype in (torch.float32, torch.bfloat16)
+        return full and self.dim % 16 == 0 and self.precision != Precision.FP16
+
+    def address(self, page: Tensor) -> int:
+        """Return where the kernel finds a page: full numbers, or a record of codes."""
+        if self.layout is None or not self.layout.codec.is_raw:
+            return page.data_ptr()
+        return page.data_ptr() + self.layout.planes[0].offset
+
+    def encode(self, states: Tensor) -> tuple[list[Tensor], float]:
+        """Return pages of states (pages, heads, PAGE_TOKENS, dim), in new memory, and the sum of
+        their squared errors.
+        """
+        if self.layout is None:
+            return [page.clone(memory_format=torch.contiguous_format) for page in states], 0.0
+        rows = states.reshape(-1, self.dim)
+        record = encode(rows, self.layout.codec).to(states.device)
+        whole = self.layout.codec.layout(*rows.shape).prefix(self.layout.precision)
+        error = squared_error(rows, _decode(record, whole, self.dtype))
+        pages = []
+        for start in range(0, len(rows), self.layout.rows):
+            page = record.new_zeros(self.layout.num_bytes)
+            for here, there, size in whole.row_ranges(start, start + self.layout.rows):
+                page[there : there + size] = record[here : here + size]
+            pages.append(page)
+        return pages, error
 
     def decode(self, page: Tensor) -> Tensor:
         """Return the states of a page: (heads, PAGE_TOKENS, dim)."""
@@ -78,7 +108,8 @@ class PageFormat:
         own, other = self.layout, lowered.layout
         if own is not None and other is not None and own.codec == other.codec:
             return page[: other.num_bytes].clone()
-        return lowered.encode(self.decode(page))
+        (page,), _ = lowered.encode(self.decode(page)[None])
+        return page
 
 
 def layer_formats(
@@ -110,8 +141,9 @@ def codec_errors(
 
 
 def squared_error(states: Tensor, others: Tensor) -> float:
-    """Return the sum of squared differences, in float64."""
-    return float((states.double() - others.double()).square().sum())
+    """Return the sum of squared differences, added up in float64."""
+    differences = states.float() - others.float()
+    return float(torch.linalg.vector_norm(differences, dtype=torch.float64)) ** 2
 
 
 def _decode(record: Tensor, layout: RecordLayout, dtype: torch.dtype) -> Tensor:

@@ -10,11 +10,9 @@ a token's key and value side by side: (heads, tokens, key_dim + value_dim). A pa
 one of keys and one of values, rows by head and then by token.
 
     states = RequestStates(shape, tier)
-    for layer ...: states.fill(layer, keys, values)       # a prompt, or a chunk of it
-    for layer ...: states.append(layer, keys, values)     # drafted tokens
-    for layer ...: states.overwrite(layer, start, keys, values)  # as a full pass has computed them
-    states.crop(length)                                   # those it rejects are taken back
-    states.settle()
+    for layer ...: states.append(layer, keys, values); states.settle(layer)  # a prompt's piece
+    for layer ...: states.append(layer, keys, values)  # drafted tokens, ...
+    states.crop(length)                                # ... and taken back
 """
 
 import functools
@@ -53,6 +51,33 @@ class LayerStates:
             shape.heads, SINK_TOKENS, self._block_shape[2], dtype=formats[0].dtype, device=device
         )
         self._blocks: list[Tensor] = []
+        self._table: Tensor | None = None
+
+    @property
+    def fits_kernel(self) -> bool:
+        """Whether the kernel attends to these states."""
+        return self._sinks.is_cpu and all(of.fits_kernel for of in self.formats)
+
+    @property
+    def table(self) -> Tensor:
+        """Where all lies, as the kernel takes it (codecs/native/pages.cpp): int64. Another one
+        is made when pieces come or go.
+        """
+        if self._table is None:
+            keys, values = self.formats
+            heads, _, width = self._block_shape
+            size = self._sinks.element_size()
+            numbers = [heads, self._key_dim, width - self._key_dim, size * 8]
+            numbers += [*keys.bits, *values.bits, len(self.pages)]
+            full = [
+                (len(piece[0]), piece.data_ptr(), piece.data_ptr() + self._key_dim * size)
+                for piece in (self._sinks, *self._blocks)
+            ]
+            pages = [(PAGE_TOKENS, keys.address(k), values.address(v)) for k, v in self.pages]
+            for piece in (full[0], *pages, *full[1:]):
+                numbers += piece
+            self._table = torch.tensor(numbers)
+        return self._table
 
     @property
     def tail_start(self) -> int:
@@ -74,6 +99,9 @@ class LayerStates:
         """Make room for so many tokens, or take away those behind them."""
         self.length = length
         needed = -(-max(0, length - self.tail_start) // BLOCK_TOKENS)
+        if needed == len(self._blocks):
+            return
+        self._table = None
         del self._blocks[needed:]
         while len(self._blocks) < needed:
             self._blocks.append(self._sinks.new_empty(self._block_shape))
@@ -98,20 +126,27 @@ class LayerStates:
 
     def settle(self, length: int, on_page: Callable[[int, Tensor, Tensor], None]) -> None:
         """Make pages of what has become whole ones of the first ``length`` tokens."""
-        for page in range(len(self.pages), num_pages(length)):
-            keys, values = self.read_full(self.tail_start, self.tail_start + PAGE_TOKENS)
-            on_page(page, keys.transpose(0, 1), values.transpose(0, 1))
-            self._add_page(keys, values)
-            del self._blocks[: PAGE_TOKENS // BLOCK_TOKENS]
+        first = len(self.pages)
+        count = num_pages(length) - first
+        if count > 0:
+            keys, values = self.read_full(self.tail_start, self.tail_start + count * PAGE_TOKENS)
+            on_page(first, keys.transpose(0, 1), values.transpose(0, 1))
+            self._add_pages(keys, values)
+            del self._blocks[: count * PAGE_TOKENS // BLOCK_TOKENS]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens (T, heads, dim) to the tail."""
+        start = self.length
+        self.resize(start + len(keys))
+        self.write(start, keys, values)
 
     def rebuild(self, formats: tuple[PageFormat, PageFormat], keys: Tensor, values: Tensor) -> None:
         """Make all pages anew from the originals of their tokens (T, heads, dim)."""
         count = len(self.pages)
         assert len(keys) == len(values) == PAGE_TOKENS * count, "originals of all pages are needed"
-        self.pages, self.formats, self.errors = [], formats, [0.0, 0.0]
-        for index in range(count):
-            tokens = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
-            self._add_page(keys[tokens].transpose(0, 1), values[tokens].transpose(0, 1))
+        self.pages, self.formats, self.errors, self._table = [], formats, [0.0, 0.0], None
+        if count:
+            self._add_pages(keys.transpose(0, 1), values.transpose(0, 1))
 
     def demote(self, formats: tuple[PageFormat, PageFormat]) -> None:
         """Turn all pages into these formats, which ``PageFormat.lowered`` has made.
@@ -127,17 +162,19 @@ class LayerStates:
                 lost += squared_error(old.decode(page[side]), new.decode(lowered))
                 self.pages[index] = (lowered, page[1]) if side == 0 else (page[0], lowered)
             self.errors[side] = (self.errors[side] ** 0.5 + lost**0.5) ** 2
-        self.formats = formats
+        self.formats, self._table = formats, None
 
-    def _add_page(self, *states: Tensor) -> None:
-        """Encode keys and values (heads, PAGE_TOKENS, dim), and note their errors."""
-        page = []
+    def _add_pages(self, *states: Tensor) -> None:
+        """Encode keys and values (heads, whole pages of tokens, dim), and note their errors."""
+        sides = []
         for side, (of, given) in enumerate(zip(self.formats, states, strict=True)):
-            dense = given.contiguous()  # so that sums are added up in one order
-            page.append(of.encode(dense))
-            if of.layout is not None:
-                self.errors[side] += squared_error(dense, of.decode(page[side]))
-        self.pages.append((page[0], page[1]))
+            heads, _, dim = given.shape
+            paged = given.reshape(heads, -1, PAGE_TOKENS, dim)
+            pages, error = of.encode(paged.transpose(0, 1))
+            sides.append(pages)
+            self.errors[side] += error
+        self.pages += zip(*sides, strict=True)
+        self._table = None
 
     def read_full(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return keys and values (heads, T, dim) of tokens that are full: copies."""
@@ -202,19 +239,7 @@ class RequestStates:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens (T, heads, dim) to a layer's tail."""
-        states = self.layers[layer]
-        start = states.length
-        states.resize(start + len(keys))
-        states.write(start, keys, values)
-
-    def fill(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Add tokens (T, heads, dim) to a layer, however many, and make pages on the way: a chunk
-        of a prompt is never in full here but for its tail. What is in pages can't be taken back.
-        """
-        for some in range(0, len(keys), PAGE_TOKENS):
-            end = some + PAGE_TOKENS
-            self.append(layer, keys[some:end], values[some:end])
-            self.settle(layer)
+        self.layers[layer].append(keys, values)
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens of all layers. Raises InputError where pages go on."""
@@ -222,20 +247,6 @@ class RequestStates:
             self._check_open(layer, length)
         for layer in self.layers:
             layer.resize(min(layer.length, length))
-
-    def overwrite(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Replace the states of a layer's tokens from ``start`` on by others (T, heads, dim).
-
-        Raises InputError for tokens in pages, and for those that aren't there.
-        """
-        states = self.layers[layer]
-        self._check_open(states, start)
-        if start + len(keys) > states.length:
-            raise InputError(
-                f"tokens {start} to {start + len(keys)} can't be replaced: there are "
-                f"{states.length}"
-            )
-        states.write(start, keys, values)
 
     def settle(
         self,
