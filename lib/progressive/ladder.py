@@ -2,7 +2,8 @@
 
 The first ``SINK_TOKENS`` of a text, which attention returns to again and again (Xiao et al. 2023,
 arXiv:2309.17453), and the latest ``RECENT_TOKENS`` at least are always full; what is between them
-is compact, in pages of ``PAGE_TOKENS``. No torch: planning and admission compute with it.
+is compact, in pages of ``PAGE_TOKENS``. What isn't in pages lies in blocks of ``BLOCK_TOKENS``. No
+torch: planning and admission compute with it.
 """
 
 import json
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SINK_TOKENS = 4
 RECENT_TOKENS = 64
 PAGE_TOKENS = 64
+BLOCK_TOKENS = 16
 FULL = "full"
 
 LayerPrecisions = tuple[Precision, Precision]
@@ -77,14 +79,22 @@ class KvTier:
         )
 
     def num_bytes(self, shape: KvShape, tokens: int) -> int:
-        """Return the bytes of a text of so many tokens, over all layers."""
+        """Return the bytes of a text of so many tokens, over all layers: those of its sinks, whole
+        pages and whole blocks.
+        """
         pages = num_pages(tokens)
-        return pages * self.page_bytes(shape) + (tokens - pages * PAGE_TOKENS) * shape.token_bytes
+        full = _with_room(tokens - pages * PAGE_TOKENS)
+        return pages * self.page_bytes(shape) + full * shape.token_bytes
 
 
 def num_pages(tokens: int) -> int:
     """Return the whole pages of a text: what is behind its first tokens and before its latest."""
     return max(0, (tokens - SINK_TOKENS - RECENT_TOKENS) // PAGE_TOKENS)
+
+
+def _with_room(tokens: int) -> int:
+    """Return the full tokens that there is room for where so many are."""
+    return SINK_TOKENS + -(-max(0, tokens - SINK_TOKENS) // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +162,7 @@ class Ladder:
 
     def num_bytes(self, tier: int, tokens: int) -> int:
         """Return the bytes of a text at rest, over all layers."""
-        pages = num_pages(tokens)
-        rest = (tokens - pages * PAGE_TOKENS) * self.shape.token_bytes
-        return pages * self._page_bytes[tier] + rest
+        return self.tiers[tier].num_bytes(self.shape, tokens)
 
     def peak_bytes(self, tier: int, tokens: int, *, window: int = 0) -> int:
         """Return the most that a text takes while it grows to so many tokens.
@@ -165,9 +173,9 @@ class Ladder:
         """
         pages = num_pages(max(0, tokens - window))
         most = pages * self._page_bytes[tier]
-        most += (tokens - pages * PAGE_TOKENS) * self.shape.token_bytes
+        most += _with_room(tokens - pages * PAGE_TOKENS) * self.shape.token_bytes
         if pages:
-            standing = SINK_TOKENS + RECENT_TOKENS + PAGE_TOKENS + window
+            standing = _with_room(SINK_TOKENS + RECENT_TOKENS + PAGE_TOKENS + window)
             before = (pages - 1) * self._page_bytes[tier] + standing * self.shape.token_bytes
             most = max(most, before)
         return most

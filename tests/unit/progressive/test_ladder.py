@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.errors import InputError
-from lib.progressive.ladder import FULL, UNIFORM, KvShape, KvTier, Ladder, make_ladder, num_pages
+from lib.progressive.ladder import (
+    BLOCK_TOKENS,
+    FULL,
+    UNIFORM,
+    KvShape,
+    KvTier,
+    Ladder,
+    make_ladder,
+    num_pages,
+)
 from lib.vocabulary import Precision
 
 SHAPE = KvShape(layers=3, heads=2, key_dim=64, value_dim=64, itemsize=4)
@@ -65,10 +74,9 @@ def test_bytes_never_fall_with_the_tier_nor_their_peak_with_tokens(
     held = [ladder.num_bytes(tier, tokens) for tier in range(len(ladder.tiers))]
     assert held == sorted(held)
     assert (len(set(held)) == len(held)) or not num_pages(tokens)
-    assert held[-1] == tokens * shape.token_bytes
+    assert 0 <= held[-1] - tokens * shape.token_bytes < BLOCK_TOKENS * shape.token_bytes
     peaks = [ladder.peak_bytes(tier, tokens, window=window) for tier in range(len(ladder.tiers))]
     assert peaks == sorted(peaks)
-    assert peaks[-1] == held[-1]
     for tier, peak in enumerate(peaks):
         assert held[tier] == ladder.tiers[tier].num_bytes(shape, tokens) <= peak
         assert peak <= ladder.peak_bytes(tier, tokens + more, window=window)

@@ -229,7 +229,7 @@ def test_the_present_length_counts_as_used() -> None:
     scheduler = make(2)
     submit(scheduler, 1)
     scheduler.admit(0)
-    assert scheduler.bytes_used() == 0
+    assert scheduler.bytes_used() == LADDER.num_bytes(0, 0)
     assert scheduler.grow(1, 300)
     assert scheduler.bytes_used() == LADDER.num_bytes(0, 300)
     assert scheduler.grow(1, 290)
