@@ -1,7 +1,10 @@
 """Whether a calibrated bound still holds for the requests that come: a test that may stop any time.
 
-A share of the requests that are answered below full under a calibrated bound is verified as well.
-Each of these audits bets that its bound was broken, with what the bets before it have left:
+A share of the requests under a calibrated bound is audited: of one that was answered below full
+the KL is measured, and its bound is broken if that is above epsilon. One that was answered at full
+has kept its bound, and counts as well: the promise is about all like requests, and among those
+released below full alone more than delta may break it. Each audit bets that the bound was broken,
+with what the bets before it have left:
 
     E <- E (1 + b (bad - delta))        E = 1 at first, b = 1 / (1 - delta)
 

@@ -54,7 +54,9 @@ def toy_damage(layers: int, seed: int = 0) -> Any:
     ]
 
 
-@pytest.mark.parametrize("name", ["audit", "bounds", "estimators", "ladder", "scheduler"])
+@pytest.mark.parametrize(
+    "name", ["audit", "bounds", "calibration", "estimators", "ladder", "scheduler"]
+)
 def test_what_is_pure_needs_no_torch(name: str) -> None:
     code = f"import sys, lib.progressive.{name}; print('torch' in sys.modules)"
     root = Path(__file__).parents[3]
