@@ -100,7 +100,7 @@ def dials(kind: str, difficulty: float, draw: random.Random) -> Dials:
     if kind == "needle":
         return Dials(
             tokens=tokens,
-            pairs=1 + between(2, 60),
+            pairs=1 + between(2, 28),
             similarity=difficulty,
             queries=1,
             value_tokens=8,
