@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 wide = search(scorer, item.prompt, **asked)
                 narrow = search(scorer, item.prompt, **asked, widths=WIDTHS[:1])
                 found.setdefault(difficulty, []).append((wide, narrow))
-    document = {
+    document: dict[str, Any] = {
         "widths": list(WIDTHS),
         "torch": torch.__version__,
         "difficulties": {

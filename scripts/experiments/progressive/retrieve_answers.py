@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         for name, bound in BOUNDS.items()
     }
-    document = {
+    document: dict[str, Any] = {
         "requests": len(items),
         "chunk_tokens": _CHUNK_TOKENS,
         "shares": list(SHARES),
