@@ -137,7 +137,8 @@ test: $(STAMP) ## Run the tests in two processes; PYTEST_ARGS="-m slow" runs the
 	$(Q)$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(or $(PYTEST_ARGS),-m "not slow")
 
 CODEC_TESTS := -q -n 2 tests/unit/codecs/test_kernels.py tests/unit/codecs/test_every_kernel.py \
-	tests/unit/codecs/test_attend.py tests/unit/codecs/test_native_encode.py
+	tests/unit/codecs/test_attend.py tests/unit/codecs/test_native_encode.py \
+	tests/unit/progressive/kv
 
 .PHONY: check-reference
 check-reference: $(STAMP) ## Test what computes where there is no C++ compiler

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from .binomial import covering_rank
 from .racing import RISK
 
 COVERAGE = 0.95
@@ -141,18 +142,7 @@ def tolerance_limit(ratios: Sequence[float]) -> float:
 
 def tolerance_rank(count: int) -> int:
     """Return the least k with P(Binomial(count, 0.95) <= k - 1) >= 0.95; ``count`` if none has."""
-    rank, above = count, 0.0
-    while True:  # above: P(Binomial >= rank), the probability that the rank-th doesn't cover
-        above += math.exp(
-            math.lgamma(count + 1)
-            - math.lgamma(rank + 1)
-            - math.lgamma(count - rank + 1)
-            + rank * math.log(COVERAGE)
-            + (count - rank) * math.log(1 - COVERAGE)
-        )
-        if above > 1 - CONFIDENCE:
-            return min(rank + 1, count)
-        rank -= 1
+    return covering_rank(count, COVERAGE, CONFIDENCE) or count
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:

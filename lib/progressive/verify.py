@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .generation import GenerationRequest, Token
+
 _PRIME = 1_000_003
 
 
@@ -53,3 +55,42 @@ def top_gap(scores_V: Tensor) -> float:
     """Return by how much the largest score is above the second."""
     first, second = scores_V.topk(2).values.tolist()
     return float(first - second)
+
+
+def divergences_of(full_TV: Tensor, other_TV: Tensor) -> list[float]:
+    """Return KL(full || other) of each row of logits, nats."""
+    p, q = (logits.float().log_softmax(-1) for logits in (full_TV, other_TV))
+    found: list[float] = (p.exp() * (p - q)).sum(-1, dtype=torch.float64).clamp(min=0).tolist()
+    return found
+
+
+def describe(token: int, logits_V: Tensor, alternatives: int) -> Token:
+    """Return a token with its log-probability, and its most likely alternatives'."""
+    logprobs_V = logits_V.float().log_softmax(-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if alternatives:
+        values, ids = logprobs_V.topk(min(alternatives, len(logprobs_V)))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Token(id=token, logprob=float(logprobs_V[token]), top=top)
+
+
+def make_chooser(request: GenerationRequest) -> Chooser | None:
+    """Return what chooses tokens as a request says; None: the most likely."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    sampling, processors = request.sampling, LogitsProcessorList()
+    if sampling.constraint is not None:
+        start, constraint = len(request.prompt), sampling.constraint
+
+        def only_allowed(ids: Tensor, scores: Tensor) -> Tensor:
+            allowed_V = constraint(ids[0, start:].tolist())
+            return scores.masked_fill(~allowed_V, -torch.inf)
+
+        processors.append(only_allowed)
+    if sampling.temperature == 0:
+        return Chooser(processors, None) if processors else None
+    if sampling.temperature != 1:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    return Chooser(processors, sampling.seed)

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <vector>
 
@@ -90,28 +89,12 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value,
                      }
                    });
   const Tensor y = at::empty({batches, groups, rows, value_size}, at::kFloat);
-  float* const out = y.mutable_data_ptr<float>();
-  std::fill_n(out, y.numel(), 0.0f);
-  std::vector<float> peaks(batches * groups * rows, std::numeric_limits<float>::lowest());
-  std::vector<float> sums(peaks.size(), 0.0f);
-  const auto place = [&](const Span& span, int64_t row) {
-    return (span.batch * groups + span.group) * rows + row;
+  const auto place = [&](int64_t index) {
+    const Span& span = spans[index / rows];
+    return (span.batch * groups + span.group) * rows + index % rows;
   };
-  for (int64_t index = 0; index < count * rows; ++index) {
-    float& peak = peaks[place(spans[index / rows], index % rows)];
-    peak = std::max(peak, partials[index].peak);
-  }
-  for (int64_t index = 0; index < count * rows; ++index) {
-    const int64_t at = place(spans[index / rows], index % rows);
-    const float weight = std::exp(partials[index].peak - peaks[at]);
-    sums[at] += weight * partials[index].sum;
-    const float* const from = found + index * value_size;
-    for (int64_t d = 0; d < value_size; ++d) out[at * value_size + d] += weight * from[d];
-  }
-  for (int64_t at = 0; at < static_cast<int64_t>(sums.size()); ++at) {
-    const float factor = sums[at] == 0 ? 0 : 1 / sums[at];
-    for (int64_t d = 0; d < value_size; ++d) out[at * value_size + d] *= factor;
-  }
+  merge_partials(found, partials, count * rows, value_size, place, y.mutable_data_ptr<float>(),
+                 batches * groups * rows);
   return y;
 }
 

@@ -1,7 +1,11 @@
 // Attention of one token for each sequence, on a CPU.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
+#include <vector>
 
 namespace tierhints {
 
@@ -29,5 +33,29 @@ struct Span {
 struct Partial {
   float peak, sum;
 };
+
+// Joins `count` partials and what they found, of `size` values each, in their order: `place` says
+// which of `rows` of `out` one belongs to. A row without any is 0.
+template <typename Place>
+void merge_partials(const float* found, const Partial* partials, int64_t count, int64_t size,
+                    const Place& place, float* out, int64_t rows) {
+  std::fill_n(out, rows * size, 0.0f);
+  std::vector<float> peaks(rows, std::numeric_limits<float>::lowest()), sums(rows, 0.0f);
+  for (int64_t index = 0; index < count; ++index) {
+    float& peak = peaks[place(index)];
+    peak = std::max(peak, partials[index].peak);
+  }
+  for (int64_t index = 0; index < count; ++index) {
+    const int64_t row = place(index);
+    const float weight = std::exp(partials[index].peak - peaks[row]);
+    sums[row] += weight * partials[index].sum;
+    const float* const from = found + index * size;
+    for (int64_t d = 0; d < size; ++d) out[row * size + d] += weight * from[d];
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const float factor = sums[row] == 0 ? 0 : 1 / sums[row];
+    for (int64_t d = 0; d < size; ++d) out[row * size + d] *= factor;
+  }
+}
 
 }  // namespace tierhints

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "pages.h"
 #include "record.h"
 
 namespace tierhints {
@@ -93,6 +94,8 @@ struct Kernels {
   void (*multiply_halves)(const Halves&, float* y, int64_t begin, int64_t end);
   // Writes (rows, value_size) floats, and of each row its partial.
   void (*attend)(const Attention&, const Span&, float* values, Partial* partials);
+  // Likewise (rows of the span, size of a value), in page_floats() of memory.
+  void (*attend_pages)(const PageSpan&, float* values, Partial* partials, float* memory);
 };
 
 constexpr int64_t kAheadBytes = 4096;  // two hundred nanoseconds

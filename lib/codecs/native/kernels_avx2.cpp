@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,11 +22,12 @@ namespace avx2 {
 #include "avx2.inl"
 #include "kernels.inl"
 #include "attention.inl"
+#include "pages.inl"
 }  // namespace avx2
 #pragma GCC pop_options
 
 const Kernels kAvx2{"avx2", avx2::quantize, avx2::multiply, avx2::decode, avx2::multiply_halves,
-                       avx2::attend};
+                       avx2::attend, avx2::attend_pages};
 
 }  // namespace tierhints
 

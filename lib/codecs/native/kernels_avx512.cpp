@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,11 +22,12 @@ namespace avx512 {
 #include "avx512.inl"
 #include "kernels.inl"
 #include "attention.inl"
+#include "pages.inl"
 }  // namespace avx512
 #pragma GCC pop_options
 
 const Kernels kAvx512{"avx512", avx512::quantize, avx512::multiply, avx512::decode, avx512::multiply_halves,
-                       avx512::attend};
+                       avx512::attend, avx512::attend_pages};
 
 }  // namespace tierhints
 

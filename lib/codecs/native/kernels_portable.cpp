@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #define INLINE inline __attribute__((always_inline))
 #define FORCED __attribute__((always_inline))  // of a lambda
@@ -17,10 +18,11 @@ namespace portable {
 #include "portable.inl"
 #include "kernels.inl"
 #include "attention.inl"
+#include "pages.inl"
 }  // namespace portable
 #pragma GCC pop_options
 
 const Kernels kPortable{"portable", portable::quantize, portable::multiply, portable::decode, portable::multiply_halves,
-                       portable::attend};
+                       portable::attend, portable::attend_pages};
 
 }  // namespace tierhints

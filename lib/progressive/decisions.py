@@ -1,0 +1,80 @@
+"""What a scheduler decides, the figures it shows, and the account it keeps of each request."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A waiting request may climb to ``tier``, or grow to ``room`` tokens."""
+
+    id: int
+    tier: int
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """A running request steps down to ``tier``; None: it is evicted, gives back all that it has,
+    and will be admitted again, with the tokens it had made as part of its prompt.
+    """
+
+    id: int
+    tier: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerState:
+    """Figures to show."""
+
+    budget_bytes: int
+    """Without the slot."""
+    used_bytes: int
+    """At the lengths that texts have now."""
+    held_bytes: int
+    hard_reserve_bytes: int
+    soft_reserve_bytes: int
+    running: int
+    """Those that wait in the line as well."""
+    asking: int
+    """Running, and waiting for a climb or for room."""
+    waiting: int
+    """For admission."""
+    rates: Mapping[str, tuple[int, int]]
+    """Class -> (requests that climbed, requests that are decided)."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Account:
+    """What a request has of memory, and may ask for."""
+
+    id: int
+    order: int
+    """Of coming."""
+    kind: str
+    prompt: int
+    cap: int
+    """Tokens of the prompt, and with all new ones."""
+    lowest: int
+    tier: int
+    top: int
+    """Tiers: that it starts at, that it is at, that it may climb to."""
+    demotable: bool
+    deadline: float | None
+    decided: bool
+    """Whether it counts as climbed, or as not climbed."""
+    tokens: int = 0
+    room: int = 0
+    """The length that its text has, and that it may have without asking."""
+    held: int = 0
+    claim: int = 0
+    """Bytes at its tier and room, and at its top tier and cap."""
+
+    @property
+    def need(self) -> int:
+        """Bytes that it may still ask for."""
+        return self.claim - self.held
+
+    def is_late(self, now: float) -> bool:
+        """Say whether its deadline has passed."""
+        return self.deadline is not None and self.deadline <= now

@@ -1,0 +1,153 @@
+"""The full states of a request's pages, in a file below fast memory.
+
+What a compact page was made of is written here while the prompt is computed, and read back, layer
+by layer, by whatever needs the full state: later chunks of the prompt, the check of a window, a
+climb. A file is nobody's but its request's: it has no name, so that it is gone with its process,
+and no other run can take it for its own. Each page has a checksum, held in memory.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ...errors import PlacementError
+from ...files import drop_cached_pages
+from ...tiering.stores.base import aligned_buffer, byte_view
+from ...tiering.stores.folders import accepts_direct_io, default_spill_folder, open_folder
+from ...units import SECTOR_BYTES
+from ..ladder import PAGE_TOKENS, KvShape
+
+
+class OriginalsFolder:
+    """Where originals are written. Raises InputError where the folder can't hold files, or is
+    memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.path = open_folder((folder or default_spill_folder()).absolute())
+        self.direct = accepts_direct_io(self.path)
+
+    def open_file(self, *, direct: bool) -> tuple[int, bool]:
+        """Return a descriptor of a new file without a name, and whether it is read past the page
+        cache, as ``direct`` asks.
+        """
+        descriptor, name = tempfile.mkstemp(prefix="tierhints-kv-", dir=self.path)
+        try:
+            if not (direct and self.direct):
+                return descriptor, False
+            past_cache = os.open(name, os.O_RDWR | os.O_DIRECT)
+            os.close(descriptor)
+            return past_cache, True
+        finally:
+            os.unlink(name)
+
+
+class Originals:
+    """The pages of one request, from the first: for each layer its keys (tokens, heads, key_dim)
+    and values, so that all pages of a layer are read at once.
+
+    ``write`` and ``read`` raise PlacementError, naming the page, where the disk is full, a read
+    fails or bytes aren't those that were written.
+    """
+
+    def __init__(self, folder: OriginalsFolder, shape: KvShape, max_pages: int) -> None:
+        self._shape = shape
+        self._page_bytes = tuple(
+            PAGE_TOKENS * shape.heads * dim * shape.itemsize
+            for dim in (shape.key_dim, shape.value_dim)
+        )
+        self._max_pages = max_pages
+        whole_sectors = all(size % SECTOR_BYTES == 0 for size in self._page_bytes)
+        self._file, self._direct = folder.open_file(direct=whole_sectors)
+        self._sums: dict[tuple[int, int, int], int] = {}
+        self.pages = 0
+        """Whole pages of all layers."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return sum(self._page_bytes[part] for _, part, _ in self._sums)
+
+    def write(self, layer: int, page: int, keys: Tensor, values: Tensor) -> None:
+        """Write pages of a layer, from ``page`` on: (n * PAGE_TOKENS, heads, dim) each."""
+        for part, states in enumerate((keys, values)):
+            data = self._aligned(states)
+            size = self._page_bytes[part]
+            try:
+                self._write(byte_view(data), self._offset(layer, part, page))
+            except OSError as error:
+                raise PlacementError(
+                    f"originals of layer {layer} can't be written ({error.strerror})"
+                ) from error
+            for index in range(len(data) // size):
+                view = data[index * size : (index + 1) * size]
+                self._sums[layer, part, page + index] = _checksum(view)
+        if layer == self._shape.layers - 1:
+            self.pages = max(self.pages, page + len(keys) // PAGE_TOKENS)
+
+    def read(self, layer: int, pages: int, keys: Tensor, values: Tensor) -> None:
+        """Read the first pages of a layer into ``keys`` and ``values``: contiguous, each of
+        (pages * PAGE_TOKENS, heads, dim).
+        """
+        for part, states in enumerate((keys, values)):
+            size = self._page_bytes[part]
+            data = states.view(-1).view(torch.uint8)
+            target = data if data.data_ptr() % SECTOR_BYTES == 0 else aligned_buffer(len(data))
+            try:
+                self._read(byte_view(target), self._offset(layer, part, 0))
+            except OSError as error:
+                raise PlacementError(
+                    f"originals of layer {layer} can't be read ({error.strerror or error})"
+                ) from error
+            for page in range(pages):
+                if _checksum(target[page * size : (page + 1) * size]) != self._sums.get(
+                    (layer, part, page)
+                ):
+                    raise PlacementError(
+                        f"page {page} of layer {layer} isn't what was written: its checksum differs"
+                    )
+            if target is not data:
+                data.copy_(target)
+
+    def close(self) -> None:
+        """Give the file's room back."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self._sums.clear()
+
+    def _offset(self, layer: int, part: int, page: int) -> int:
+        before = layer * sum(self._page_bytes) + part * self._page_bytes[0]
+        return before * self._max_pages + page * self._page_bytes[part]
+
+    def _aligned(self, states: Tensor) -> Tensor:
+        data = states.contiguous().view(-1).view(torch.uint8)
+        if data.data_ptr() % SECTOR_BYTES == 0:
+            return data
+        aligned = aligned_buffer(len(data))
+        aligned.copy_(data)
+        return aligned
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        while view:
+            written = os.pwrite(self._file, view, offset)
+            view, offset = view[written:], offset + written
+        if not self._direct:
+            drop_cached_pages(self._file)
+
+    def _read(self, view: memoryview, offset: int) -> None:
+        while view:
+            read = os.preadv(self._file, [view], offset)
+            if not read:
+                raise OSError(0, "the file is too short")
+            view, offset = view[read:], offset + read
+        if not self._direct:
+            drop_cached_pages(self._file)
+
+
+def _checksum(data: Tensor) -> int:
+    return xxhash.xxh3_64_intdigest(byte_view(data))

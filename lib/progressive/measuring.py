@@ -1,0 +1,105 @@
+"""By how much an answer differs from the full model's, measured after it was given.
+
+The answer's tokens go through the full model once, as a prompt does, and the distributions that
+they were chosen from are compared with its own, one by one. Calibration measures so at every tier,
+and an audit now and then.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .active import Active, Phase
+from .batch import Rows
+from .generation import Event, Finish, GenerationRequest
+from .kv.originals import Originals
+from .kv.pages import RequestStates
+from .verify import divergences_of
+
+LayerErrors = Sequence[tuple[float, float]]
+"""Of each layer the sums of squared errors that its compact keys and values have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What one answer at one tier was found to be."""
+
+    tier: int
+    errors: LayerErrors
+    """Of the prompt's pages."""
+    prompt_tokens: int
+    divergences: tuple[float, ...]
+    """KL(full || answered with) of each token, nats; the end's last, where there was one."""
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return sum(self.divergences) / max(1, len(self.divergences))
+
+
+OnMeasured = Callable[[Measurement | Exception], None]
+
+
+class AuditPass(Active):
+    """A pass over an answer that compares it with the full model. Its events go nowhere; its last
+    is told with the measurement.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        answer: Active,
+        on_measured: OnMeasured,
+        *,
+        states: RequestStates,
+        originals: Originals | None,
+    ) -> None:
+        logits = answer.kept_logits or []
+        start = len(answer.request.prompt) - 1
+        tokens = answer.tokens[: start + len(logits)]
+        super().__init__(
+            number,
+            GenerationRequest(prompt=tokens, max_new_tokens=1),
+            self._tell,
+            states=states,
+            originals=originals,
+            tier=0,
+            top=0,
+        )
+        self._start, self._logits = start, logits
+        self._answer, self._on_measured = answer, on_measured
+        self._divergences: list[float] = []
+
+    def next_rows(self, room: int) -> Rows | None:
+        """Return the next tokens of the text."""
+        assert self.phase is Phase.PROMPT
+        start = self.states.length
+        end = min(len(self.tokens), start + room)
+        if end == start:
+            return None
+        kept = max(0, end - max(start, self._start))
+        return self._rows(self.tokens[start:end], start, True, settles=True, kept=kept)
+
+    def take(self, logits: Tensor) -> None:
+        """Compare the full model's logits (kept, V) with those that tokens were chosen from."""
+        if len(logits):
+            done = len(self._divergences)
+            others = torch.stack(self._logits[done : done + len(logits)])
+            self._divergences += divergences_of(logits, others)
+        if self.states.length == len(self.tokens):
+            self.finish = Finish.LENGTH
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, Exception):
+            self._on_measured(event)
+        elif self.finish is Finish.LENGTH:
+            self._on_measured(
+                Measurement(
+                    tier=self._answer.tier,
+                    errors=self._answer.prompt_errors,
+                    prompt_tokens=len(self._answer.request.prompt),
+                    divergences=tuple(self._divergences),
+                )
+            )

@@ -1,0 +1,344 @@
+"""The requests that have memory: what becomes of them between two steps, and in one.
+
+All of it happens in the engine's thread. What callers also look at is guarded by ``lock``.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import PlacementError
+from .active import Active, Phase, kind_of, quality_of
+from .batch import Rows, pages_of
+from .bounds import Kind, RequestError
+from .generation import Event, Finish, GenerationRequest, Outcome
+from .kv.originals import Originals, OriginalsFolder
+from .kv.pages import RequestStates
+from .ladder import Ladder, num_pages
+from .measuring import AuditPass, OnMeasured
+from .scheduler import Scheduler
+from .served import ServedModel
+
+STEP_TOKENS = 512
+"""Rows of prompts in a step at most: others wait for it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """What an engine did, and holds."""
+
+    waiting: int = 0
+    running: int = 0
+    most_running: int = 0
+    steps: int = 0
+    new_tokens: int = 0
+    rejected_tokens: int = 0
+    escalations: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    kv_budget: int = 0
+    kv_bytes: int = 0
+    """Of keys and values in fast memory now, the slot for originals included."""
+    most_kv_bytes: int = 0
+    tiers: dict[str, int] = field(default_factory=dict)
+    """Tier -> requests that ended there."""
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A request that has no memory.
+
+    ``tier``: the one that it is to have, where that is given; ``answer``: the one that it measures;
+    ``before``: what it did until it was evicted.
+    """
+
+    number: int
+    request: GenerationRequest
+    on_event: Callable[[Event], None]
+    tier: int | None = None
+    on_measured: OnMeasured | None = None
+    answer: Active | None = None
+    before: Active | None = None
+
+
+class Runner:
+    """Starts, climbs, computes and ends requests."""
+
+    def __init__(
+        self,
+        served: ServedModel,
+        ladder: Ladder,
+        folder: OriginalsFolder,
+        scheduler: Scheduler,
+        lock: threading.Condition,
+        *,
+        fixed_bytes: int,
+        kv_budget: int,
+    ) -> None:
+        self.served, self.ladder, self.folder = served, ladder, folder
+        self.scheduler, self.lock = scheduler, lock
+        self.active: dict[int, Active] = {}
+        self.waiting: dict[int, Waiting] = {}
+        self._entries: dict[int, Waiting] = {}
+        """Of the active ones, what they waited as."""
+        self.stats = EngineStats(kv_budget=kv_budget)
+        self.bound_of: Callable[[Active], float] = lambda active: math.inf
+        """The bound of an answer at the tier that its request has."""
+        self._fixed_bytes = fixed_bytes
+        self._next_number = 0
+
+    def enqueue(self, **of: Any) -> int:
+        """Put a request at the end of those that wait, and return its number: see ``Waiting``.
+
+        The lock is held. Raises RequestError where it can never fit.
+        """
+        number = self._next_number
+        waiting = Waiting(number=number, **of)
+        request, kind = waiting.request, kind_of(waiting.request.bound)
+        given = waiting.tier is not None
+        tier = self._first_tier(waiting)
+        self.scheduler.submit(
+            number,
+            len(request.prompt),
+            request.max_new_tokens,
+            tier=tier,
+            top_tier=tier if given else self.ladder.full,
+            deadline=request.deadline,
+            kind="given" if given else kind,
+            demotable=kind is Kind.VERIFIED and not given,
+        )
+        self._next_number += 1
+        self.waiting[number] = waiting
+        return number
+
+    def go_on(self) -> bool:
+        """Make a step; False if nobody can go on."""
+        with self.lock:
+            preemptions = self.scheduler.preemptions()
+            admitted = [self.waiting.pop(each) for each in self.scheduler.admit(time.monotonic())]
+        for preemption in preemptions:
+            self._preempt(self.active[preemption.id], preemption.tier)
+        for waiting in admitted:
+            self._start(waiting)
+        self._judge()
+        self._climb()
+        work = self._gather_rows()
+        if work:
+            self._step(work)
+        return bool(work)
+
+    def drop(self, cancelled: set[int]) -> None:
+        """End those that are cancelled, and those that are late."""
+        with self.lock:
+            late = set(self.scheduler.expired(time.monotonic()))
+            ended = cancelled | late
+            waiting = [self.waiting.pop(each) for each in ended if each in self.waiting]
+            for each in waiting:
+                self.scheduler.finish(each.number, cancelled=True)
+        for number in sorted(ended & self.active.keys()):
+            active = self.active[number]
+            active.finish = Finish.DEADLINE if number in late else Finish.CANCELLED
+            self._end(active)
+        for each in waiting:
+            finish = Finish.DEADLINE if each.number in late else Finish.CANCELLED
+            self.stats.cancelled += 1
+            each.on_event(_unstarted(each.request, finish, self.ladder.names[0]))
+
+    def _first_tier(self, waiting: Waiting) -> int:
+        if waiting.tier is not None:
+            return waiting.tier
+        return self.ladder.full if kind_of(waiting.request.bound) is Kind.FULL else 0
+
+    def _start(self, waiting: Waiting) -> None:
+        tier = self._first_tier(waiting)
+        try:
+            states, originals = self._allocate(waiting, tier)
+        except Exception as error:
+            with self.lock:
+                self.scheduler.finish(waiting.number, cancelled=True)
+            self.stats.failed += 1
+            waiting.on_event(error)
+            return
+        if waiting.before is not None:
+            active = waiting.before
+            active.begin_again(states, originals, tier)
+        elif waiting.answer is not None:
+            assert waiting.on_measured is not None
+            active = AuditPass(
+                waiting.number,
+                waiting.answer,
+                waiting.on_measured,
+                states=states,
+                originals=originals,
+            )
+        else:
+            active = Active(
+                waiting.number,
+                waiting.request,
+                waiting.on_event,
+                states=states,
+                originals=originals,
+                tier=tier,
+                top=self.ladder.full,
+            )
+            if waiting.on_measured is not None:
+                active.kept_logits = []
+            active.is_decided |= waiting.tier is not None
+        self.active[waiting.number] = active
+        self._entries[waiting.number] = waiting
+        self.stats.most_running = max(self.stats.most_running, len(self.active))
+
+    def _allocate(self, waiting: Waiting, tier: int) -> tuple[RequestStates, Originals | None]:
+        pages = num_pages(len(waiting.request.prompt) + waiting.request.max_new_tokens)
+        states = RequestStates(self.served.shape, self.ladder.tiers[tier], dtype=self.served.dtype)
+        if not pages or tier == self.ladder.full:
+            return states, None
+        return states, Originals(self.folder, self.served.shape, pages)
+
+    def _preempt(self, active: Active, tier: int | None) -> None:
+        """Have a request step down to a tier; None: give all back, and wait."""
+        if tier is not None:
+            active.states.demote(self.ladder.tiers[tier])
+            active.tier = tier
+            return
+        if active.originals is not None:
+            active.originals.close()
+        with self.lock:
+            del self.active[active.number]
+            waiting = self._entries.pop(active.number)
+            waiting.before = active
+            self.waiting[active.number] = waiting
+
+    def _climb(self) -> None:
+        """Let those climb that may: those that ask now, and those that have waited."""
+        with self.lock:
+            allowed = {grant.id: grant.tier for grant in self.scheduler.granted()}
+            for active in self.active.values():
+                if active.phase is Phase.CLIMB and not active.asked:
+                    active.asked = True
+                    if self.scheduler.ask_climb(active.number, active.tier + 1):
+                        allowed[active.number] = active.tier + 1
+        for number, tier in allowed.items():
+            active = self.active[number]
+            try:
+                self._rebuild(active, tier)
+            except Exception as error:
+                self._fail(active, error)
+
+    def _judge(self) -> None:
+        """Say of those under a calibrated bound whether their tier is enough."""
+        for active in self.active.values():
+            if active.phase is Phase.JUDGE:
+                active.judge(self.bound_of(active))
+                if active.is_decided:
+                    with self.lock:
+                        self.scheduler.settle(active.number)
+
+    def _rebuild(self, active: Active, tier: int) -> None:
+        """Hold the pages of a request at another tier, from its originals."""
+        originals = active.originals
+        pages = originals.pages if originals else 0
+        for layer in range(self.served.shape.layers):
+            keys, values = (pages_of(buffer, pages) for buffer in self.served.slot.take())
+            if originals is not None:
+                originals.read(layer, pages, keys, values)
+            active.states.rebuild(layer, self.ladder.tiers[tier], keys, values)
+        active.has_climbed(tier)
+        self.stats.escalations += 1
+
+    def _gather_rows(self) -> list[tuple[Active, Rows]]:
+        room, found = STEP_TOKENS, []
+        for active in self.active.values():
+            rows = active.next_rows(room)
+            if rows is not None:
+                found.append((active, rows))
+                if active.phase is Phase.PROMPT:
+                    room -= len(rows.ids)
+        return sorted(found, key=lambda each: each[1].is_pass)
+
+    def _step(self, work: list[tuple[Active, Rows]]) -> None:
+        try:
+            kept = self.served.run([rows for _, rows in work])
+        except Exception as error:
+            for active, _ in work:
+                self._fail(active, error)
+            return
+        self.stats.steps += 1
+        for (active, rows), logits in zip(work, kept, strict=True):
+            try:
+                if rows.failure is not None:
+                    raise rows.failure
+                active.take(logits)
+            except Exception as error:
+                self._fail(active, error)
+                continue
+            with self.lock:
+                self.scheduler.grow(active.number, active.states.length)
+        held = self._fixed_bytes
+        for active in list(self.active.values()):
+            held += active.count_bytes()
+            if active.finish is not None:
+                self._end(active)
+        self.stats.kv_bytes = held
+        self.stats.most_kv_bytes = max(held, self.stats.most_kv_bytes)
+
+    def _fail(self, active: Active, error: Exception) -> None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            error = PlacementError(f"no memory left for the request ({error})")
+        self.stats.failed += 1
+        self._leave(active, error)
+
+    def _end(self, active: Active) -> None:
+        if active.finish in (Finish.CANCELLED, Finish.DEADLINE):
+            self.stats.cancelled += 1
+        else:
+            self.stats.finished += 1
+        tier = self.ladder.names[active.tier]
+        self.stats.tiers[tier] = self.stats.tiers.get(tier, 0) + 1
+        self.stats.new_tokens += active.num_new
+        self.stats.rejected_tokens += active.rejected
+        self._leave(active, active.outcome(tier))
+
+    def _leave(self, active: Active, last: Event) -> None:
+        if active.originals is not None:
+            active.originals.close()
+        whole = active.finish in (Finish.STOP, Finish.LENGTH)
+        with self.lock:
+            del self.active[active.number]
+            entry = self._entries.pop(active.number)
+            self.scheduler.finish(active.number, cancelled=not whole)
+            if whole and active.kept_logits is not None:
+                self._measure(active, entry)
+            self.lock.notify_all()
+        active.on_event(last)
+
+    def _measure(self, active: Active, entry: Waiting) -> None:
+        """Have an answer measured."""
+        assert entry.on_measured is not None
+        tokens = active.tokens[: len(active.request.prompt) - 1 + len(active.kept_logits or [])]
+        try:
+            self.enqueue(
+                request=GenerationRequest(prompt=tokens, max_new_tokens=1),
+                on_event=lambda event: None,
+                tier=0,
+                on_measured=entry.on_measured,
+                answer=active,
+            )
+        except RequestError as error:
+            entry.on_measured(error)
+
+
+def _unstarted(request: GenerationRequest, finish: Finish, tier: str) -> Outcome:
+    return Outcome(
+        finish=finish,
+        prompt_tokens=len(request.prompt),
+        new_tokens=0,
+        rejected_tokens=0,
+        quality=quality_of(request.bound, tier),
+    )

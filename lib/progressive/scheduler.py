@@ -1,0 +1,350 @@
+"""Who runs, at which tier, and who waits, so that memory is never short. Pure: no torch, no clock.
+
+A running request *holds* the most bytes that its text takes at its tier while it grows to its room
+(``Ladder.peak_bytes``), and may *need* what more it would hold at its top tier and its cap, the
+prompt with all tokens that it may make. With B the budget less the slot that all share, and free =
+B - sum of held:
+
+    invariant   some order exists in which each running request gets all it needs, finishes, and
+                gives back all it holds (``is_safe``); so sum of held <= B
+    admission   free afterwards >= the largest need of all that then run (the *hard reserve*: one
+                full escalation at its length's cap), and >= what climbs will probably take (the
+                *soft reserve*, a quantile; it shortens waits and no promise rests on it)
+    the line    what can't be given at once waits, its state kept, first come first served, before
+                any admission: its first gets what it asks for if the invariant then holds; one
+                behind it, only if with what is free it could finish
+
+Why the invariant holds: at admission every need fits into what is free. The first of the line is
+checked. One behind it, whose whole need is free, may come first in the order, and gives all back.
+Finishing, settling, stepping down and evicting give back what they held, or need less: whatever
+order there was remains one.
+
+Why nothing blocks: of those running, the first in the order needs no more than what is free. If it
+waits it is given what it asks for, as first of the line or behind it; if not, it runs. So something
+always runs; each request asks a finite number of times and ends, and since nothing is admitted
+while any waits, those waiting get their turn. Requests are admitted in the order they came: none is
+passed by. Stepping down is done for the sake of older requests only, so that the oldest never has
+to climb twice.
+
+Room is given as a whole at admission (``growth_tokens`` None), and no step ever waits; or in
+portions, for answers that are mostly much shorter than they may be: more requests run, and one may
+wait for its next portion. The caller does at once what is decided, what gives memory back first.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+
+from ..errors import InputError
+from .bounds import RequestError
+from .decisions import Account, Grant, Preemption, SchedulerState
+from .ladder import Ladder
+from .reserve import EscalationRates, is_safe, probable_bytes
+
+
+class Scheduler:
+    """Decides for the requests of one model; for one thread.
+
+    ``slot_bytes``: what all requests share, one layer in full of the longest and what is being
+    encoded, taken off the budget. ``window``: tokens that a request may hold in full beyond its
+    tail, drafted and unchecked. ``soft_quantile``: 0 keeps nothing back for climbs beyond the hard
+    reserve. ``history``: class -> (climbed, seen) of earlier requests; of an unknown class all are
+    taken to climb. Raises InputError for a budget that the slot leaves nothing of.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        budget_bytes: int,
+        *,
+        slot_bytes: int = 0,
+        window: int = 0,
+        growth_tokens: int | None = None,
+        soft_quantile: float = 0.95,
+        history: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        if budget_bytes <= slot_bytes:
+            raise InputError(
+                f"a budget of {budget_bytes} bytes for keys and values has no room beside the "
+                f"{slot_bytes} that all requests share: give more"
+            )
+        self.ladder = ladder
+        self.rates = EscalationRates(history)
+        self._budget = budget_bytes - slot_bytes
+        self._slot = slot_bytes
+        self._window = window
+        self._growth = growth_tokens
+        self._quantile = soft_quantile
+        self._submitted = 0
+        self._waiting: list[Account] = []
+        self._running: dict[int, Account] = {}
+        self._line: dict[int, Grant] = {}
+
+    # -- requests come and go ----------------------------------------------------------------------
+
+    def submit(
+        self,
+        id: int,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        *,
+        tier: int,
+        top_tier: int,
+        deadline: float | None = None,
+        kind: str = "",
+        demotable: bool = False,
+    ) -> None:
+        """Put a request at the end of those waiting for admission.
+
+        ``tier``: it starts at; ``top_tier``: the highest that it may ask for. ``kind``: its class,
+        whose rate of climbs is counted. ``demotable``: its answer is right at any tier (a verified
+        one's), so that it may be told to step down. Raises RequestError if at its cap it would
+        never fit.
+        """
+        assert prompt_tokens > 0 <= max_new_tokens and 0 <= tier <= top_tier <= self.ladder.full
+        assert id not in self._running and all(each.id != id for each in self._waiting)
+        request = Account(
+            id=id,
+            order=self._submitted,
+            kind=kind,
+            prompt=prompt_tokens,
+            cap=prompt_tokens + max_new_tokens,
+            lowest=tier,
+            tier=tier,
+            top=top_tier,
+            demotable=demotable,
+            deadline=deadline,
+            decided=tier == top_tier,
+        )
+        request.claim = self._size(top_tier, request.cap)
+        if request.claim > self._budget:
+            raise RequestError(
+                f"{prompt_tokens} tokens and {max_new_tokens} new ones take {request.claim} bytes "
+                f"of keys and values at tier {self.ladder.names[top_tier]}, and the budget is "
+                f"{self._budget}: give a shorter prompt or fewer new tokens",
+                param="max_tokens",
+                code="kv_budget_exceeded",
+            )
+        self._submitted += 1
+        self._waiting.append(request)
+
+    def admit(self, now: float) -> list[int]:
+        """Return those that start now, in the order they came; they hold memory from here on."""
+        admitted: list[int] = []
+        ready = [each for each in self._waiting if not each.is_late(now)]
+        for request in ready:
+            first = replace(request, room=self._first_room(request))
+            first.held = self._size(first.tier, first.room)
+            free = self._free - first.held
+            then = [*self._running.values(), first]
+            if self._line or free < max(each.need for each in then) or free < self._probable(then):
+                break
+            self._running[request.id] = first
+            self._waiting.remove(request)
+            admitted.append(request.id)
+        return admitted
+
+    def finish(self, id: int, *, cancelled: bool = False) -> None:
+        """Forget a request, running or not: it has given back its memory.
+
+        A ``cancelled`` one says nothing about how often its class climbs.
+        """
+        request = self._running.pop(id, None)
+        if request is None:
+            self._waiting = [each for each in self._waiting if each.id != id]
+        elif not cancelled:
+            self._decide(request, climbed=False)
+        self._line.pop(id, None)
+
+    def expired(self, now: float) -> list[int]:
+        """Return those whose deadline has passed: end them, and say so with ``finish``."""
+        return [each.id for each in self._all() if each.is_late(now)]
+
+    # -- running requests --------------------------------------------------------------------------
+
+    def ask_climb(self, id: int, tier: int) -> bool:
+        """Ask for a higher tier: True if it is given. Else the request has to stand still, with the
+        state it has, until ``granted`` names it; asking again meanwhile changes nothing.
+        """
+        request = self._running[id]
+        assert request.tier < tier <= request.top, f"no climb from {request.tier} to {tier}"
+        self._decide(request, climbed=True)
+        return self._ask(Grant(id, tier, request.room))
+
+    def grow(self, id: int, tokens: int) -> bool:
+        """Say how long a text is, or will be after the next step; it may also have become shorter.
+
+        Always True where room is given as a whole. Else False if the next portion isn't free: the
+        request has to stand still until ``granted`` names it, and then grows.
+        """
+        request = self._running[id]
+        assert 0 <= tokens <= request.cap, f"{tokens} tokens, and {request.cap} were announced"
+        if tokens > request.room:
+            assert self._growth is not None
+            room = min(request.cap, max(tokens, request.room + self._growth))
+            if not self._ask(Grant(id, request.tier, room)):
+                return False
+        request.tokens = tokens
+        return True
+
+    def granted(self) -> list[Grant]:
+        """Return those of the line that now get what they waited for."""
+        given = []
+        for ask in list(self._line.values()):
+            is_first = next(iter(self._line)) == ask.id
+            if self._can_give(ask, first=is_first):
+                del self._line[ask.id]
+                self._give(ask)
+                given.append(ask)
+        return given
+
+    def settle(self, id: int) -> None:
+        """Say that a request stays at the tier it has: it neither climbs any more nor steps down,
+        and if it is evicted it starts there again.
+        """
+        request = self._running[id]
+        self._decide(request, climbed=False)
+        self._line.pop(id, None)
+        request.lowest = request.top = request.tier
+        request.claim = self._size(request.top, request.cap)
+
+    # -- preemption --------------------------------------------------------------------------------
+
+    def resize(self, budget_bytes: int) -> None:
+        """Change the budget; ``preemptions`` says who gives way. Raises InputError if a request
+        that is here would never fit.
+        """
+        largest = max((each.claim for each in self._all()), default=1)
+        if budget_bytes - self._slot < largest:
+            raise InputError(
+                f"a budget of {budget_bytes} bytes for keys and values is too small for a request "
+                f"that is here: it may need {largest}, and {self._slot} are shared"
+            )
+        self._budget = budget_bytes - self._slot
+
+    def preemptions(self) -> list[Preemption]:
+        """Return who gives memory back, youngest first: all it takes after the budget was lowered,
+        first tiers, then whole requests; else tiers alone, for the first of the line if that helps.
+        """
+        youngest = sorted(self._running.values(), key=lambda each: -each.order)
+        if not self._is_safe():
+            steps = self._step_down(youngest, until=self._is_safe)
+            for request in youngest:
+                if self._is_safe():
+                    break
+                self._evict(request)
+                steps = [each for each in steps if each.id != request.id]
+                steps.append(Preemption(request.id, None))
+            return steps
+        if not self._line:
+            return []
+        ask = next(iter(self._line.values()))
+        younger = [each for each in youngest if each.order > self._running[ask.id].order]
+        before = {each.id: each.tier for each in younger}
+        steps = self._step_down(younger, until=lambda: self._can_give(ask, first=True))
+        if self._can_give(ask, first=True):
+            return steps
+        for step in steps:
+            self._give(Grant(step.id, before[step.id], self._running[step.id].room))
+        return []
+
+    # -- figures -----------------------------------------------------------------------------------
+
+    def bytes_used(self) -> int:
+        """Return what running requests take at the lengths that ``grow`` told."""
+        return sum(self.ladder.num_bytes(each.tier, each.tokens) for each in self._running.values())
+
+    def bytes_held(self) -> int:
+        """Return what is promised to running requests."""
+        return sum(each.held for each in self._running.values())
+
+    def state(self) -> SchedulerState:
+        """Return figures to show."""
+        running = list(self._running.values())
+        return SchedulerState(
+            budget_bytes=self._budget,
+            used_bytes=self.bytes_used(),
+            held_bytes=self.bytes_held(),
+            hard_reserve_bytes=max((each.need for each in running), default=0),
+            soft_reserve_bytes=self._probable(running),
+            running=len(running),
+            asking=len(self._line),
+            waiting=len(self._waiting),
+            rates=self.rates.to_dict(),
+        )
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    @property
+    def _free(self) -> int:
+        return self._budget - self.bytes_held()
+
+    def _all(self) -> Iterator[Account]:
+        return chain(self._waiting, self._running.values())
+
+    def _size(self, tier: int, tokens: int) -> int:
+        return self.ladder.peak_bytes(tier, tokens, window=self._window)
+
+    def _first_room(self, request: Account) -> int:
+        return (
+            request.cap if self._growth is None else min(request.cap, request.prompt + self._growth)
+        )
+
+    def _is_safe(self) -> bool:
+        return is_safe(self._free, ((each.held, each.need) for each in self._running.values()))
+
+    def _probable(self, running: Sequence[Account]) -> int:
+        climbs = [
+            (self._size(each.top, each.room) - each.held, self.rates.upper(each.kind))
+            for each in running
+            if each.tier < each.top
+        ]
+        return probable_bytes(climbs, quantile=self._quantile, budget_bytes=self._budget)
+
+    def _decide(self, request: Account, *, climbed: bool) -> None:
+        if not request.decided:
+            self.rates.count(request.kind, climbed=climbed)
+            request.decided = True
+
+    def _ask(self, ask: Grant) -> bool:
+        if ask.id in self._line:
+            return False
+        if not self._can_give(ask, first=not self._line):
+            self._line[ask.id] = ask
+            return False
+        self._give(ask)
+        return True
+
+    def _can_give(self, ask: Grant, *, first: bool) -> bool:
+        request, free = self._running[ask.id], self._free
+        if not first:
+            return request.need <= free
+        held = self._size(ask.tier, ask.room)
+        others = ((o.held, o.need) for o in self._running.values() if o is not request)
+        after = free - (held - request.held)
+        return after >= 0 and is_safe(after, [*others, (held, request.claim - held)])
+
+    def _give(self, ask: Grant) -> None:
+        request = self._running[ask.id]
+        request.tier, request.room = ask.tier, ask.room
+        request.held = self._size(ask.tier, ask.room)
+
+    def _step_down(
+        self, requests: Sequence[Account], *, until: Callable[[], bool]
+    ) -> list[Preemption]:
+        """Let those that may go to their lowest tier, one by one; not those that wait in line."""
+        steps = []
+        for request in requests:
+            if until():
+                break
+            if request.demotable and request.tier > request.lowest and request.id not in self._line:
+                self._give(Grant(request.id, request.lowest, request.room))
+                steps.append(Preemption(request.id, request.lowest))
+        return steps
+
+    def _evict(self, request: Account) -> None:
+        del self._running[request.id]
+        self._line.pop(request.id, None)
+        request.prompt = max(request.prompt, request.tokens)
+        request.tier, request.tokens, request.room, request.held = request.lowest, 0, 0, 0
+        self._waiting = sorted([*self._waiting, request], key=lambda each: each.order)
