@@ -18,6 +18,7 @@ STAMP := .venv/.stamp
 KCONFIG := $(BIN)/python -m scripts.kconfig --config $(KCONFIG_CONFIG)
 PIPELINE := $(BIN)/python -m scripts.pipeline --config $(KCONFIG_CONFIG)
 QUICKSTART_CONFIG := runs/quickstart.config
+SERVE_DEMO_CONFIG := runs/serve-demo.config
 
 list_presets = for f in defconfigs/*; do \
 	printf '  %-24s %s\n' "$${f\#\#*/}" "$$(sed -n '1s/^\# *//p' "$$f")"; done
@@ -56,6 +57,15 @@ demo: $(STAMP) ## Download a 135M chat model (89 MiB); it answers whole, at 4 bi
 .PHONY: demo-hints
 demo-hints: $(STAMP) ## Make the demo's hints anew: measure, and calibrate
 	$(Q)$(BIN)/python -m scripts.demo hints
+
+.PHONY: serve
+serve: $(STAMP) ## Serve a model over HTTP as .config says, until Ctrl-C
+	$(Q)$(BIN)/python -m scripts.serve --config $(KCONFIG_CONFIG)
+
+.PHONY: serve-demo
+serve-demo: $(STAMP) ## Serve the demo's chat model, ask it with three quality bounds, and stop
+	$(Q)$(BIN)/python -m scripts.kconfig --config $(SERVE_DEMO_CONFIG) defconfig serve-demo
+	$(Q)$(BIN)/python -m scripts.serve --config $(SERVE_DEMO_CONFIG) demo
 
 .PHONY: train
 train: $(STAMP) ## Train as .config says, and write the hints

@@ -53,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..checkpoint.hub import checkpoint_folder
     from ..checkpoint.load import load
     from ..checkpoint.models import quiet_transformers
+    from ..progressive.calibration import load_calibration
     from ..progressive.engine import Engine
     from ..serving.app import make_app
     from ..serving.serve import (
+        check_calibration,
         describe_model,
         ignored_settings,
         listen,
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..text.held_out import load_tokenizer
     from ..tiering import attach
 
+    calibration = None if args.calibration is None else load_calibration(args.calibration, {})
     folder = checkpoint_folder(args.model)
     quiet_transformers(progress=sys.stderr.isatty())
     listener = listen(args.host, args.port)
@@ -101,9 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             ladder=args.ladder,
             folder=args.spill_dir,
             context=args.context,
+            calibration=calibration,
             max_queue=args.max_queue,
         ) as engine,
     ):
+        check_calibration(calibration, engine.ladder)
         gate = make_app(engine, tokenizer, settings)
         document: dict[str, Any] = {
             "url": listener.url,
@@ -115,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 name: engine.ladder.num_bytes(tier, engine.context) / engine.context
                 for tier, name in enumerate(engine.ladder.names)
             },
+            "chat": card.chat,
             "needs_key": settings.api_key is not None,
         }
         emit(_table(document), document, args.json)
@@ -186,6 +192,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BOUND",
         help="quality_bound of requests without one: full, exact, nats per token (0.05), or these "
         f"and a delta (0.05,0.01) {default}",
+    )
+    states.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="of bounds with a delta, for this model and these tiers (default: none, and such "
+        "bounds are refused)",
     )
     states.add_argument(
         "--spill-dir",

@@ -181,6 +181,20 @@ class BenchConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """The endpoint."""
+
+    model: str  # empty: the checkpoint of the run
+    host: str
+    port: int
+    kv_budget: str
+    ladder: str  # empty: all tiers
+    default_bound: str
+    calibration: str  # empty: none
+    max_queue: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportConfig:
     """The report."""
 
@@ -198,6 +212,7 @@ class Config:
     train: TrainConfig
     tiering: TieringConfig
     bench: BenchConfig
+    serve: ServeConfig
     report: ReportConfig
 
     @property

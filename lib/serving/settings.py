@@ -18,6 +18,8 @@ class ModelCard:
     """The length of a row of its logits."""
     stop_ids: frozenset[int]
     """Tokens that end a text."""
+    chat: bool = True
+    """Whether it has a chat template."""
     temperature: float = 0.0
     """Where a request has none."""
     top_p: float = 1.0
