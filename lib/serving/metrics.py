@@ -11,7 +11,15 @@ from prometheus_client.registry import Collector
 from ..progressive.generation import Outcome
 from .engine import TextEngine
 
-_OF_NOW = ("waiting", "running", "most_running", "kv_bytes", "most_kv_bytes", "kv_budget")
+_OF_NOW = (
+    "waiting",
+    "running",
+    "most_running",
+    "kv_bytes",
+    "most_kv_bytes",
+    "kv_budget",
+    "stopped_bounds",
+)
 """Figures of the engine that don't count up."""
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 

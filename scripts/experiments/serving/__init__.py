@@ -1,0 +1,1 @@
+"""The endpoint under load, and what strangers make of it."""
