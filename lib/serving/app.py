@@ -89,6 +89,9 @@ def make_app(engine: TextEngine, tokenizer: Any, settings: Settings) -> Gate:
         page = await asyncio.to_thread(endpoint.metrics.page)
         return Response(page, media_type="text/plain; version=0.0.4")
 
+    for schema in app.openapi()["components"]["schemas"].values():
+        if "model" in schema["properties"] and "stream" in schema["properties"]:
+            schema["properties"]["model"]["enum"] = [settings.model.name]
     gate = Gate(app, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
     return gate
 

@@ -21,6 +21,10 @@ from .gate import Gate
 from .settings import ModelCard
 
 _BACKLOG = 2048
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than clients and proxies keep idle connections: one that the server closes while a request
+is on its way is an error there.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +64,7 @@ def run_until_stopped(gate: Gate, listener: Listener, *, drain_seconds: float) -
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=1,
         lifespan="off",
     )
