@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..checkpoint.hub import checkpoint_folder
     from ..checkpoint.load import load
     from ..checkpoint.models import quiet_transformers
+    from ..evaluation.calibrate_requests import calibration_keys
+    from ..progressive.calibration import load_calibration
     from ..progressive.engine import Engine
     from ..serving.app import make_app
     from ..serving.serve import (
@@ -71,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     listener = listen(args.host, args.port)
     model = load(folder)
     tokenizer = load_tokenizer(str(folder))
+    calibration = None
+    if args.calibration is not None:
+        calibration = load_calibration(args.calibration, calibration_keys(model))
     card = describe_model(model, tokenizer, name=served_name(args.model, args.name))
     if ignored := ignored_settings(model):
         print(
@@ -101,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ladder=args.ladder,
             folder=args.spill_dir,
             context=args.context,
+            calibration=calibration,
             max_queue=args.max_queue,
         ) as engine,
     ):
@@ -179,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIERS",
         help="tiers that they may be held at, low to high, such as 'K4V4 K8V8'; full is always one "
         "(default: all that make them smaller)",
+    )
+    states.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="of tierhints calibrate-requests: bounds with a delta take one (default: none)",
     )
     states.add_argument(
         "--default-bound",

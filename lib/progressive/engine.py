@@ -17,9 +17,11 @@ from typing import Any, Self
 
 import torch
 
-from ..errors import PlacementError
-from .active import LONGEST_WINDOW, kind_of
-from .bounds import Kind, RequestError
+from ..errors import InputError, PlacementError
+from .active import LONGEST_WINDOW
+from .bounds import RequestError
+from .calibrated import AUDITED_SHARE, CalibratedBounds
+from .calibration import Calibration
 from .generation import Event, GenerationRequest
 from .kv.originals import OriginalsFolder
 from .ladder import Ladder, make_ladder
@@ -40,7 +42,9 @@ class Engine:
     """Answers requests with a model of transformers, which is its alone until it is closed.
 
     ``kv_budget``: bytes of fast memory for keys and values, the room for one layer of originals
-    included. ``folder``: on a disk, where originals go. ``context``: tokens of a text at most.
+    included. ``ladder``: or names of tiers. ``folder``: on a disk, where originals go.
+    ``context``: tokens of a text at most. ``calibration``: of this model and ladder, for bounds
+    with a delta, of which a share is audited.
     Raises InputError for a model whose attention can't be served by request, and for a budget
     without room beside the slot.
     """
@@ -50,16 +54,29 @@ class Engine:
         model: Any,
         *,
         kv_budget: int,
-        ladder: Ladder | None = None,
+        ladder: Ladder | str | None = None,
         folder: Path | None = None,
         context: int | None = None,
+        calibration: Calibration | None = None,
+        audited_share: float = AUDITED_SHARE,
         max_queue: int = 256,
     ) -> None:
         self._served = ServedModel(model, context)
         self.context = self._served.context
         self.shape = self._served.shape
         try:
-            self.ladder = ladder or make_ladder(self.shape)
+            if not isinstance(ladder, Ladder):
+                made = calibration.ladder if calibration else make_ladder(self.shape)
+                ladder = made if ladder is None else made.restrict(ladder)
+            if ladder.shape != self.shape:
+                raise InputError(
+                    f"the ladder is of {ladder.shape}, and the model has {self.shape}: make one, "
+                    "or a calibration, of this model"
+                )
+            self.ladder = ladder
+            self._calibrated = CalibratedBounds(
+                calibration, ladder.full, audited_share=audited_share
+            )
             layer_bytes = STEP_TOKENS * self.shape.token_bytes // self.shape.layers
             fixed_bytes = self._served.slot.num_bytes + layer_bytes
             self._lock = threading.Condition()
@@ -73,6 +90,7 @@ class Engine:
                 self._lock,
                 fixed_bytes=fixed_bytes,
                 kv_budget=kv_budget,
+                calibrated=self._calibrated,
             )
         except BaseException:
             self._served.close()
@@ -87,12 +105,7 @@ class Engine:
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError for a request that can't be answered, whatever else there is."""
         self._served.check(request)
-        if kind_of(request.bound) is Kind.CALIBRATED:
-            raise RequestError(
-                "a bound with delta above 0 needs a calibration, and this engine has none",
-                param="quality_bound",
-                code="calibration_missing",
-            )
+        self._calibrated.check(request.bound)
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> int:
         """Take a request, and return its number. ``on_event`` is called from the engine's thread
@@ -141,9 +154,13 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return a copy of what was counted so far."""
         runner = self._runner
+        audits, broken, stopped = self._calibrated.counts()
         with self._lock:
             return replace(
                 runner.stats,
+                audits=audits,
+                broken_bounds=broken,
+                stopped_bounds=stopped,
                 waiting=len(runner.waiting),
                 running=len(runner.active),
                 tiers=dict(runner.stats.tiers),

@@ -132,7 +132,7 @@ class Calibrated:
 
     def bound(self, evidence: Evidence, tier: int) -> Bound | None:
         """Return c g(t); None without any error to go by, or once the audit has stopped."""
-        if tier == len(self._calibration.tiers):
+        if tier == self._calibration.ladder.full:
             return _NO_ERROR
         if self._audit is not None and self._audit.stopped:
             return None

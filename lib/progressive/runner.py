@@ -3,7 +3,6 @@
 All of it happens in the engine's thread. What callers also look at is guarded by ``lock``.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,11 +15,12 @@ from ..errors import PlacementError
 from .active import Active, Phase, kind_of, quality_of
 from .batch import Rows, pages_of
 from .bounds import Kind, RequestError
+from .calibrated import CalibratedBounds
 from .generation import Event, Finish, GenerationRequest, Outcome
 from .kv.originals import Originals, OriginalsFolder
 from .kv.pages import RequestStates
 from .ladder import Ladder, num_pages
-from .measuring import AuditPass, OnMeasured
+from .measuring import AuditPass, OnMeasured, no_error
 from .scheduler import Scheduler
 from .served import ServedModel
 
@@ -48,6 +48,12 @@ class EngineStats:
     most_kv_bytes: int = 0
     tiers: dict[str, int] = field(default_factory=dict)
     """Tier -> requests that ended there."""
+    audits: int = 0
+    """Of answers under a calibrated bound."""
+    broken_bounds: int = 0
+    """Found by audits."""
+    stopped_bounds: int = 0
+    """Deltas of which nothing is released below full any more."""
 
 
 @dataclass(slots=True)
@@ -80,6 +86,7 @@ class Runner:
         *,
         fixed_bytes: int,
         kv_budget: int,
+        calibrated: CalibratedBounds,
     ) -> None:
         self.served, self.ladder, self.folder = served, ladder, folder
         self.scheduler, self.lock = scheduler, lock
@@ -88,8 +95,7 @@ class Runner:
         self._entries: dict[int, Waiting] = {}
         """Of the active ones, what they waited as."""
         self.stats = EngineStats(kv_budget=kv_budget)
-        self.bound_of: Callable[[Active], float] = lambda active: math.inf
-        """The bound of an answer at the tier that its request has."""
+        self.calibrated = calibrated
         self._fixed_bytes = fixed_bytes
         self._next_number = 0
 
@@ -187,9 +193,12 @@ class Runner:
                 tier=tier,
                 top=self.ladder.full,
             )
+            if waiting.tier is not None:
+                active.is_decided = True
+            elif active.kind is Kind.CALIBRATED:
+                waiting.on_measured = self.calibrated.draw(waiting.number, waiting.request)
             if waiting.on_measured is not None:
                 active.kept_logits = []
-            active.is_decided |= waiting.tier is not None
         self.active[waiting.number] = active
         self._entries[waiting.number] = waiting
         self.stats.most_running = max(self.stats.most_running, len(self.active))
@@ -235,7 +244,7 @@ class Runner:
         """Say of those under a calibrated bound whether their tier is enough."""
         for active in self.active.values():
             if active.phase is Phase.JUDGE:
-                active.judge(self.bound_of(active))
+                active.judge(self.calibrated.bound(active))
                 if active.is_decided:
                     with self.lock:
                         self.scheduler.settle(active.number)
@@ -321,6 +330,9 @@ class Runner:
     def _measure(self, active: Active, entry: Waiting) -> None:
         """Have an answer measured."""
         assert entry.on_measured is not None
+        if entry.tier is None and active.tier == self.ladder.full:  # nothing can be wrong with it
+            entry.on_measured(no_error(active))
+            return
         tokens = active.tokens[: len(active.request.prompt) - 1 + len(active.kept_logits or [])]
         try:
             self.enqueue(
