@@ -24,7 +24,7 @@ from .calibrated import AUDITED_SHARE, CalibratedBounds
 from .calibration import Calibration
 from .generation import Event, GenerationRequest
 from .kv.originals import OriginalsFolder
-from .ladder import Ladder, make_ladder
+from .ladder import PAGE_TOKENS, Ladder, make_ladder
 from .measuring import OnMeasured
 from .runner import STEP_TOKENS, EngineStats, Runner
 from .scheduler import Scheduler
@@ -85,7 +85,11 @@ class Engine:
                 self.ladder,
                 OriginalsFolder(folder),
                 Scheduler(
-                    self.ladder, kv_budget, slot_bytes=fixed_bytes, window=LONGEST_WINDOW + 1
+                    self.ladder,
+                    kv_budget,
+                    slot_bytes=fixed_bytes,
+                    window=LONGEST_WINDOW + 1,
+                    growth_tokens=PAGE_TOKENS,
                 ),
                 self._lock,
                 fixed_bytes=fixed_bytes,
@@ -107,9 +111,17 @@ class Engine:
         self._served.check(request)
         self._calibrated.check(request.bound)
 
-    def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> int:
+    def submit(
+        self,
+        request: GenerationRequest,
+        on_event: Callable[[Event], None],
+        *,
+        tier: int | None = None,
+    ) -> int:
         """Take a request, and return its number. ``on_event`` is called from the engine's thread
         with tokens as they are released, then an Outcome or an exception, and is to return at once.
+
+        ``tier``: the one to answer at, come what may; nothing is known of the answer then.
 
         Raises RequestError as ``check`` does and where it can never fit, QueueFull (its subclass)
         where too many wait.
@@ -122,7 +134,7 @@ class Engine:
                     f"{len(self._runner.waiting)} requests wait already: try again later",
                     code="queue_full",
                 )
-            number = self._runner.enqueue(request=request, on_event=on_event)
+            number = self._runner.enqueue(request=request, on_event=on_event, tier=tier)
             self._lock.notify_all()
         return number
 

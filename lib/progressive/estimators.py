@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .audit import RequestAudit
 
 NOT_COVERED = {
+    Kind.NONE: "anything",
     Kind.FULL: "rounding: the same model in another batch or on another machine differs by it",
     Kind.VERIFIED: "rounding, as with full; and that a token is the one which the full model would "
     "have chosen: a mean KL doesn't tell, metric exact does",

@@ -36,6 +36,8 @@ class EngineStats:
     running: int = 0
     most_running: int = 0
     steps: int = 0
+    running_steps: int = 0
+    """Sum over steps of the requests that had memory: by steps, the mean concurrency."""
     new_tokens: int = 0
     rejected_tokens: int = 0
     escalations: int = 0
@@ -192,10 +194,9 @@ class Runner:
                 originals=originals,
                 tier=tier,
                 top=self.ladder.full,
+                given=waiting.tier is not None,
             )
-            if waiting.tier is not None:
-                active.is_decided = True
-            elif active.kind is Kind.CALIBRATED:
+            if active.kind is Kind.CALIBRATED:
                 waiting.on_measured = self.calibrated.draw(waiting.number, waiting.request)
             if waiting.on_measured is not None:
                 active.kept_logits = []
@@ -235,6 +236,8 @@ class Runner:
                         allowed[active.number] = active.tier + 1
         for number, tier in allowed.items():
             active = self.active[number]
+            if tier == active.tier:  # room was what it waited for
+                continue
             try:
                 self._rebuild(active, tier)
             except Exception as error:
@@ -264,6 +267,9 @@ class Runner:
     def _gather_rows(self) -> list[tuple[Active, Rows]]:
         room, found = STEP_TOKENS, []
         for active in self.active.values():
+            with self.lock:  # drafted tokens have room of their own
+                if not self.scheduler.grow(active.number, len(active.tokens)):
+                    continue
             rows = active.next_rows(room)
             if rows is not None:
                 found.append((active, rows))
@@ -279,6 +285,7 @@ class Runner:
                 self._fail(active, error)
             return
         self.stats.steps += 1
+        self.stats.running_steps += len(self.active)
         for (active, rows), logits in zip(work, kept, strict=True):
             try:
                 if rows.failure is not None:
@@ -286,9 +293,6 @@ class Runner:
                 active.take(logits)
             except Exception as error:
                 self._fail(active, error)
-                continue
-            with self.lock:
-                self.scheduler.grow(active.number, active.states.length)
         held = self._fixed_bytes
         for active in list(self.active.values()):
             held += active.count_bytes()
