@@ -78,7 +78,7 @@ class Engine:
                 calibration, ladder.full, audited_share=audited_share
             )
             layer_bytes = STEP_TOKENS * self.shape.token_bytes // self.shape.layers
-            fixed_bytes = self._served.slot.num_bytes + layer_bytes
+            self.fixed_bytes = fixed_bytes = self._served.slot.num_bytes + layer_bytes
             self._lock = threading.Condition()
             self._runner = Runner(
                 self._served,

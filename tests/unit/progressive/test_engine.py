@@ -109,6 +109,12 @@ def test_requests_of_all_lengths_together_are_answered_as_alone(model: Any, alon
         assert outcome.quality.kind is (Kind.VERIFIED if request.bound else Kind.FULL)
 
 
+def test_a_long_prompt_alone_takes_several_steps(model: Any, alone: Any) -> None:
+    request = GenerationRequest(prompt=prompt(580), max_new_tokens=4)
+    ((answer, _),) = serve(model, request)
+    assert answer.ids == greedy(alone, list(request.prompt), 4)
+
+
 def test_sampled_texts_depend_on_the_seed_alone(model: Any) -> None:
     def ask(bound: QualityBound | None, seed: int) -> GenerationRequest:
         sampling = Sampling(temperature=0.8, top_p=0.9, seed=seed)
