@@ -77,6 +77,8 @@ class Active:
         self.is_decided = self.kind is not Kind.CALIBRATED
         """Whether the tier is the one that a calibrated bound allows."""
         self.finish: Finish | None = None
+        self.adopted_tokens = 0
+        """Of the prompt, that an earlier request had computed."""
         self.asked = False
         """For the next tier, of the scheduler."""
         self.escalations = self.rejected = 0
@@ -180,6 +182,7 @@ class Active:
             prompt_tokens=len(self.request.prompt),
             new_tokens=self.num_new,
             rejected_tokens=self.rejected,
+            cached_tokens=self.adopted_tokens,
             quality=quality_of(
                 self.request.bound,
                 tier,

@@ -30,6 +30,8 @@ from .runner import STEP_TOKENS, EngineStats, Runner
 from .scheduler import Scheduler
 from .served import ServedModel
 
+PREFIX_BYTES = 2**30
+"""Of disk, for what requests share that begin alike."""
 _IDLE_SECONDS = 0.05
 """Until the next look at deadlines, where all that run wait for room."""
 
@@ -44,7 +46,8 @@ class Engine:
     ``kv_budget``: bytes of fast memory for keys and values, the room for one layer of originals
     included. ``ladder``: or names of tiers. ``folder``: on a disk, where originals go.
     ``context``: tokens of a text at most. ``calibration``: of this model and ladder, for bounds
-    with a delta, of which a share is audited.
+    with a delta, of which a share is audited. ``prefix_bytes``: of disk, for originals that later
+    requests that begin alike take over; 0: none are kept.
     Raises InputError for a model whose attention can't be served by request, and for a budget
     without room beside the slot.
     """
@@ -59,6 +62,7 @@ class Engine:
         context: int | None = None,
         calibration: Calibration | None = None,
         audited_share: float = AUDITED_SHARE,
+        prefix_bytes: int = PREFIX_BYTES,
         max_queue: int = 256,
     ) -> None:
         self._served = ServedModel(model, context)
@@ -95,6 +99,7 @@ class Engine:
                 fixed_bytes=fixed_bytes,
                 kv_budget=kv_budget,
                 calibrated=self._calibrated,
+                prefix_bytes=prefix_bytes,
             )
         except BaseException:
             self._served.close()
@@ -191,6 +196,7 @@ class Engine:
             self._closing = True
             self._lock.notify_all()
         self._thread.join()
+        self._runner.prefixes.close()
         self._served.close()
 
     def __enter__(self) -> Self:

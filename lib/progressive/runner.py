@@ -19,6 +19,7 @@ from .calibrated import CalibratedBounds
 from .generation import Event, Finish, GenerationRequest, Outcome
 from .kv.originals import Originals, OriginalsFolder
 from .kv.pages import RequestStates
+from .kv.prefixes import Prefixes, adopt, write_originals
 from .ladder import Ladder, num_pages
 from .measuring import AuditPass, OnMeasured, no_error
 from .scheduler import Scheduler
@@ -38,6 +39,8 @@ class EngineStats:
     steps: int = 0
     running_steps: int = 0
     """Sum over steps of the requests that had memory: by steps, the mean concurrency."""
+    adopted_tokens: int = 0
+    """Of prompts, that earlier requests had computed."""
     new_tokens: int = 0
     rejected_tokens: int = 0
     escalations: int = 0
@@ -89,6 +92,7 @@ class Runner:
         fixed_bytes: int,
         kv_budget: int,
         calibrated: CalibratedBounds,
+        prefix_bytes: int,
     ) -> None:
         self.served, self.ladder, self.folder = served, ladder, folder
         self.scheduler, self.lock = scheduler, lock
@@ -98,6 +102,7 @@ class Runner:
         """Of the active ones, what they waited as."""
         self.stats = EngineStats(kv_budget=kv_budget)
         self.calibrated = calibrated
+        self.prefixes = Prefixes(prefix_bytes)
         self._fixed_bytes = fixed_bytes
         self._next_number = 0
 
@@ -166,7 +171,7 @@ class Runner:
     def _start(self, waiting: Waiting) -> None:
         tier = self._first_tier(waiting)
         try:
-            states, originals = self._allocate(waiting, tier)
+            states, originals, adopted = self._allocate(waiting, tier)
         except Exception as error:
             with self.lock:
                 self.scheduler.finish(waiting.number, cancelled=True)
@@ -200,16 +205,41 @@ class Runner:
                 waiting.on_measured = self.calibrated.draw(waiting.number, waiting.request)
             if waiting.on_measured is not None:
                 active.kept_logits = []
+        active.adopted_tokens = adopted
+        self.stats.adopted_tokens += adopted
         self.active[waiting.number] = active
         self._entries[waiting.number] = waiting
         self.stats.most_running = max(self.stats.most_running, len(self.active))
 
-    def _allocate(self, waiting: Waiting, tier: int) -> tuple[RequestStates, Originals | None]:
-        pages = num_pages(len(waiting.request.prompt) + waiting.request.max_new_tokens)
-        states = RequestStates(self.served.shape, self.ladder.tiers[tier], dtype=self.served.dtype)
+    def _allocate(self, waiting: Waiting, tier: int) -> tuple[RequestStates, Originals | None, int]:
+        """Return states, originals below them, and how many tokens of the text are there already:
+        those of a beginning that is known.
+        """
+        request, shape = waiting.request, self.served.shape
+        tokens = waiting.before.tokens if waiting.before else request.prompt
+        found = self.prefixes.find(tokens) if waiting.answer is None else None
+        if found is not None:
+            states = self._make_states(tier)
+            try:
+                adopt(states, found, self.served.slot.take())
+            except PlacementError:  # it is computed, then
+                self.prefixes.forget(found)
+                found = None
+        if found is None:
+            states = self._make_states(tier)
+        pages = num_pages(len(request.prompt) + request.max_new_tokens)
         if not pages or tier == self.ladder.full:
-            return states, None
-        return states, Originals(self.folder, self.served.shape, pages)
+            return states, None, states.length
+        base = found.base() if found is not None else None
+        try:
+            return states, Originals(self.folder, shape, pages, base=base), states.length
+        except BaseException:
+            if base is not None:
+                base[0].close()
+            raise
+
+    def _make_states(self, tier: int) -> RequestStates:
+        return RequestStates(self.served.shape, self.ladder.tiers[tier], dtype=self.served.dtype)
 
     def _preempt(self, active: Active, tier: int | None) -> None:
         """Have a request step down to a tier; None: give all back, and wait."""
@@ -319,9 +349,8 @@ class Runner:
         self._leave(active, active.outcome(tier))
 
     def _leave(self, active: Active, last: Event) -> None:
-        if active.originals is not None:
-            active.originals.close()
         whole = active.finish in (Finish.STOP, Finish.LENGTH)
+        self._keep(active, whole)
         with self.lock:
             del self.active[active.number]
             entry = self._entries.pop(active.number)
@@ -330,6 +359,23 @@ class Runner:
                 self._measure(active, entry)
             self.lock.notify_all()
         active.on_event(last)
+
+    def _keep(self, active: Active, whole: bool) -> None:
+        """Keep what was computed of a text's beginning, or throw it away."""
+        originals, tokens = active.originals, list(active.request.prompt)
+        if not whole or isinstance(active, AuditPass):
+            if originals is not None:
+                originals.close()
+            return
+        if active.kind in (Kind.FULL, Kind.VERIFIED):  # what they wrote is the full model's, too
+            tokens = active.tokens
+        if originals is None and active.kind is Kind.FULL and num_pages(len(tokens)):
+            try:
+                originals = write_originals(self.folder, active.states)
+            except PlacementError:  # a full disk: nothing is lost but time
+                return
+        if originals is not None:
+            self.prefixes.keep(tokens, originals, active.states)
 
     def _measure(self, active: Active, entry: Waiting) -> None:
         """Have an answer measured."""

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lib.progressive.engine import Engine, EngineStats
+from lib.progressive.engine import Engine
 from lib.progressive.generation import Event, GenerationRequest, Outcome
+from lib.progressive.runner import EngineStats
 
 _POLL_SECONDS = 0.002
 
