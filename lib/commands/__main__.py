@@ -16,6 +16,7 @@ VERBS = {
     "from-checkpoint": "make hints of a training checkpoint, from its optimizer's state",
     "calibrate": "predict and measure what each precision costs each block, into the hints",
     "generate": "answer a prompt with a model held within a memory budget",
+    "serve": "serve a model over HTTP, each request at the quality that it asks for",
     "plan": "say where weights would go within a budget, and how fast that would be",
     "what-if": "ask what a faster link or more memory would bring",
     "evaluate": "measure perplexity and KL of a model under a plan",

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..progressive.exact import ExactStats
+from ..text.detokenize import CONTEXT_TOKENS, Detokenizer
 from ..tiering import Runtime
 from ..vocabulary import Precision, Tier, is_below
 from .forwards import peak_rss
 
-_CONTEXT_TOKENS = 8
-"""Tokens of the prompt by which the first new one is decoded."""
 Model = Any
 """A model of transformers that has ``generate``."""
 Tokenizer = Any
@@ -203,11 +202,7 @@ def check_sampling(
 
 
 class _Stream:
-    """What transformers' generate hands tokens to: the time of each, and their text.
-
-    A token alone may be half a character, or a word whose space depends on the one before: each is
-    decoded behind those of the piece before it, and handed on once its characters are whole.
-    """
+    """What transformers' generate hands tokens to: the time of each, and their text."""
 
     def __init__(
         self, tokenizer: Tokenizer, on_text: Callable[[str], None], runtime: Runtime | None
@@ -215,34 +210,29 @@ class _Stream:
         self._tokenizer = tokenizer
         self._on_text = on_text
         self._runtime = runtime
-        self._ids: list[int] = []
-        self._num_shown = 0
-        """Tokens whose text was handed on."""
-        self._context = 0
-        """The token from which those that follow are decoded."""
+        self._text: Detokenizer | None = None
+        """None: the prompt has not come."""
         self._pieces: list[str] = []
         self._start = time.perf_counter()
         self._times: list[float] = []
-        self._seen_prompt = False
         self._first_moved = 0
         """Bytes that had been moved when the first token came."""
 
     def put(self, ids: Tensor) -> None:
         """Take the prompt's tokens, then one token at a time."""
-        if not self._seen_prompt:
-            self._seen_prompt = True
-            self._ids = ids.flatten()[-_CONTEXT_TOKENS:].tolist()
-            self._num_shown = len(self._ids)
+        if self._text is None:
+            prompt = ids.flatten()[-CONTEXT_TOKENS:].tolist()
+            self._text = Detokenizer(self._tokenizer, prompt)
             return
         self._times.append(time.perf_counter())
         if len(self._times) == 1:
             self._first_moved = self._moved()
-        self._ids += ids.flatten().tolist()
-        self._show(self._new_text(), whole=False)
+        self._show(self._text.put(ids.flatten().tolist()))
 
     def end(self) -> None:
         """Hand on what was not complete yet."""
-        self._show(self._new_text(), whole=True)
+        if self._text is not None:
+            self._show(self._text.end())
 
     def result(self, prompt_ids: Tensor, *, interrupted: bool = False) -> Generation:
         """Return what came of a prompt."""
@@ -263,20 +253,10 @@ class _Stream:
     def _moved(self) -> int:
         return 0 if self._runtime is None else self._runtime.stats().bytes_moved
 
-    def _new_text(self) -> str:
-        """Return the text of the tokens that were not handed on."""
-        before = self._decode(self._ids[self._context : self._num_shown])
-        return self._decode(self._ids[self._context :])[len(before) :]
-
-    def _show(self, text: str, *, whole: bool) -> None:
-        if not text or (text.endswith("\ufffd") and not whole):  # a character's first bytes
-            return
-        self._context, self._num_shown = self._num_shown, len(self._ids)
-        self._pieces.append(text)
-        self._on_text(text)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def _show(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+            self._on_text(text)
 
 
 def _check_ids(model: Model, ids: Tensor) -> int | None:

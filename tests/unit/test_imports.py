@@ -23,6 +23,7 @@ LAYERS = [
     {"tiering"},
     {"progressive"},
     {"evaluation"},
+    {"serving"},
     {"exports", "report"},
     {"commands"},
     {"gpt2"},
