@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..checkpoint.models import quiet_transformers
     from ..evaluation.calibrate_requests import calibrate_requests
     from ..progressive.bounds import RequestError
+    from ..progressive.ladder import UNIFORM
     from ..serving.recorded import read_requests
     from ..text.held_out import load_tokenizer
 
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     requests = read_requests(
         args.requests, model, load_tokenizer(str(folder)), new_tokens=args.new_tokens
     )
-    with progress_bar(len(requests), "measuring") as bar:
+    tiers = len(args.ladder.split()) if args.ladder else len(UNIFORM)
+    with progress_bar(len(requests) * tiers, "measuring") as bar:
         calibration = calibrate_requests(
             model,
             requests,

@@ -32,6 +32,10 @@ from .served import ServedModel
 
 PREFIX_BYTES = 2**30
 """Of disk, for what requests share that begin alike."""
+_SOFT_QUANTILE = 0.5
+"""Of what climbs will take, kept free: that one waits now and then costs less than requests that
+wait for room which nobody uses (docs/progressive.md).
+"""
 _IDLE_SECONDS = 0.05
 """Until the next look at deadlines, where all that run wait for room."""
 
@@ -94,6 +98,7 @@ class Engine:
                     slot_bytes=fixed_bytes,
                     window=LONGEST_WINDOW + 1,
                     growth_tokens=PAGE_TOKENS,
+                    soft_quantile=_SOFT_QUANTILE,
                 ),
                 self._lock,
                 fixed_bytes=fixed_bytes,

@@ -24,9 +24,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from statistics import mean, median
 from typing import Any
 
@@ -37,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
 from lib.commands.cli import Parser, output_file, run_main
 from lib.commands.flags import whole_number
 from lib.evaluation.calibrate_requests import calibrate_requests
+from lib.evaluation.measured_requests import expected_concurrency, measure_requests
 from lib.files import check_writable, write_json
 from lib.machine import cpu_name
 from lib.precision.binomial import proportion_interval
@@ -46,15 +45,12 @@ from lib.progressive.engine import Engine
 from lib.progressive.estimators import predict_damage
 from lib.progressive.generation import GenerationRequest
 from lib.progressive.ladder import Ladder
-from lib.progressive.measuring import Measurement
 from scripts.experiments.progressive.loads import Saturated, arrive, curve, saturate
 from scripts.experiments.progressive.workload import KINDS, load_or_train, make_requests
 
 DELTA = 0.05
 RATES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 SYSTEMS = ("full", "static K6V5", "static K4V4", "calibrated", "verified")
-_TOGETHER = 16
-"""Requests that are measured at a time."""
 _LOAD = 0.7
 """Of what ``full`` finishes a second: the rate of Poisson arrivals."""
 
@@ -125,18 +121,18 @@ def prepare(model: Any, args: argparse.Namespace) -> Study:
     calibration = calibrate_requests(model, calibrating, kv_budget=room, tiers=names)
     ladder = calibration.ladder
     print(f"measuring {len(pooled)} requests", file=sys.stderr)
-    measured = measure(model, ladder, pooled, room)
+    with Engine(model, kv_budget=room, ladder=ladder) as engine:
+        fixed_bytes = engine.fixed_bytes
+        rows = measure_requests(engine, pooled, ladder.full)
     factor = calibration.factor(DELTA)
     pool = []
-    for request, tiers in zip(pooled, measured, strict=True):
-        first = tiers[args.compact]
-        predicted = predict_damage(calibration.information, first.errors, first.prompt_tokens)
-        values = {name: found.mean for name, found in tiers.items()}
-        pool.append(Pooled(request=request, measured=values, bound=factor * predicted))
+    first = ladder.index(args.compact)
+    for request, row in zip(pooled, rows, strict=True):
+        predicted = predict_damage(calibration.information, row.errors[first], row.prompt_tokens)
+        measured = dict(zip(ladder.names, row.measured, strict=False))
+        pool.append(Pooled(request=request, measured=measured, bound=factor * predicted))
     epsilon = args.epsilon or median(each.bound for each in pool)
     longest = max(len(each.prompt) + each.max_new_tokens for each in pooled)
-    probe = Engine(model, kv_budget=room, ladder=ladder)
-    probe.close()
     full = ladder.num_bytes(ladder.full, longest)
     return Study(
         model=model,
@@ -145,7 +141,7 @@ def prepare(model: Any, args: argparse.Namespace) -> Study:
         calibration=calibration,
         pool=pool,
         epsilon=epsilon,
-        budget=probe.fixed_bytes + args.fit * full,
+        budget=fixed_bytes + args.fit * full,
         clients=args.requests,
     )
 
@@ -161,30 +157,6 @@ def draw_requests(count: int, new_tokens: int, *, seed: int) -> list[GenerationR
         )
         requests.append(GenerationRequest(prompt=item.prompt, max_new_tokens=new_tokens))
     return requests
-
-
-def measure(
-    model: Any, ladder: Ladder, requests: Sequence[GenerationRequest], room: int
-) -> list[dict[str, Measurement]]:
-    """Return what each request's answer is found to be at every tier below full."""
-    found: SimpleQueue[tuple[int, Measurement | Exception]] = SimpleQueue()
-    results: list[dict[str, Measurement]] = [{} for _ in requests]
-
-    def put(index: int, each: Measurement | Exception) -> None:
-        found.put((index, each))
-
-    jobs = [(index, tier) for index in range(len(requests)) for tier in range(ladder.full)]
-    with Engine(model, kv_budget=room, ladder=ladder) as engine:
-        for start in range(0, len(jobs), _TOGETHER):
-            some = jobs[start : start + _TOGETHER]
-            for index, tier in some:
-                engine.measure(requests[index], tier, partial(put, index))
-            for _ in some:
-                index, result = found.get()
-                if isinstance(result, Exception):
-                    raise result
-                results[index][ladder.names[result.tier]] = result
-    return results
 
 
 def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
@@ -208,7 +180,7 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
             )
     base = {p["p"]: p["concurrency"] for p in points if p["system"] == "full"}
     for point in points:
-        point["identity"] = 1 / (share + (1 - share) * point["p"])
+        point["identity"] = expected_concurrency(share, point["p"])
         point["concurrency_ratio"] = point["concurrency"] / base[point["p"]]
     arrivals = run_arrivals(study, points)
     return {
