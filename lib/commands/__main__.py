@@ -17,6 +17,7 @@ VERBS = {
     "calibrate": "predict and measure what each precision costs each block, into the hints",
     "generate": "answer a prompt with a model held within a memory budget",
     "serve": "serve a model over HTTP, each request at the quality that it asks for",
+    "calibrate-requests": "measure what compact keys and values cost requests, for their bounds",
     "plan": "say where weights would go within a budget, and how fast that would be",
     "what-if": "ask what a faster link or more memory would bring",
     "evaluate": "measure perplexity and KL of a model under a plan",

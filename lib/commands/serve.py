@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..checkpoint.hub import checkpoint_folder
     from ..checkpoint.load import load
     from ..checkpoint.models import quiet_transformers
+    from ..evaluation.calibrate_requests import calibration_keys
     from ..progressive.calibration import load_calibration
     from ..progressive.engine import Engine
     from ..serving.app import make_app
     from ..serving.serve import (
-        check_calibration,
         describe_model,
         ignored_settings,
         listen,
@@ -68,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..text.held_out import load_tokenizer
     from ..tiering import attach
 
-    calibration = None if args.calibration is None else load_calibration(args.calibration, {})
     folder = checkpoint_folder(args.model)
     quiet_transformers(progress=sys.stderr.isatty())
     listener = listen(args.host, args.port)
@@ -88,17 +87,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_new_tokens=args.max_new_tokens,
         max_seconds=args.max_seconds,
     )
-    with (
-        attach(
-            model,
-            hints,
-            budget=budget,
-            weights=folder,
-            precision=planned_precision(args.precision),
-            epsilon=args.epsilon,
-            device=device,
-        ),
-        Engine(
+    with attach(
+        model,
+        hints,
+        budget=budget,
+        weights=folder,
+        precision=planned_precision(args.precision),
+        epsilon=args.epsilon,
+        device=device,
+    ):
+        calibration = None
+        if args.calibration is not None:
+            calibration = load_calibration(args.calibration, calibration_keys(model))
+        with Engine(
             model,
             kv_budget=kv_budget,
             ladder=args.ladder,
@@ -106,26 +107,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             context=args.context,
             calibration=calibration,
             max_queue=args.max_queue,
-        ) as engine,
-    ):
-        check_calibration(calibration, engine.ladder)
-        gate = make_app(engine, tokenizer, settings)
-        document: dict[str, Any] = {
-            "url": listener.url,
-            "model": card.name,
-            "context": engine.context,
-            "tiers": list(engine.ladder.names),
-            "kv_budget": kv_budget,
-            "token_bytes": {
-                name: engine.ladder.num_bytes(tier, engine.context) / engine.context
-                for tier, name in enumerate(engine.ladder.names)
-            },
-            "chat": card.chat,
-            "needs_key": settings.api_key is not None,
-        }
-        emit(_table(document), document, args.json)
-        if not args.check:
-            run_until_stopped(gate, listener, drain_seconds=args.drain_seconds)
+        ) as engine:
+            gate = make_app(engine, tokenizer, settings)
+            document: dict[str, Any] = {
+                "url": listener.url,
+                "model": card.name,
+                "context": engine.context,
+                "tiers": list(engine.ladder.names),
+                "kv_budget": kv_budget,
+                "token_bytes": {
+                    name: engine.ladder.num_bytes(tier, engine.context) / engine.context
+                    for tier, name in enumerate(engine.ladder.names)
+                },
+                "chat": card.chat,
+                "needs_key": settings.api_key is not None,
+            }
+            emit(_table(document), document, args.json)
+            if not args.check:
+                run_until_stopped(gate, listener, drain_seconds=args.drain_seconds)
     return 0
 
 
@@ -187,18 +186,17 @@ def _parser() -> argparse.ArgumentParser:
         "(default: all that make them smaller)",
     )
     states.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="of tierhints calibrate-requests: bounds with a delta take one (default: none)",
+    )
+    states.add_argument(
         "--default-bound",
         default="full",
         metavar="BOUND",
         help="quality_bound of requests without one: full, exact, nats per token (0.05), or these "
         f"and a delta (0.05,0.01) {default}",
-    )
-    states.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="of bounds with a delta, for this model and these tiers (default: none, and such "
-        "bounds are refused)",
     )
     states.add_argument(
         "--spill-dir",

@@ -7,6 +7,7 @@ stays within epsilon, then takes the full model's own token, whose error is none
 long as they are the full model's). A window that is rejected early is the sign to climb a tier.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Any
@@ -56,6 +57,7 @@ class Active:
         originals: Originals | None,
         tier: int,
         top: int,
+        given: bool = False,
     ) -> None:
         self.number, self.request, self.on_event = number, request, on_event
         self.states, self.originals = states, originals
@@ -70,9 +72,13 @@ class Active:
         """Those of all tokens, and of the end, where the answer is to be measured."""
         self.prompt_errors: list[tuple[float, float]] = []
         """Of each layer the sums of squared errors of the prompt's pages, at this tier."""
+        self.kind = Kind.NONE if given and tier < top else kind_of(request.bound)
+        """Of the bound that is asked for; none where the tier is ``given``."""
         self.is_decided = self.kind is not Kind.CALIBRATED
         """Whether the tier is the one that a calibrated bound allows."""
         self.finish: Finish | None = None
+        self.adopted_tokens = 0
+        """Of the prompt, that an earlier request had computed."""
         self.asked = False
         """For the next tier, of the scheduler."""
         self.escalations = self.rejected = 0
@@ -85,11 +91,6 @@ class Active:
         self._recent: list[int] = []
         """Accepted (1) or not (0), of the latest drafted tokens."""
         self._chooser = make_chooser(request)
-
-    @property
-    def kind(self) -> Kind:
-        """Of the bound that is asked for."""
-        return kind_of(self.request.bound)
 
     @property
     def num_new(self) -> int:
@@ -174,15 +175,19 @@ class Active:
         """Return the last event; ``tier``: the name of the one it has."""
         chosen = self.num_new + (self.finish is Finish.STOP)
         value = self.kl_total / max(1, chosen)
+        if self.kind is Kind.NONE:
+            value = math.inf
         return Outcome(
             finish=self.finish or Finish.CANCELLED,
             prompt_tokens=len(self.request.prompt),
             new_tokens=self.num_new,
             rejected_tokens=self.rejected,
+            cached_tokens=self.adopted_tokens,
             quality=quality_of(
                 self.request.bound,
                 tier,
                 value=self.bound_value if self.kind is Kind.CALIBRATED else value,
+                kind=self.kind,
                 escalations=self.escalations,
                 kv_bytes=self.most_bytes,
                 total_bytes=self.most_total_bytes,
@@ -303,6 +308,7 @@ def quality_of(
     tier: str,
     *,
     value: float = 0.0,
+    kind: Kind | None = None,
     escalations: int = 0,
     kv_bytes: int = 0,
     total_bytes: int = 0,
@@ -312,7 +318,7 @@ def quality_of(
         tier=tier,
         bound=value,
         metric=bound.metric if bound else Metric.KL,
-        kind=kind_of(bound),
+        kind=kind or kind_of(bound),
         delta=bound.delta if bound else 0.0,
         escalations=escalations,
         kv_bytes=kv_bytes,

@@ -28,6 +28,8 @@ class Metric(StrEnum):
 class Kind(StrEnum):
     """How a bound is known."""
 
+    NONE = "none"
+    """Nothing is known: the tier was given, and isn't the full one."""
     FULL = "full"
     """Computed with the full state: there is no error."""
     VERIFIED = "verified"

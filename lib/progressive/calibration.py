@@ -1,8 +1,8 @@
 """What a calibration of requests found, and the file that keeps it.
 
 A factor is valid for the requests that the scores came from: for this model, codec, ladder,
-workload and policy (how a tier is chosen, and tokens). Each has a digest in the file, and a file of
-others isn't loaded. No torch.
+workload and policy (how a tier is chosen, and tokens). The ladder is in the file, the others have a
+digest there, and a file of others isn't loaded. No torch.
 """
 
 import math
@@ -15,11 +15,12 @@ from ..errors import InputError
 from ..files import parse_json, write_json
 from ..precision.binomial import covering_rank, least_count
 from .bounds import RequestError
+from .ladder import Ladder
 
 CONFIDENCE = 0.95
 """That a factor covers what it says, given the requests that were drawn."""
-KEYS = ("model", "codec", "ladder", "workload", "policy")
-"""What a calibration is of."""
+KEYS = ("model", "codec", "workload", "policy")
+"""What a calibration is of, beside its ladder."""
 FORMAT = "tierhints calibration of requests 1"
 
 
@@ -29,8 +30,8 @@ class Calibration:
 
     keys: Mapping[str, str]
     """A digest, or what says as much, of each of ``KEYS``."""
-    tiers: tuple[str, ...]
-    """Those below full, low to high."""
+    ladder: Ladder
+    """Whose tiers the answers were measured at."""
     information: tuple[tuple[float, float], ...]
     """Mean Fisher information of a cached number, of each layer's keys and values."""
     scores: tuple[float, ...]
@@ -77,7 +78,7 @@ class Calibration:
             {
                 "format": FORMAT,
                 "keys": dict(self.keys),
-                "tiers": list(self.tiers),
+                "ladder": self.ladder.to_dict(),
                 "information": [list(pair) for pair in self.information],
                 "scores": list(self.scores),
                 "tokens": list(self.tokens),
@@ -134,7 +135,7 @@ def score_request(measured: Sequence[float], predicted: Sequence[float]) -> floa
 def _from_document(document: Mapping[str, Any]) -> Calibration:
     return Calibration(
         keys={str(key): str(value) for key, value in document["keys"].items()},
-        tiers=tuple(map(str, document["tiers"])),
+        ladder=Ladder.from_dict(document["ladder"]),
         information=tuple((float(keys), float(values)) for keys, values in document["information"]),
         scores=tuple(map(float, document["scores"])),
         tokens=tuple(map(int, document["tokens"])),

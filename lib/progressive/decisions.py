@@ -75,6 +75,11 @@ class Account:
         """Bytes that it may still ask for."""
         return self.claim - self.held
 
+    @property
+    def left(self) -> float:
+        """Share of its new tokens that it may still make: its chance to climb falls with it."""
+        return (self.cap - max(self.tokens, self.prompt)) / max(1, self.cap - self.prompt)
+
     def is_late(self, now: float) -> bool:
         """Say whether its deadline has passed."""
         return self.deadline is not None and self.deadline <= now

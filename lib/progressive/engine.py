@@ -17,17 +17,25 @@ from typing import Any, Self
 
 import torch
 
-from ..errors import PlacementError
-from .active import LONGEST_WINDOW, kind_of
-from .bounds import Kind, RequestError
+from ..errors import InputError, PlacementError
+from .active import LONGEST_WINDOW
+from .bounds import RequestError
+from .calibrated import AUDITED_SHARE, CalibratedBounds
+from .calibration import Calibration
 from .generation import Event, GenerationRequest
 from .kv.originals import OriginalsFolder
-from .ladder import Ladder, make_ladder
+from .ladder import PAGE_TOKENS, Ladder, make_ladder
 from .measuring import OnMeasured
 from .runner import STEP_TOKENS, EngineStats, Runner
 from .scheduler import Scheduler
 from .served import ServedModel
 
+PREFIX_BYTES = 2**30
+"""Of disk, for what requests share that begin alike."""
+_SOFT_QUANTILE = 0.5
+"""Of what climbs will take, kept free: that one waits now and then costs less than requests that
+wait for room which nobody uses (docs/progressive.md).
+"""
 _IDLE_SECONDS = 0.05
 """Until the next look at deadlines, where all that run wait for room."""
 
@@ -40,7 +48,10 @@ class Engine:
     """Answers requests with a model of transformers, which is its alone until it is closed.
 
     ``kv_budget``: bytes of fast memory for keys and values, the room for one layer of originals
-    included. ``folder``: on a disk, where originals go. ``context``: tokens of a text at most.
+    included. ``ladder``: or names of tiers. ``folder``: on a disk, where originals go.
+    ``context``: tokens of a text at most. ``calibration``: of this model and ladder, for bounds
+    with a delta, of which a share is audited. ``prefix_bytes``: of disk, for originals that later
+    requests that begin alike take over; 0: none are kept.
     Raises InputError for a model whose attention can't be served by request, and for a budget
     without room beside the slot.
     """
@@ -50,29 +61,50 @@ class Engine:
         model: Any,
         *,
         kv_budget: int,
-        ladder: Ladder | None = None,
+        ladder: Ladder | str | None = None,
         folder: Path | None = None,
         context: int | None = None,
+        calibration: Calibration | None = None,
+        audited_share: float = AUDITED_SHARE,
+        prefix_bytes: int = PREFIX_BYTES,
         max_queue: int = 256,
     ) -> None:
         self._served = ServedModel(model, context)
         self.context = self._served.context
         self.shape = self._served.shape
         try:
-            self.ladder = ladder or make_ladder(self.shape)
+            if not isinstance(ladder, Ladder):
+                made = calibration.ladder if calibration else make_ladder(self.shape)
+                ladder = made if ladder is None else made.restrict(ladder)
+            if ladder.shape != self.shape:
+                raise InputError(
+                    f"the ladder is of {ladder.shape}, and the model has {self.shape}: make one, "
+                    "or a calibration, of this model"
+                )
+            self.ladder = ladder
+            self._calibrated = CalibratedBounds(
+                calibration, ladder.full, audited_share=audited_share
+            )
             layer_bytes = STEP_TOKENS * self.shape.token_bytes // self.shape.layers
-            fixed_bytes = self._served.slot.num_bytes + layer_bytes
+            self.fixed_bytes = fixed_bytes = self._served.slot.num_bytes + layer_bytes
             self._lock = threading.Condition()
             self._runner = Runner(
                 self._served,
                 self.ladder,
                 OriginalsFolder(folder),
                 Scheduler(
-                    self.ladder, kv_budget, slot_bytes=fixed_bytes, window=LONGEST_WINDOW + 1
+                    self.ladder,
+                    kv_budget,
+                    slot_bytes=fixed_bytes,
+                    window=LONGEST_WINDOW + 1,
+                    growth_tokens=PAGE_TOKENS,
+                    soft_quantile=_SOFT_QUANTILE,
                 ),
                 self._lock,
                 fixed_bytes=fixed_bytes,
                 kv_budget=kv_budget,
+                calibrated=self._calibrated,
+                prefix_bytes=prefix_bytes,
             )
         except BaseException:
             self._served.close()
@@ -87,16 +119,19 @@ class Engine:
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError for a request that can't be answered, whatever else there is."""
         self._served.check(request)
-        if kind_of(request.bound) is Kind.CALIBRATED:
-            raise RequestError(
-                "a bound with delta above 0 needs a calibration, and this engine has none",
-                param="quality_bound",
-                code="calibration_missing",
-            )
+        self._calibrated.check(request.bound)
 
-    def submit(self, request: GenerationRequest, on_event: Callable[[Event], None]) -> int:
+    def submit(
+        self,
+        request: GenerationRequest,
+        on_event: Callable[[Event], None],
+        *,
+        tier: int | None = None,
+    ) -> int:
         """Take a request, and return its number. ``on_event`` is called from the engine's thread
         with tokens as they are released, then an Outcome or an exception, and is to return at once.
+
+        ``tier``: the one to answer at, come what may; nothing is known of the answer then.
 
         Raises RequestError as ``check`` does and where it can never fit, QueueFull (its subclass)
         where too many wait.
@@ -109,7 +144,7 @@ class Engine:
                     f"{len(self._runner.waiting)} requests wait already: try again later",
                     code="queue_full",
                 )
-            number = self._runner.enqueue(request=request, on_event=on_event)
+            number = self._runner.enqueue(request=request, on_event=on_event, tier=tier)
             self._lock.notify_all()
         return number
 
@@ -141,9 +176,13 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return a copy of what was counted so far."""
         runner = self._runner
+        audits, broken, stopped = self._calibrated.counts()
         with self._lock:
             return replace(
                 runner.stats,
+                audits=audits,
+                broken_bounds=broken,
+                stopped_bounds=stopped,
                 waiting=len(runner.waiting),
                 running=len(runner.active),
                 tiers=dict(runner.stats.tiers),
@@ -162,6 +201,7 @@ class Engine:
             self._closing = True
             self._lock.notify_all()
         self._thread.join()
+        self._runner.prefixes.close()
         self._served.close()
 
     def __enter__(self) -> Self:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .audit import RequestAudit
 
 NOT_COVERED = {
+    Kind.NONE: "anything",
     Kind.FULL: "rounding: the same model in another batch or on another machine differs by it",
     Kind.VERIFIED: "rounding, as with full; and that a token is the one which the full model would "
     "have chosen: a mean KL doesn't tell, metric exact does",
@@ -132,7 +133,7 @@ class Calibrated:
 
     def bound(self, evidence: Evidence, tier: int) -> Bound | None:
         """Return c g(t); None without any error to go by, or once the audit has stopped."""
-        if tier == len(self._calibration.tiers):
+        if tier == self._calibration.ladder.full:
             return _NO_ERROR
         if self._audit is not None and self._audit.stopped:
             return None

@@ -76,6 +76,8 @@ class Outcome:
     new_tokens: int
     rejected_tokens: int
     """Drafted, and taken back."""
+    cached_tokens: int = 0
+    """Of the prompt, that an earlier request had computed."""
     quality: Quality
 
 

@@ -39,6 +39,16 @@ class Measurement:
         return sum(self.divergences) / max(1, len(self.divergences))
 
 
+def no_error(answer: Active) -> Measurement:
+    """Return what an answer of the full state needs no pass for."""
+    return Measurement(
+        tier=answer.tier,
+        errors=answer.prompt_errors,
+        prompt_tokens=len(answer.request.prompt),
+        divergences=(),
+    )
+
+
 OnMeasured = Callable[[Measurement | Exception], None]
 
 

@@ -3,7 +3,6 @@
 All of it happens in the engine's thread. What callers also look at is guarded by ``lock``.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,11 +15,13 @@ from ..errors import PlacementError
 from .active import Active, Phase, kind_of, quality_of
 from .batch import Rows, pages_of
 from .bounds import Kind, RequestError
+from .calibrated import CalibratedBounds
 from .generation import Event, Finish, GenerationRequest, Outcome
 from .kv.originals import Originals, OriginalsFolder
 from .kv.pages import RequestStates
+from .kv.prefixes import Prefixes, adopt, write_originals
 from .ladder import Ladder, num_pages
-from .measuring import AuditPass, OnMeasured
+from .measuring import AuditPass, OnMeasured, no_error
 from .scheduler import Scheduler
 from .served import ServedModel
 
@@ -36,6 +37,10 @@ class EngineStats:
     running: int = 0
     most_running: int = 0
     steps: int = 0
+    running_steps: int = 0
+    """Sum over steps of the requests that had memory: by steps, the mean concurrency."""
+    adopted_tokens: int = 0
+    """Of prompts, that earlier requests had computed."""
     new_tokens: int = 0
     rejected_tokens: int = 0
     escalations: int = 0
@@ -48,6 +53,12 @@ class EngineStats:
     most_kv_bytes: int = 0
     tiers: dict[str, int] = field(default_factory=dict)
     """Tier -> requests that ended there."""
+    audits: int = 0
+    """Of answers under a calibrated bound."""
+    broken_bounds: int = 0
+    """Found by audits."""
+    stopped_bounds: int = 0
+    """Deltas of which nothing is released below full any more."""
 
 
 @dataclass(slots=True)
@@ -80,6 +91,8 @@ class Runner:
         *,
         fixed_bytes: int,
         kv_budget: int,
+        calibrated: CalibratedBounds,
+        prefix_bytes: int,
     ) -> None:
         self.served, self.ladder, self.folder = served, ladder, folder
         self.scheduler, self.lock = scheduler, lock
@@ -88,8 +101,8 @@ class Runner:
         self._entries: dict[int, Waiting] = {}
         """Of the active ones, what they waited as."""
         self.stats = EngineStats(kv_budget=kv_budget)
-        self.bound_of: Callable[[Active], float] = lambda active: math.inf
-        """The bound of an answer at the tier that its request has."""
+        self.calibrated = calibrated
+        self.prefixes = Prefixes(prefix_bytes)
         self._fixed_bytes = fixed_bytes
         self._next_number = 0
 
@@ -158,7 +171,7 @@ class Runner:
     def _start(self, waiting: Waiting) -> None:
         tier = self._first_tier(waiting)
         try:
-            states, originals = self._allocate(waiting, tier)
+            states, originals, adopted = self._allocate(waiting, tier)
         except Exception as error:
             with self.lock:
                 self.scheduler.finish(waiting.number, cancelled=True)
@@ -186,20 +199,47 @@ class Runner:
                 originals=originals,
                 tier=tier,
                 top=self.ladder.full,
+                given=waiting.tier is not None,
             )
+            if active.kind is Kind.CALIBRATED:
+                waiting.on_measured = self.calibrated.draw(waiting.number, waiting.request)
             if waiting.on_measured is not None:
                 active.kept_logits = []
-            active.is_decided |= waiting.tier is not None
+        active.adopted_tokens = adopted
+        self.stats.adopted_tokens += adopted
         self.active[waiting.number] = active
         self._entries[waiting.number] = waiting
         self.stats.most_running = max(self.stats.most_running, len(self.active))
 
-    def _allocate(self, waiting: Waiting, tier: int) -> tuple[RequestStates, Originals | None]:
-        pages = num_pages(len(waiting.request.prompt) + waiting.request.max_new_tokens)
-        states = RequestStates(self.served.shape, self.ladder.tiers[tier], dtype=self.served.dtype)
+    def _allocate(self, waiting: Waiting, tier: int) -> tuple[RequestStates, Originals | None, int]:
+        """Return states, originals below them, and how many tokens of the text are there already:
+        those of a beginning that is known.
+        """
+        request, shape = waiting.request, self.served.shape
+        tokens = waiting.before.tokens if waiting.before else request.prompt
+        found = self.prefixes.find(tokens) if waiting.answer is None else None
+        if found is not None:
+            states = self._make_states(tier)
+            try:
+                adopt(states, found, self.served.slot.take())
+            except PlacementError:  # it is computed, then
+                self.prefixes.forget(found)
+                found = None
+        if found is None:
+            states = self._make_states(tier)
+        pages = num_pages(len(request.prompt) + request.max_new_tokens)
         if not pages or tier == self.ladder.full:
-            return states, None
-        return states, Originals(self.folder, self.served.shape, pages)
+            return states, None, states.length
+        base = found.base() if found is not None else None
+        try:
+            return states, Originals(self.folder, shape, pages, base=base), states.length
+        except BaseException:
+            if base is not None:
+                base[0].close()
+            raise
+
+    def _make_states(self, tier: int) -> RequestStates:
+        return RequestStates(self.served.shape, self.ladder.tiers[tier], dtype=self.served.dtype)
 
     def _preempt(self, active: Active, tier: int | None) -> None:
         """Have a request step down to a tier; None: give all back, and wait."""
@@ -226,6 +266,8 @@ class Runner:
                         allowed[active.number] = active.tier + 1
         for number, tier in allowed.items():
             active = self.active[number]
+            if tier == active.tier:  # room was what it waited for
+                continue
             try:
                 self._rebuild(active, tier)
             except Exception as error:
@@ -235,7 +277,7 @@ class Runner:
         """Say of those under a calibrated bound whether their tier is enough."""
         for active in self.active.values():
             if active.phase is Phase.JUDGE:
-                active.judge(self.bound_of(active))
+                active.judge(self.calibrated.bound(active))
                 if active.is_decided:
                     with self.lock:
                         self.scheduler.settle(active.number)
@@ -255,6 +297,9 @@ class Runner:
     def _gather_rows(self) -> list[tuple[Active, Rows]]:
         room, found = STEP_TOKENS, []
         for active in self.active.values():
+            with self.lock:  # drafted tokens have room of their own
+                if not self.scheduler.grow(active.number, len(active.tokens)):
+                    continue
             rows = active.next_rows(room)
             if rows is not None:
                 found.append((active, rows))
@@ -270,6 +315,7 @@ class Runner:
                 self._fail(active, error)
             return
         self.stats.steps += 1
+        self.stats.running_steps += len(self.active)
         for (active, rows), logits in zip(work, kept, strict=True):
             try:
                 if rows.failure is not None:
@@ -277,9 +323,6 @@ class Runner:
                 active.take(logits)
             except Exception as error:
                 self._fail(active, error)
-                continue
-            with self.lock:
-                self.scheduler.grow(active.number, active.states.length)
         held = self._fixed_bytes
         for active in list(self.active.values()):
             held += active.count_bytes()
@@ -306,9 +349,8 @@ class Runner:
         self._leave(active, active.outcome(tier))
 
     def _leave(self, active: Active, last: Event) -> None:
-        if active.originals is not None:
-            active.originals.close()
         whole = active.finish in (Finish.STOP, Finish.LENGTH)
+        self._keep(active, whole)
         with self.lock:
             del self.active[active.number]
             entry = self._entries.pop(active.number)
@@ -318,9 +360,29 @@ class Runner:
             self.lock.notify_all()
         active.on_event(last)
 
+    def _keep(self, active: Active, whole: bool) -> None:
+        """Keep what was computed of a text's beginning, or throw it away."""
+        originals, tokens = active.originals, list(active.request.prompt)
+        if not whole or isinstance(active, AuditPass):
+            if originals is not None:
+                originals.close()
+            return
+        if active.kind in (Kind.FULL, Kind.VERIFIED):  # what they wrote is the full model's, too
+            tokens = active.tokens
+        if originals is None and active.kind is Kind.FULL and num_pages(len(tokens)):
+            try:
+                originals = write_originals(self.folder, active.states)
+            except PlacementError:  # a full disk: nothing is lost but time
+                return
+        if originals is not None:
+            self.prefixes.keep(tokens, originals, active.states)
+
     def _measure(self, active: Active, entry: Waiting) -> None:
         """Have an answer measured."""
         assert entry.on_measured is not None
+        if entry.tier is None and active.tier == self.ladder.full:  # nothing can be wrong with it
+            entry.on_measured(no_error(active))
+            return
         tokens = active.tokens[: len(active.request.prompt) - 1 + len(active.kept_logits or [])]
         try:
             self.enqueue(

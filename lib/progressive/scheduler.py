@@ -47,8 +47,8 @@ class Scheduler:
 
     ``slot_bytes``: what all requests share, one layer in full of the longest and what is being
     encoded, taken off the budget. ``window``: tokens that a request may hold in full beyond its
-    tail, drafted and unchecked. ``soft_quantile``: 0 keeps nothing back for climbs beyond the hard
-    reserve. ``history``: class -> (climbed, seen) of earlier requests; of an unknown class all are
+    tail, drafted and unchecked. ``soft_quantile``: the lower, the more run, and the more climbs
+    wait. ``history``: class -> (climbed, seen) of earlier requests; of an unknown class all are
     taken to climb. Raises InputError for a budget that the slot leaves nothing of.
     """
 
@@ -295,7 +295,7 @@ class Scheduler:
 
     def _probable(self, running: Sequence[Account]) -> int:
         climbs = [
-            (self._size(each.top, each.room) - each.held, self.rates.upper(each.kind))
+            (self._size(each.top, each.room) - each.held, self.rates.upper(each.kind) * each.left)
             for each in running
             if each.tier < each.top
         ]

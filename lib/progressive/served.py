@@ -61,7 +61,7 @@ class ServedModel:
                     position_ids=positions,
                     use_cache=False,
                     return_dict=True,
-                    logits_to_keep=torch.tensor(kept, device=device),
+                    logits_to_keep=torch.tensor(kept, dtype=torch.long, device=device),
                 )
         finally:
             batch.close()

@@ -15,8 +15,6 @@ from typing import Any
 import uvicorn
 
 from ..errors import InputError
-from ..progressive.calibration import Calibration
-from ..progressive.ladder import Ladder
 from .gate import Gate
 from .settings import ModelCard
 
@@ -122,15 +120,6 @@ def describe_model(model: Any, tokenizer: Any, *, name: str) -> ModelCard:
         top_p=float(settings.top_p or 1.0) if samples else 1.0,
         response_template=get_response_template(tokenizer, model),
     )
-
-
-def check_calibration(calibration: Calibration | None, ladder: Ladder) -> None:
-    """Raise InputError for a calibration of other tiers than those that are served."""
-    if calibration is not None and calibration.keys["ladder"] != ladder.digest:
-        raise InputError(
-            f"--calibration is of the tiers {' '.join(calibration.tiers)} as another ladder has "
-            f"them, not of {' '.join(ladder.names)}: make one for these"
-        )
 
 
 def ignored_settings(model: Any) -> list[str]:

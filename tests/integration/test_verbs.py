@@ -12,7 +12,13 @@ import pytest
 import torch
 from test_collect_fisher import byte_tokenizer
 from test_verify_epsilon import save_model
-from transformers import GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from lib.commands.__main__ import VERBS
 from lib.files import write_json
@@ -27,6 +33,8 @@ ARGUMENTS: dict[str, str] = {
     "from-checkpoint": "{checkpoint} --model {model} --output {out}/h.json",
     "generate": "--model {model} --budget HBM=1MiB,SSD= --prompt abc --max-new-tokens 4",
     "serve": "--model {model} --port 0 --kv-budget 16MiB --check",
+    "calibrate-requests": "--model {long} --requests {requests} --new-tokens 3 "
+    "--ladder K4V4 --kv-budget 4MiB --output {out}/calibration.json",
     "doctor": "",
     "plan": "--model {model} --budget HBM=1MiB,SSD=",
     "what-if": "--model {model} --bandwidth 1,2 --budgets 50%",
@@ -81,6 +89,12 @@ BAD: dict[str, dict[str, str]] = {
         "--port 99999": "--port: 99999",
         "--host 192.0.2.1": "--host 192.0.2.1",
         "--epsilon 0.02": "--tier-hints",
+    },
+    "calibrate-requests": {
+        "--requests {text}": "line 1",
+        "--kv-budget 1KiB": "1024",
+        "--new-tokens 0": "--new-tokens: 0",
+        "--ladder K9V9": "K9V9",
     },
     "doctor": {"--speed": "--speed"},
     "plan": {"--budget HBM=many": "'many'", "--epsilon 0.02": "--tier-hints"},
@@ -139,6 +153,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verbs")
     save_model(folder / "model")
     save_mixture(folder / "mixture")
+    save_long(folder / "long")
+    requests = [{"prompt": f"{number} is " * 30} for number in range(2)]
+    (folder / "requests.jsonl").write_text("".join(json.dumps(each) + "\n" for each in requests))
     save_optimizer(folder / "model", folder / "checkpoint-1")
     lines = [f"line {index}: {index**3 % 1009} jumps over {index**2}\n" for index in range(400)]
     (folder / "text.txt").write_text("".join(lines))
@@ -158,6 +175,15 @@ def save_mixture(folder: Path) -> None:
     heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = MixtralConfig(vocab_size=258, num_local_experts=4, **sizes, **heads)
     MixtralForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def save_long(folder: Path) -> None:
+    """Save a model of the same tokens whose texts are long enough for compact pages."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "max_position_embeddings": 256}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=258, **sizes, **heads)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
 
@@ -185,6 +211,8 @@ def results(folder: Path) -> Path:
             names = {
                 "model": folder / "model",
                 "mixture": folder / "mixture",
+                "long": folder / "long",
+                "requests": folder / "requests.jsonl",
                 "hints": folder / "model" / "tier_hints.json",
                 "text": folder / "text.txt",
                 "checkpoint": folder / "checkpoint-1",

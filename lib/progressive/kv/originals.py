@@ -50,27 +50,41 @@ class Originals:
     """The pages of one request, from the first: for each layer its keys (tokens, heads, key_dim)
     and values, so that all pages of a layer are read at once.
 
+    ``base``: those of another text that begins alike, and how many of its pages this one has.
+
     ``write`` and ``read`` raise PlacementError, naming the page, where the disk is full, a read
     fails or bytes aren't those that were written.
     """
 
-    def __init__(self, folder: OriginalsFolder, shape: KvShape, max_pages: int) -> None:
+    def __init__(
+        self,
+        folder: OriginalsFolder,
+        shape: KvShape,
+        max_pages: int,
+        *,
+        base: "tuple[Originals, int] | None" = None,
+    ) -> None:
         self._shape = shape
         self._page_bytes = tuple(
             PAGE_TOKENS * shape.heads * dim * shape.itemsize
             for dim in (shape.key_dim, shape.value_dim)
         )
-        self._max_pages = max_pages
+        self._base: Originals | None = base[0] if base else None
+        self._base_pages = base[1] if base else 0
+        self._max_pages = max_pages - self._base_pages
+        self._users = 1
         whole_sectors = all(size % SECTOR_BYTES == 0 for size in self._page_bytes)
         self._file, self._direct = folder.open_file(direct=whole_sectors)
         self._sums: dict[tuple[int, int, int], int] = {}
-        self.pages = 0
+        self._own_bytes = 0
+        self.pages = self._base_pages
         """Whole pages of all layers."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file."""
-        return sum(self._page_bytes[part] for _, part, _ in self._sums)
+        """Bytes on disk, those of the base included."""
+        shared = sum(self._page_bytes) * self._shape.layers * self._base_pages
+        return self._own_bytes + shared
 
     def write(self, layer: int, page: int, keys: Tensor, values: Tensor) -> None:
         """Write pages of a layer, from ``page`` on: (n * PAGE_TOKENS, heads, dim) each."""
@@ -78,7 +92,7 @@ class Originals:
             data = self._aligned(states)
             size = self._page_bytes[part]
             try:
-                self._write(byte_view(data), self._offset(layer, part, page))
+                self._write(byte_view(data), self._offset(layer, part, page - self._base_pages))
             except OSError as error:
                 raise PlacementError(
                     f"originals of layer {layer} can't be written ({error.strerror})"
@@ -86,6 +100,7 @@ class Originals:
             for index in range(len(data) // size):
                 view = data[index * size : (index + 1) * size]
                 self._sums[layer, part, page + index] = _checksum(view)
+            self._own_bytes += len(data)
         if layer == self._shape.layers - 1:
             self.pages = max(self.pages, page + len(keys) // PAGE_TOKENS)
 
@@ -93,6 +108,13 @@ class Originals:
         """Read the first pages of a layer into ``keys`` and ``values``: contiguous, each of
         (pages * PAGE_TOKENS, heads, dim).
         """
+        shared = min(pages, self._base_pages)
+        if self._base is not None and shared:
+            tokens = shared * PAGE_TOKENS
+            self._base.read(layer, shared, keys[:tokens], values[:tokens])
+            keys, values = keys[tokens:], values[tokens:]
+        if pages == shared:
+            return
         for part, states in enumerate((keys, values)):
             size = self._page_bytes[part]
             data = states.view(-1).view(torch.uint8)
@@ -103,22 +125,28 @@ class Originals:
                 raise PlacementError(
                     f"originals of layer {layer} can't be read ({error.strerror or error})"
                 ) from error
-            for page in range(pages):
-                if _checksum(target[page * size : (page + 1) * size]) != self._sums.get(
-                    (layer, part, page)
-                ):
+            for index, page in enumerate(range(shared, pages)):
+                found = _checksum(target[index * size : (index + 1) * size])
+                if found != self._sums.get((layer, part, page)):
                     raise PlacementError(
                         f"page {page} of layer {layer} isn't what was written: its checksum differs"
                     )
             if target is not data:
                 data.copy_(target)
 
+    def share(self) -> "Originals":
+        """Return these, for one more who has to close them."""
+        self._users += 1
+        return self
+
     def close(self) -> None:
-        """Give the file's room back."""
-        if self._file >= 0:
+        """Give the file's room back, once nobody needs it any more."""
+        self._users -= 1
+        if self._users == 0:
             os.close(self._file)
-            self._file = -1
             self._sums.clear()
+            if self._base is not None:
+                self._base.close()
 
     def _offset(self, layer: int, part: int, page: int) -> int:
         before = layer * sum(self._page_bytes) + part * self._page_bytes[0]

@@ -109,6 +109,12 @@ def test_requests_of_all_lengths_together_are_answered_as_alone(model: Any, alon
         assert outcome.quality.kind is (Kind.VERIFIED if request.bound else Kind.FULL)
 
 
+def test_a_long_prompt_alone_takes_several_steps(model: Any, alone: Any) -> None:
+    request = GenerationRequest(prompt=prompt(580), max_new_tokens=4)
+    ((answer, _),) = serve(model, request)
+    assert answer.ids == greedy(alone, list(request.prompt), 4)
+
+
 def test_sampled_texts_depend_on_the_seed_alone(model: Any) -> None:
     def ask(bound: QualityBound | None, seed: int) -> GenerationRequest:
         sampling = Sampling(temperature=0.8, top_p=0.9, seed=seed)
@@ -328,3 +334,47 @@ def test_an_answer_is_measured_at_every_tier(model: Any, alone: Any) -> None:
         assert each.divergences[0] < 1e-6  # of the first token, which the prompt's pass chose
     errors = [sum(sum(pair) for pair in measured[tier].errors) for tier in range(len(names))]
     assert errors == sorted(errors, reverse=True) and errors[-1] == 0
+
+
+def test_what_begins_alike_is_computed_once_and_only_from_originals(model: Any, alone: Any) -> None:
+    shared = prompt(220, 7)
+    bounds = (EXACT, None, EXACT, QualityBound(epsilon=0.01), EXACT)
+    with Engine(model, kv_budget=2**24) as engine:
+        for seed, bound in enumerate(bounds):
+            ids = [*shared, *prompt(60, seed)]
+            answer = Answer()
+            engine.submit(GenerationRequest(prompt=ids, max_new_tokens=70, bound=bound), answer)
+            outcome = answer.outcome()
+            # Pages of 64 tokens behind 4, as far as the earlier text has them, and one is left.
+            assert outcome.cached_tokens == (196 if seed else 0)
+            if bound in (None, EXACT):
+                assert answer.ids == greedy(alone, ids, 70)
+        # A conversation goes on: what was answered is known, too.
+        ids = [*ids, *answer.ids, *prompt(20, 9)]
+        following = Answer()
+        engine.submit(GenerationRequest(prompt=ids, max_new_tokens=20, bound=EXACT), following)
+        assert following.outcome().cached_tokens >= 260
+        assert following.ids == greedy(alone, ids, 20)
+    with Engine(model, kv_budget=2**24, prefix_bytes=0) as engine:
+        for _ in range(2):
+            answer = Answer()
+            engine.submit(GenerationRequest(prompt=ids, max_new_tokens=2, bound=EXACT), answer)
+            assert answer.outcome().cached_tokens == 0
+
+
+def test_a_beginning_that_is_damaged_is_computed_again(
+    model: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Originals._read
+
+    def read(self: Originals, view: memoryview, offset: int) -> None:
+        real(self, view, offset)
+        view[0] ^= 255
+
+    with Engine(model, kv_budget=2**24) as engine:
+        for _ in range(2):
+            answer = Answer()
+            engine.submit(GenerationRequest(prompt=prompt(280), max_new_tokens=5), answer)
+            assert answer.outcome().cached_tokens == 0
+            assert answer.ids == greedy(alone, prompt(280), 5)
+            monkeypatch.setattr(Originals, "_read", read)

@@ -26,13 +26,14 @@ from lib.progressive.estimators import (
     mean_information,
     predict_damage,
 )
-from lib.progressive.ladder import KvShape
+from lib.progressive.ladder import KvShape, make_ladder
 
-TIERS = ("K3V2", "K4V4", "K6V5")
-FULL = len(TIERS)
+SHAPE = KvShape(layers=2, heads=1, key_dim=64, value_dim=64, itemsize=4)
+LADDER = make_ladder(SHAPE).restrict("K3V2 K4V4 K6V5")
+FULL = LADDER.full
 CALIBRATION = Calibration(
     keys={key: f"{key} 1" for key in KEYS},
-    tiers=TIERS,
+    ladder=LADDER,
     information=((2.0, 1.0), (0.5, 0.0)),
     scores=tuple(map(float, range(1, 60))),
     tokens=(400,) * 59,
@@ -201,8 +202,8 @@ def test_a_file_gives_the_calibration_back(tmp_path: Path) -> None:
 def test_a_calibration_of_something_else_isnt_loaded(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     CALIBRATION.save(path)
-    expected = {**CALIBRATION.keys, "ladder": "other", "workload": "texts"}
-    said = r"another ladder \(ladder 1 there, other here\), another workload \(workload 1 there"
+    expected = {**CALIBRATION.keys, "codec": "other", "workload": "texts"}
+    said = r"another codec \(codec 1 there, other here\), another workload \(workload 1 there"
     with pytest.raises(InputError, match=said):
         load_calibration(path, expected)
 
@@ -217,14 +218,14 @@ def test_a_calibration_of_something_else_isnt_loaded(tmp_path: Path) -> None:
         {"scores": [-1.0] * 59},
         {"scores": ["x"] * 59},
         {"information": [[1.0]]},
-        {"tiers": None},
+        {"ladder": None},
     ],
 )
 def test_a_file_that_is_no_calibration_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     CALIBRATION.save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match="calibration"):
+    with pytest.raises(InputError, match=r"calibration\.json is no calibration of requests"):
         load_calibration(path, {})
     path.write_text(path.read_text()[:40])
     with pytest.raises(InputError, match="no calibration of requests"):

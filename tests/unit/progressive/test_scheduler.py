@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -323,6 +324,61 @@ def test_a_lower_budget_takes_tiers_before_requests_and_the_youngest_first() -> 
     assert scheduler.bytes_held() == size(FULL)
     with pytest.raises(InputError, match=f"may need {size(FULL)}"):
         scheduler.resize(size(FULL) - 1)
+
+
+# -- how many run ----------------------------------------------------------------------------------
+
+
+def run_closed_loop(scheduler: Scheduler, climbing: float, *, calibrated: bool) -> float:
+    """Return how many of 80 clients' requests run on average: a share climbs to full, right after
+    the prompt or early in the answer.
+    """
+    draw = random.Random(1)
+    lengths: dict[int, int] = {}
+    climbs_at: dict[int, int] = {}
+    stands: set[int] = set()
+    submitted, ended, sums = 0, 0, []
+    while ended < 200:
+        while submitted < ended + 80:
+            submit(scheduler, submitted, kind="some", demotable=False, top_tier=1)
+            if draw.random() < climbing:
+                climbs_at[submitted] = 0 if calibrated else int(200 * draw.random() ** 2)
+            submitted += 1
+        stands -= {grant.id for grant in scheduler.granted()}
+        lengths |= dict.fromkeys(scheduler.admit(0), LONG - 200)
+        sums += [len(lengths)] if ended >= 80 else []
+        for each in sorted(lengths.keys() - stands):
+            if climbs_at.get(each, 200) <= lengths[each] - LONG + 200:
+                del climbs_at[each]
+                if not scheduler.ask_climb(each, 1):
+                    stands.add(each)
+                    continue
+            if calibrated:
+                scheduler.settle(each)
+            lengths[each] += 20
+            scheduler.grow(each, lengths[each])
+            if lengths[each] == LONG:
+                scheduler.finish(each)
+                del lengths[each]
+                ended += 1
+    return sum(sums) / len(sums)
+
+
+@pytest.mark.parametrize(("climbing", "calibrated"), [(0.0, True), (0.3, True), (0.3, False)])
+def test_as_many_run_as_the_identity_says_less_the_reserve(
+    climbing: float, calibrated: bool
+) -> None:
+    ladder = LADDER.restrict("K6V5")
+    compact, full = ladder.peak_bytes(0, LONG), ladder.peak_bytes(1, LONG)
+    scheduler = Scheduler(
+        ladder,
+        20 * full,
+        history={"some": (round(1000 * climbing), 1000)},
+        soft_quantile=0.95 if calibrated else 0.5,
+    )
+    identity = 20 / (compact / full + (1 - compact / full) * climbing)
+    found = run_closed_loop(scheduler, climbing, calibrated=calibrated)
+    assert 0.85 * identity < found < 1.05 * identity
 
 
 # -- any trace -------------------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""Bounds of a calibration in an engine: what a tier's is, and which answers are audited."""
+
+import math
+import threading
+
+from .active import Active
+from .audit import RequestAudit
+from .bounds import QualityBound
+from .calibration import Calibration
+from .estimators import Calibrated, Evidence, choose_estimator
+from .generation import GenerationRequest
+from .measuring import Measurement, OnMeasured
+
+AUDITED_SHARE = 0.05
+"""Of requests under a calibrated bound."""
+
+
+class CalibratedBounds:
+    """The bounds of one calibration, or of none; each delta has an audit of its own.
+
+    ``full``: index of the full tier. Bounds are asked for in the engine's thread; requests are
+    checked, and audits told, in any.
+    """
+
+    def __init__(
+        self, calibration: Calibration | None, full: int, *, audited_share: float = AUDITED_SHARE
+    ) -> None:
+        self._calibration, self._full, self._share = calibration, full, audited_share
+        self._lock = threading.Lock()
+        self._audits: dict[float, RequestAudit] = {}
+
+    def check(self, bound: QualityBound | None) -> None:
+        """Raise RequestError for a bound that this calibration can't keep."""
+        choose_estimator(bound, self._full, calibration=self._calibration)
+
+    def bound(self, active: Active) -> float:
+        """Return the bound of an answer at the tier that it has, nats per token; infinite where
+        nothing is known.
+        """
+        if active.tier == self._full:
+            return 0.0
+        declared = active.request.bound
+        assert declared is not None and self._calibration is not None
+        estimator = Calibrated(self._calibration, declared.delta, self._audit(declared.delta))
+        evidence = Evidence(prompt_tokens=len(active.request.prompt), errors=active.prompt_errors)
+        found = estimator.bound(evidence, active.tier)
+        return math.inf if found is None else found.value
+
+    def draw(self, number: int, request: GenerationRequest) -> OnMeasured | None:
+        """Return what is to be told how far an answer was off; None: it isn't audited."""
+        declared = request.bound
+        assert declared is not None
+        audit = self._audit(declared.delta)
+        if not audit.is_chosen(number):
+            return None
+
+        def tell(found: Measurement | Exception) -> None:
+            if isinstance(found, Measurement):  # else it wasn't measured, and says nothing
+                with self._lock:
+                    audit.record(broken=found.tier < self._full and found.mean > declared.epsilon)
+
+        return tell
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return how many answers were audited, how many were above their bounds, and of how many
+        deltas nothing is released below full any more.
+        """
+        with self._lock:
+            audits = list(self._audits.values())
+        return (
+            sum(each.num_audits for each in audits),
+            sum(each.num_broken for each in audits),
+            sum(each.stopped for each in audits),
+        )
+
+    def _audit(self, delta: float) -> RequestAudit:
+        with self._lock:
+            if delta not in self._audits:
+                self._audits[delta] = RequestAudit(delta, share=self._share)
+            return self._audits[delta]

@@ -1,0 +1,356 @@
+"""What quality bounds are worth: concurrency, tokens and good answers per second at equal memory.
+
+    make bench-progressive
+    make bench-progressive BENCH_PROGRESSIVE_ARGS="--quick --json runs/progressive.json"
+
+A small model that recalls (workload.py; trained first where there is none) answers mixes of easy
+and hard requests within a budget of fast memory for keys and values, by
+
+- ``full``: pages of full precision, admitted page by page as texts grow
+- ``static K6V5`` and ``static K4V4``: such pages for all, and no guarantee
+- ``calibrated``: a compact tier where the bound of a calibration (delta 5 %) is within epsilon,
+  else full
+- ``verified``: drafts from the compact tier, checked by passes over originals on disk
+
+Hard requests are those of the pool whose calibrated bound at the compact tier is above epsilon, so
+a mix has the escalation rate p by construction; *identity* is 1/(c + (1 - c) p) with c the compact
+tier's share of full bytes. A *good* answer has a measured mean KL within epsilon. Tables first; the
+last line of stdout is one JSON document.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
+
+from lib.commands.cli import Parser, output_file, run_main
+from lib.commands.flags import whole_number
+from lib.evaluation.calibrate_requests import calibrate_requests
+from lib.evaluation.measured_requests import expected_concurrency, measure_requests
+from lib.files import check_writable, write_json
+from lib.machine import cpu_name
+from lib.precision.binomial import proportion_interval
+from lib.progressive.bounds import QualityBound
+from lib.progressive.calibration import Calibration
+from lib.progressive.engine import Engine
+from lib.progressive.estimators import predict_damage
+from lib.progressive.generation import GenerationRequest
+from lib.progressive.ladder import Ladder
+from scripts.experiments.progressive.loads import Saturated, arrive, curve, saturate
+from scripts.experiments.progressive.workload import KINDS, load_or_train, make_requests
+
+DELTA = 0.05
+RATES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+SYSTEMS = ("full", "static K6V5", "static K4V4", "calibrated", "verified")
+_LOAD = 0.7
+"""Of what ``full`` finishes a second: the rate of Poisson arrivals."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled:
+    """A request, and what is known of it at each tier below full."""
+
+    request: GenerationRequest
+    measured: dict[str, float]
+    """Tier -> mean nats per token."""
+    bound: float
+    """Calibrated, of the compact tier."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """What all runs share."""
+
+    model: Any
+    ladder: Ladder
+    compact: Ladder
+    """The compact tier and full."""
+    calibration: Calibration
+    pool: list[Pooled]
+    epsilon: float
+    budget: int
+    clients: int
+
+    def engine(self, ladder: Ladder | None = None, *, budget: int | None = None) -> Engine:
+        """Return an engine of this study."""
+        return Engine(
+            self.model,
+            kv_budget=budget or self.budget,
+            ladder=ladder or self.compact,
+            calibration=self.calibration,
+            audited_share=1e-9,  # answers are measured apart, so that no run pays for it
+            max_queue=100_000,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    check_writable(args.json)
+    check_writable(args.plot)
+    torch.manual_seed(0)
+    model, _ = load_or_train(args.model)
+    study = prepare(model, args)
+    document = {"cpu": cpu_name(), "threads": torch.get_num_threads(), **run(study, args)}
+    print_tables(document)
+    if args.plot is not None:
+        from scripts.experiments.progressive.study_plot import draw
+
+        draw(document, args.plot)
+    if args.json is not None:
+        write_json(document, args.json)
+    print(json.dumps(document))
+    return 0
+
+
+def prepare(model: Any, args: argparse.Namespace) -> Study:
+    """Calibrate, measure the pool, and choose epsilon so that half of it is hard."""
+    calibrating = draw_requests(args.calibration, args.new_tokens, seed=1)
+    pooled = draw_requests(args.pool, args.new_tokens, seed=2)
+    room = 2**30
+    print(f"calibrating on {len(calibrating)} requests", file=sys.stderr)
+    names = f"{args.compact} K4V4 K6V5"
+    calibration = calibrate_requests(model, calibrating, kv_budget=room, tiers=names)
+    ladder = calibration.ladder
+    print(f"measuring {len(pooled)} requests", file=sys.stderr)
+    with Engine(model, kv_budget=room, ladder=ladder) as engine:
+        fixed_bytes = engine.fixed_bytes
+        rows = measure_requests(engine, pooled, ladder.full)
+    factor = calibration.factor(DELTA)
+    pool = []
+    first = ladder.index(args.compact)
+    for request, row in zip(pooled, rows, strict=True):
+        predicted = predict_damage(calibration.information, row.errors[first], row.prompt_tokens)
+        measured = dict(zip(ladder.names, row.measured, strict=False))
+        pool.append(Pooled(request=request, measured=measured, bound=factor * predicted))
+    epsilon = args.epsilon or median(each.bound for each in pool)
+    longest = max(len(each.prompt) + each.max_new_tokens for each in pooled)
+    full = ladder.num_bytes(ladder.full, longest)
+    return Study(
+        model=model,
+        ladder=ladder,
+        compact=ladder.restrict(args.compact),
+        calibration=calibration,
+        pool=pool,
+        epsilon=epsilon,
+        budget=fixed_bytes + args.fit * full,
+        clients=args.requests,
+    )
+
+
+def draw_requests(count: int, new_tokens: int, *, seed: int) -> list[GenerationRequest]:
+    """Draw requests of all kinds and difficulties, none twice."""
+    draw = random.Random(seed)
+    requests = []
+    for number in range(count):
+        kind = KINDS[number % len(KINDS)]
+        (item,) = make_requests(
+            kind, draw.choice((0.0, 0.25, 0.5, 0.75, 1.0)), 1, draw.randrange(2**31)
+        )
+        requests.append(GenerationRequest(prompt=item.prompt, max_new_tokens=new_tokens))
+    return requests
+
+
+def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
+    """Run the curve, every system at every rate, and arrivals."""
+    requests = [each.request for each in study.pool]
+    counts = (1, 2, 4, 8, 16, 32, 64)
+    print("tokens per second against concurrency", file=sys.stderr)
+    flat = curve(lambda: study.engine(study.ladder, budget=2**30), requests, counts)
+    lengths = [len(each.prompt) + each.max_new_tokens for each in requests]
+    share = mean(
+        study.compact.num_bytes(0, length) / study.compact.num_bytes(1, length)
+        for length in lengths
+    )
+    points = []
+    for rate in (0.05, 0.5) if args.quick else RATES:
+        mix = draw_mix(study, rate)
+        for system in SYSTEMS:
+            print(f"p {rate}: {system}", file=sys.stderr)
+            points.append(
+                {"p": rate, "system": system, **run_system(study, system, mix), "identity": 0.0}
+            )
+    base = {p["p"]: p["concurrency"] for p in points if p["system"] == "full"}
+    for point in points:
+        point["identity"] = expected_concurrency(share, point["p"])
+        point["concurrency_ratio"] = point["concurrency"] / base[point["p"]]
+    arrivals = run_arrivals(study, points)
+    return {
+        "compact_fraction": share,
+        "compact_tier": study.compact.names[0],
+        "epsilon": study.epsilon,
+        "delta": DELTA,
+        "kv_budget": study.budget,
+        "new_tokens": requests[0].max_new_tokens,
+        "curve": flat,
+        "points": points,
+        "arrivals": arrivals,
+        "ratios": ratios(points),
+    }
+
+
+def draw_mix(study: Study, rate: float) -> list[Pooled]:
+    """Draw requests of which a share ``rate`` is hard."""
+    draw = random.Random(int(1000 * rate))
+    hard = [each for each in study.pool if each.bound > study.epsilon]
+    easy = [each for each in study.pool if each.bound <= study.epsilon]
+    count = round(rate * study.clients)
+    mix = draw.choices(hard, k=count) + draw.choices(easy, k=study.clients - count)
+    draw.shuffle(mix)
+    return mix
+
+
+def bounded(study: Study, system: str, mix: Sequence[Pooled]) -> list[GenerationRequest]:
+    """Return the requests as a system gets them."""
+    bound = {
+        "calibrated": QualityBound(epsilon=study.epsilon, delta=DELTA),
+        "verified": QualityBound(epsilon=study.epsilon),
+    }.get(system)
+    return [replace(each.request, bound=bound) for each in mix]
+
+
+def tier_of(study: Study, system: str) -> tuple[Ladder, int | None]:
+    """Return the ladder of a system, and the tier that it gives to all."""
+    if not system.startswith("static"):
+        return study.compact, None
+    return study.ladder, study.ladder.index(system.split()[1])
+
+
+def run_system(study: Study, system: str, mix: Sequence[Pooled]) -> dict[str, Any]:
+    """Run one system on one mix, saturated."""
+    ladder, tier = tier_of(study, system)
+    with study.engine(ladder) as engine:
+        found = saturate(engine, bounded(study, system, mix), tier=tier)
+    assert found.stats.most_kv_bytes <= study.budget, "the budget was passed"
+    return describe(study, system, mix, found)
+
+
+def describe(study: Study, system: str, mix: Sequence[Pooled], found: Saturated) -> dict[str, Any]:
+    """Return the figures of a run."""
+    outcomes = [answer.result() for answer in found.answers]
+    errors = []
+    for each, outcome in zip(mix, outcomes, strict=True):
+        tier = outcome.quality.tier
+        is_measured = system == "verified"
+        errors.append(outcome.quality.bound if is_measured else each.measured.get(tier, 0.0))
+    good = [error <= study.epsilon for error in errors]
+    violations, count = len(good) - sum(good), len(good)
+    low, high = proportion_interval(violations, count)
+    return {
+        "concurrency": found.concurrency,
+        "tokens_per_s": found.tokens / found.seconds,
+        "goodput": sum(good[index] for index in found.finished) / found.seconds,
+        "fast_bytes": mean(outcome.quality.kv_bytes for outcome in outcomes),
+        "total_bytes": mean(outcome.quality.total_bytes for outcome in outcomes),
+        "most_kv_bytes": found.stats.most_kv_bytes,
+        "escalated": mean(outcome.quality.escalations > 0 for outcome in outcomes),
+        "wasted_tokens": sum(outcome.rejected_tokens for outcome in outcomes)
+        / sum(outcome.new_tokens for outcome in outcomes),
+        "violations": violations,
+        "violations_interval": [low, high],
+        "n": count,
+    }
+
+
+def run_arrivals(study: Study, points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run Poisson arrivals at a rate that full precision can serve, on the mix of the fewest
+    hard requests, and add the latencies to the points of that mix.
+    """
+    rate = min(point["p"] for point in points)
+    (full,) = [p for p in points if p["p"] == rate and p["system"] == "full"]
+    per_second = _LOAD * full["tokens_per_s"] / study.pool[0].request.max_new_tokens
+    mix = draw_mix(study, rate)[: max(20, study.clients // 2)]
+    arrivals = []
+    for system in SYSTEMS:
+        print(f"arrivals: {system}", file=sys.stderr)
+        ladder, tier = tier_of(study, system)
+        with study.engine(ladder) as engine:
+            latencies = arrive(
+                engine, bounded(study, system, mix), rate=per_second, seed=3, tier=tier
+            )
+        arrivals.append({"system": system, "p": rate, "requests_per_s": per_second, **latencies})
+        for point in points:
+            if point["system"] == system and point["p"] == rate:
+                point["ttft_p95_s"] = latencies["ttft_p95_s"]
+    return arrivals
+
+
+def ratios(points: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return goodput and tokens per second over full precision, where the fewest are hard."""
+    rate = min(point["p"] for point in points)
+    found = {point["system"]: point for point in points if point["p"] == rate}
+    return {
+        f"{system}_{name}": found[system][name] / found["full"][name]
+        for system in ("verified", "calibrated")
+        for name in ("goodput", "tokens_per_s")
+    }
+
+
+def print_tables(document: dict[str, Any]) -> None:
+    """Print what was found, for a person."""
+    print(f"compact tier {document['compact_tier']}: {document['compact_fraction']:.3f} of full")
+    print(f"epsilon {document['epsilon']:.4g} nats per token, delta {document['delta']}")
+    for point in document["curve"]:
+        print(f"  {point['concurrency']:>3} at a time: {point['tokens_per_s']:8.1f} tokens/s")
+    print(
+        f"{'p':>5} {'system':<12}{'conc.':>7}{'ratio':>7}{'ident.':>7}{'tok/s':>8}{'good/s':>8}"
+        f"{'fast KiB':>10}{'total KiB':>10}{'climbed':>8}{'wasted':>7}{'above':>10}"
+    )
+    for p in document["points"]:
+        print(
+            f"{p['p']:>5} {p['system']:<12}{p['concurrency']:>7.1f}{p['concurrency_ratio']:>7.2f}"
+            f"{p['identity']:>7.2f}{p['tokens_per_s']:>8.1f}{p['goodput']:>8.2f}"
+            f"{p['fast_bytes'] / 1024:>10.0f}{p['total_bytes'] / 1024:>10.0f}"
+            f"{p['escalated']:>8.2f}{p['wasted_tokens']:>7.2f}{p['violations']:>5}/{p['n']}"
+        )
+    for each in document["arrivals"]:
+        print(
+            f"  {each['system']:<12} first token {each['ttft_p50_s']:.3f} s (p95 "
+            f"{each['ttft_p95_s']:.3f}), a token {each['tpot_p50_s']:.4f} s "
+            f"(p95 {each['tpot_p95_s']:.4f})"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("Measure what quality bounds of requests are worth.")
+    default = "(default: %(default)s)"
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("runs/progressive-recall"),
+        metavar="DIR",
+        help=f"of workload.py, trained where there is none {default}",
+    )
+    for name, value, what in (
+        ("--calibration", 120, "requests to calibrate on"),
+        ("--pool", 200, "requests to draw mixes of"),
+        ("--requests", 160, "requests of a mix"),
+        ("--new-tokens", 64, "tokens of an answer"),
+        ("--fit", 6, "of the longest requests, that fit the budget in full"),
+    ):
+        parser.add_argument(
+            name, type=whole_number(1), default=value, metavar="N", help=f"{what} {default}"
+        )
+    parser.add_argument("--compact", default="K3V2", metavar="TIER", help=f"compact tier {default}")
+    parser.add_argument(
+        "--epsilon",
+        type=float,
+        metavar="NATS",
+        help="per token (default: the median of the pool's calibrated bounds)",
+    )
+    parser.add_argument("--quick", action="store_true", help="two rates alone")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="the document, in a file")
+    parser.add_argument("--plot", type=output_file, metavar="FILE", help="a picture")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,106 @@
+"""Calibrations of a real model's requests, and the bounds that an engine gives by them."""
+
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib.errors import InputError
+from lib.evaluation.calibrate_requests import calibrate_requests, calibration_keys
+from lib.progressive.bounds import Kind, QualityBound, RequestError
+from lib.progressive.calibration import Calibration, load_calibration
+from lib.progressive.engine import Engine
+from lib.progressive.generation import GenerationRequest, Outcome
+
+BUDGET = 2**23
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=40,
+        max_position_embeddings=300,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def request(seed: int, bound: QualityBound | None = None) -> GenerationRequest:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(40, (140 + seed % 3 * 64,), generator=generator).tolist()
+    return GenerationRequest(prompt=ids, max_new_tokens=3, bound=bound)
+
+
+@pytest.fixture(scope="module")
+def calibration(model: Any) -> Calibration:
+    return calibrate_requests(
+        model, [request(seed) for seed in range(60)], kv_budget=BUDGET, tiers="K3V2 K6V5"
+    )
+
+
+def answer(engine: Engine, *requests: GenerationRequest) -> list[Outcome]:
+    events: SimpleQueue[Any] = SimpleQueue()
+    for each in requests:
+        engine.submit(each, lambda event: isinstance(event, tuple) or events.put(event))
+    return [events.get(timeout=60) for _ in requests]
+
+
+def test_a_tier_is_taken_whose_bound_is_within_epsilon(
+    model: Any, calibration: Calibration, tmp_path: Path
+) -> None:
+    calibration.save(tmp_path / "calibration.json")
+    loaded = load_calibration(tmp_path / "calibration.json", calibration_keys(model))
+    assert loaded == calibration and calibration.ladder.names == ("K3V2", "K6V5", "full")
+    tiers = []
+    with Engine(model, kv_budget=BUDGET, calibration=loaded) as engine:
+        for epsilon in (1e-9, 0.01, 0.1, 100.0):
+            bound = QualityBound(epsilon=epsilon, delta=0.05)
+            for outcome in answer(engine, *(request(seed, bound) for seed in range(100, 104))):
+                quality = outcome.quality
+                assert quality.kind is Kind.CALIBRATED and quality.delta == 0.05
+                assert 0 <= quality.bound <= epsilon
+                tier = engine.ladder.index(quality.tier)
+                assert quality.escalations == tier
+                tiers.append(tier)
+        with pytest.raises(RequestError, match="takes 299 calibration requests"):
+            engine.check(request(0, QualityBound(epsilon=0.1, delta=0.01)))
+    assert tiers[:4] == [2] * 4 and tiers[-4:] == [0] * 4 and 1 in tiers
+
+
+def test_an_audit_stops_what_breaks_its_bounds(model: Any, calibration: Calibration) -> None:
+    # Scores a million times too small: as if another workload came.
+    wrong = Calibration(
+        keys=calibration.keys,
+        ladder=calibration.ladder,
+        information=calibration.information,
+        scores=tuple(score / 1e6 for score in calibration.scores),
+        tokens=calibration.tokens,
+    )
+    bound = QualityBound(epsilon=1e-7, delta=0.05)
+    with Engine(model, kv_budget=BUDGET, calibration=wrong, audited_share=1.0) as engine:
+        outcomes = [answer(engine, request(seed, bound))[0] for seed in range(12)]
+        assert engine.drain(30)
+        tiers = [outcome.quality.tier for outcome in outcomes]
+        assert "full" not in tiers[:5] and set(tiers[-5:]) == {"full"}
+        stats = engine.stats()
+    assert stats.stopped_bounds == 1 and stats.broken_bounds >= 5 and stats.audits >= 5
+
+
+def test_what_cant_be_calibrated_is_refused(model: Any, calibration: Calibration) -> None:
+    with pytest.raises(InputError, match="no requests"):
+        calibrate_requests(model, [], kv_budget=BUDGET)
+    short = GenerationRequest(prompt=[1] * 100, max_new_tokens=2)
+    with pytest.raises(InputError, match="long enough for a compact page"):
+        calibrate_requests(model, [short], kv_budget=BUDGET, tiers="K4V4")
+    other = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 1}))
+    with pytest.raises(InputError, match="the ladder is of"):
+        Engine(other, kv_budget=BUDGET, calibration=calibration)
