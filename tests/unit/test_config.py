@@ -58,6 +58,12 @@ def test_values_and_choices_arrive_with_their_types(tmp_path: Path) -> None:
     assert config.report.html is False
 
 
+def test_what_is_served_is_the_run_unless_it_is_said(tmp_path: Path) -> None:
+    serve = load(tmp_path).serve
+    assert (serve.model, serve.port, serve.default_bound) == ("", 8000, "full")
+    assert load(tmp_path, 'CONFIG_SERVE_MODEL="a"', "CONFIG_SERVE_PORT=0").serve.model == "a"
+
+
 def test_text_is_unescaped(tmp_path: Path) -> None:
     config = load(tmp_path, "CONFIG_DATA_FILES=y", r'CONFIG_DATA_FILES_GLOB="a \"b\" \\ c"')
     assert config.data.files == r'a "b" \ c'
