@@ -26,9 +26,10 @@ from .generation import Event, GenerationRequest
 from .kv.originals import OriginalsFolder
 from .ladder import PAGE_TOKENS, Ladder, make_ladder
 from .measuring import OnMeasured
-from .runner import STEP_TOKENS, EngineStats, Runner
+from .runner import STEP_TOKENS, Runner
 from .scheduler import Scheduler
 from .served import ServedModel
+from .waiting import EngineStats
 
 PREFIX_BYTES = 2**30
 """Of disk, for what requests share that begin alike."""

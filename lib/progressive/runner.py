@@ -5,77 +5,27 @@ All of it happens in the engine's thread. What callers also look at is guarded b
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import PlacementError
-from .active import Active, Phase, kind_of, quality_of
+from .active import Active, Phase, kind_of
 from .batch import Rows, pages_of
 from .bounds import Kind, RequestError
 from .calibrated import CalibratedBounds
-from .generation import Event, Finish, GenerationRequest, Outcome
+from .generation import Event, Finish, GenerationRequest
 from .kv.originals import Originals, OriginalsFolder
 from .kv.pages import RequestStates
 from .kv.prefixes import Prefixes, adopt, write_originals
 from .ladder import Ladder, num_pages
-from .measuring import AuditPass, OnMeasured, no_error
+from .measuring import AuditPass, no_error
 from .scheduler import Scheduler
 from .served import ServedModel
+from .waiting import EngineStats, Waiting, unstarted
 
 STEP_TOKENS = 512
 """Rows of prompts in a step at most: others wait for it."""
-
-
-@dataclass(slots=True, kw_only=True)
-class EngineStats:
-    """What an engine did, and holds."""
-
-    waiting: int = 0
-    running: int = 0
-    most_running: int = 0
-    steps: int = 0
-    running_steps: int = 0
-    """Sum over steps of the requests that had memory: by steps, the mean concurrency."""
-    adopted_tokens: int = 0
-    """Of prompts, that earlier requests had computed."""
-    new_tokens: int = 0
-    rejected_tokens: int = 0
-    escalations: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    kv_budget: int = 0
-    kv_bytes: int = 0
-    """Of keys and values in fast memory now, the slot for originals included."""
-    most_kv_bytes: int = 0
-    tiers: dict[str, int] = field(default_factory=dict)
-    """Tier -> requests that ended there."""
-    audits: int = 0
-    """Of answers under a calibrated bound."""
-    broken_bounds: int = 0
-    """Found by audits."""
-    stopped_bounds: int = 0
-    """Deltas of which nothing is released below full any more."""
-
-
-@dataclass(slots=True)
-class Waiting:
-    """A request that has no memory.
-
-    ``tier``: the one that it is to have, where that is given; ``answer``: the one that it measures;
-    ``before``: what it did until it was evicted.
-    """
-
-    number: int
-    request: GenerationRequest
-    on_event: Callable[[Event], None]
-    tier: int | None = None
-    on_measured: OnMeasured | None = None
-    answer: Active | None = None
-    before: Active | None = None
 
 
 class Runner:
@@ -161,7 +111,7 @@ class Runner:
         for each in waiting:
             finish = Finish.DEADLINE if each.number in late else Finish.CANCELLED
             self.stats.cancelled += 1
-            each.on_event(_unstarted(each.request, finish, self.ladder.names[0]))
+            each.on_event(unstarted(each.request, finish, self.ladder.names[0]))
 
     def _first_tier(self, waiting: Waiting) -> int:
         if waiting.tier is not None:
@@ -394,13 +344,3 @@ class Runner:
             )
         except RequestError as error:
             entry.on_measured(error)
-
-
-def _unstarted(request: GenerationRequest, finish: Finish, tier: str) -> Outcome:
-    return Outcome(
-        finish=finish,
-        prompt_tokens=len(request.prompt),
-        new_tokens=0,
-        rejected_tokens=0,
-        quality=quality_of(request.bound, tier),
-    )

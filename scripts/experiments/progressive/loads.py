@@ -10,7 +10,7 @@ from typing import Any
 
 from lib.progressive.engine import Engine
 from lib.progressive.generation import Event, GenerationRequest, Outcome
-from lib.progressive.runner import EngineStats
+from lib.progressive.waiting import EngineStats
 
 _POLL_SECONDS = 0.002
 

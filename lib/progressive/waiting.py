@@ -1,0 +1,68 @@
+"""Requests without memory, and what an engine counts of all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .active import Active, quality_of
+from .generation import Event, Finish, GenerationRequest, Outcome
+from .measuring import OnMeasured
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """What an engine did, and holds."""
+
+    waiting: int = 0
+    running: int = 0
+    most_running: int = 0
+    steps: int = 0
+    running_steps: int = 0
+    """Sum over steps of the requests that had memory: by steps, the mean concurrency."""
+    adopted_tokens: int = 0
+    """Of prompts, that earlier requests had computed."""
+    new_tokens: int = 0
+    rejected_tokens: int = 0
+    escalations: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    kv_budget: int = 0
+    kv_bytes: int = 0
+    """Of keys and values in fast memory now, the slot for originals included."""
+    most_kv_bytes: int = 0
+    tiers: dict[str, int] = field(default_factory=dict)
+    """Tier -> requests that ended there."""
+    audits: int = 0
+    """Of answers under a calibrated bound."""
+    broken_bounds: int = 0
+    """Found by audits."""
+    stopped_bounds: int = 0
+    """Deltas of which nothing is released below full any more."""
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A request that has no memory.
+
+    ``tier``: the one that it is to have, where that is given; ``answer``: the one that it measures;
+    ``before``: what it did until it was evicted.
+    """
+
+    number: int
+    request: GenerationRequest
+    on_event: Callable[[Event], None]
+    tier: int | None = None
+    on_measured: OnMeasured | None = None
+    answer: Active | None = None
+    before: Active | None = None
+
+
+def unstarted(request: GenerationRequest, finish: Finish, tier: str) -> Outcome:
+    """Return the outcome of a request that never ran."""
+    return Outcome(
+        finish=finish,
+        prompt_tokens=len(request.prompt),
+        new_tokens=0,
+        rejected_tokens=0,
+        quality=quality_of(request.bound, tier),
+    )
