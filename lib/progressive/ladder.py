@@ -8,7 +8,7 @@ torch: planning and admission compute with it.
 
 from dataclasses import dataclass
 
-from ..codecs.layout import Codec
+from ..codecs.layout import Codec, RecordLayout
 from ..vocabulary import Precision
 
 SINK_TOKENS = 4
@@ -50,10 +50,9 @@ class KvTier:
         """Return the bytes of one page, over all layers."""
         if self.precisions is None:
             return PAGE_TOKENS * shape.token_bytes
-        rows = shape.heads * PAGE_TOKENS
         return sum(
-            Codec(keys).layout(rows, shape.key_dim).num_bytes
-            + Codec(values).layout(rows, shape.value_dim).num_bytes
+            key_layout(keys, shape.heads, shape.key_dim).num_bytes
+            + value_layout(values, shape.heads, shape.value_dim).num_bytes
             for keys, values in self.precisions
         )
 
@@ -65,6 +64,24 @@ class KvTier:
         tail = max(0, tokens - SINK_TOKENS - pages * PAGE_TOKENS)
         full = SINK_TOKENS + -(-tail // BLOCK_TOKENS) * BLOCK_TOKENS
         return pages * self.page_bytes(shape) + full * shape.token_bytes
+
+
+def key_layout(precision: Precision, heads: int, dim: int) -> RecordLayout:
+    """Lay out a page of a layer's keys: a row, hence a scale and a zero, for each of a head's
+    numbers, since some are far larger than others in all tokens (Liu et al. 2024, KIVI,
+    arXiv:2402.02750). What isn't codes has a row for each head and token.
+    """
+    codec = Codec(precision)
+    return (
+        value_layout(precision, heads, dim)
+        if codec.is_raw
+        else codec.layout(heads * dim, PAGE_TOKENS)
+    )
+
+
+def value_layout(precision: Precision, heads: int, dim: int) -> RecordLayout:
+    """Lay out a page of a layer's values: a row for each head and token."""
+    return Codec(precision).layout(heads * PAGE_TOKENS, dim)
 
 
 def num_pages(tokens: int) -> int:
