@@ -1,1 +1,1 @@
-"""What requests at their own precision cost, for docs/progressive.md; they are in lib/progressive."""
+"""What requests at precisions of their own cost, for docs/progressive.md."""
