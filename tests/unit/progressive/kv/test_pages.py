@@ -81,6 +81,14 @@ def test_errors_are_those_of_the_pages(of: KvTier) -> None:
             assert (error > 0) == (of is not FULL)
 
 
+def test_a_number_that_is_large_in_all_keys_costs_the_others_nothing() -> None:
+    keys, values = tokens(4 * PAGE_TOKENS)
+    before, _ = codec_errors(keys, values, (P.INT4, P.INT4))
+    keys[..., 7] += 100
+    after, _ = codec_errors(keys, values, (P.INT4, P.INT4))
+    assert after < 1.1 * before
+
+
 def test_climbing_makes_what_would_have_been_made_at_once() -> None:
     states, expected = filled(K4V4, 300), filled(K8V8, 300)
     paged = slice(SINK_TOKENS, states.layers[0].tail_start)
