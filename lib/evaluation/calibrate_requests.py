@@ -12,16 +12,15 @@ import torch
 import xxhash
 
 from ..blocks import parameter_digest
-from ..codecs.layout import Codec
 from ..errors import InputError
 from ..progressive.calibration import Calibration
 from ..progressive.engine import Engine
 from ..progressive.estimators import mean_information
 from ..progressive.generation import GenerationRequest
-from ..progressive.kv_cache import round_trip
+from ..progressive.kv.formats import round_trip_pages
 from ..progressive.ladder import UNIFORM, make_ladder
 from ..progressive.served import ServedModel
-from ..signals.kv import collect_kv_fisher
+from ..signals.kv import KvLayer, collect_kv_fisher
 from .measured_requests import make_calibration, measure_requests
 
 POLICY = "first tier within epsilon after the prompt; greedy"
@@ -61,8 +60,7 @@ def calibrate_requests(
         raise InputError("no requests to calibrate on: give 59 or more")
     device = next(model.parameters()).device
     prompts = [torch.tensor([list(each.prompt)], device=device) for each in requests]
-    round_trips = {str(p): partial(round_trip, codec=Codec(p)) for p in _PRECISIONS}
-    layers = collect_kv_fisher(model, prompts[:_INFORMING], round_trips=round_trips)
+    layers = measure_damage(model, prompts[:_INFORMING])
     served = ServedModel(model, context)
     served.close()
     ladder = make_ladder(served.shape, damage=layers)
@@ -83,3 +81,18 @@ def calibrate_requests(
         ladder=ladder,
         information=mean_information(layers, served.shape),
     )
+
+
+def measure_damage(model: Any, prompts: Sequence[torch.Tensor]) -> tuple[KvLayer, ...]:
+    """Return what pages of keys, and of values, at each precision of a tier would cost each layer,
+    by its Fisher information on prompts (1, T).
+    """
+    pages = partial(round_trip_pages, are_keys=True), partial(round_trip_pages, are_keys=False)
+    round_trips = {
+        str(precision): (
+            partial(pages[0], precision=precision),
+            partial(pages[1], precision=precision),
+        )
+        for precision in _PRECISIONS
+    }
+    return collect_kv_fisher(model, prompts, round_trips=round_trips)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from ..codecs.layout import Codec
+from ..codecs.layout import Codec, RecordLayout
 from ..errors import InputError
 from ..precision.allocate import Option, allocate_precisions
 from ..vocabulary import Precision
@@ -71,10 +71,9 @@ class KvTier:
         """Return the bytes of one page, over all layers."""
         if self.precisions is None:
             return PAGE_TOKENS * shape.token_bytes
-        rows = shape.heads * PAGE_TOKENS
         return sum(
-            Codec(keys).layout(rows, shape.key_dim).num_bytes
-            + Codec(values).layout(rows, shape.value_dim).num_bytes
+            key_layout(keys, shape.heads, shape.key_dim).num_bytes
+            + value_layout(values, shape.heads, shape.value_dim).num_bytes
             for keys, values in self.precisions
         )
 
@@ -85,6 +84,24 @@ class KvTier:
         pages = num_pages(tokens)
         full = _with_room(tokens - pages * PAGE_TOKENS)
         return pages * self.page_bytes(shape) + full * shape.token_bytes
+
+
+def key_layout(precision: Precision, heads: int, dim: int) -> RecordLayout:
+    """Lay out a page of a layer's keys: a row, hence a scale and a zero, for each of a head's
+    numbers, since some are far larger than others in all tokens (Liu et al. 2024, KIVI,
+    arXiv:2402.02750). What isn't codes has a row for each head and token.
+    """
+    codec = Codec(precision)
+    return (
+        value_layout(precision, heads, dim)
+        if codec.is_raw
+        else codec.layout(heads * dim, PAGE_TOKENS)
+    )
+
+
+def value_layout(precision: Precision, heads: int, dim: int) -> RecordLayout:
+    """Lay out a page of a layer's values: a row for each head and token."""
+    return Codec(precision).layout(heads * PAGE_TOKENS, dim)
 
 
 def num_pages(tokens: int) -> int:
@@ -254,10 +271,10 @@ def _spread_bits(tier: KvTier, shape: KvShape, damage: "Sequence[KvLayer]") -> K
                 f"layer {layer.layer} has no damage of {', '.join(sorted(missing))}: measure it "
                 "with a round trip of each precision"
             )
-    rows = shape.heads * PAGE_TOKENS
+    lay_out = {"keys": (key_layout, shape.key_dim), "values": (value_layout, shape.value_dim)}
     size = {
-        (side, precision): float(Codec(precision).layout(rows, dim).num_bytes)
-        for side, dim in (("keys", shape.key_dim), ("values", shape.value_dim))
+        (side, precision): float(layout(precision, shape.heads, dim).num_bytes)
+        for side, (layout, dim) in lay_out.items()
         for precision in needed
     }
     options = {

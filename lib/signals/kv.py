@@ -71,7 +71,7 @@ def collect_kv_fisher(
     model: nn.Module,
     batches: Iterable[Tensor],
     *,
-    round_trips: Mapping[str, RoundTrip] | None = None,
+    round_trips: Mapping[str, RoundTrip | tuple[RoundTrip, RoundTrip]] | None = None,
     labels: FisherLabels = FisherLabels.SAMPLED,
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
@@ -79,17 +79,21 @@ def collect_kv_fisher(
     """Measure a Hugging Face causal LM's cache on tokens of real text, layer by layer.
 
     ``batches``: integer tensors (B, T) without padding. ``round_trips``: name -> the codec of a
-    compressed cache. ``progress`` is called with the number of sequences done. Weights, their
-    ``requires_grad`` and training flags are left as they were. Raises InputError for bad tokens and
-    for models that keep no keys and values for each attention layer.
+    compressed cache, or one of its keys and one of its values. ``progress`` is called with the
+    number of sequences done. Weights, their ``requires_grad`` and training flags are left as they
+    were. Raises InputError for bad tokens and for models that keep no keys and values for each
+    attention layer.
     """
     model = unwrap_model(model)
     blocks = attention_blocks(model)
-    round_trips = round_trips or {}
+    pairs = {
+        name: trip if isinstance(trip, tuple) else (trip, trip)
+        for name, trip in (round_trips or {}).items()
+    }
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     # Rows: keys trace, values trace; then keys, values and directional damage per round trip.
-    sums = torch.zeros(len(blocks), 2 + 3 * len(round_trips), dtype=torch.float64)
+    sums = torch.zeros(len(blocks), 2 + 3 * len(pairs), dtype=torch.float64)
     tokens = 0
     training = [module for module in model.modules() if module.training]
     try:
@@ -98,7 +102,7 @@ def collect_kv_fisher(
             check_batch(ids, labels, model)
             probes = [_ProbeLayer() for _ in blocks]  # type: ignore[no-untyped-call]
             # What one sequence stores is read by it alone: gradients don't mix in a batch.
-            sums += _measure_batch(model, ids.to(device), probes, round_trips, labels, generator)
+            sums += _measure_batch(model, ids.to(device), probes, pairs, labels, generator)
             tokens += ids.numel() - (0 if labels is FisherLabels.SAMPLED else len(ids))
             if progress is not None:
                 progress(len(ids))
@@ -118,7 +122,7 @@ def collect_kv_fisher(
                 name: KvDamage(
                     keys=row[start] / 2, values=row[start + 1] / 2, directional=row[start + 2] / 2
                 )
-                for start, name in zip(range(2, len(row), 3), round_trips, strict=True)
+                for start, name in zip(range(2, len(row), 3), pairs, strict=True)
             },
         )
         for index, (block, row) in enumerate(zip(blocks, rows, strict=True))
@@ -169,7 +173,7 @@ def _measure_batch(
     model: nn.Module,
     ids: Tensor,
     probes: list[_ProbeLayer],
-    round_trips: Mapping[str, RoundTrip],
+    pairs: Mapping[str, tuple[RoundTrip, RoundTrip]],
     labels: FisherLabels,
     generator: torch.Generator,
 ) -> Tensor:
@@ -196,11 +200,12 @@ def _measure_batch(
         gradients = torch.autograd.grad(loss, [zero for probe in probes for zero in probe.zeros])
     rows = []
     for index, probe in enumerate(probes):
-        pair = [gradient.double() for gradient in gradients[2 * index : 2 * index + 2]]
-        row = [gradient.square().sum() for gradient in pair]
-        for round_trip in round_trips.values():
-            errors = [round_trip(state).double() - state.double() for state in probe.states]
-            products = [g * e for g, e in zip(pair, errors, strict=True)]
+        own = [gradient.double() for gradient in gradients[2 * index : 2 * index + 2]]
+        row = [gradient.square().sum() for gradient in own]
+        for trips in pairs.values():
+            both = zip(trips, probe.states, strict=True)
+            errors = [round_trip(state).double() - state.double() for round_trip, state in both]
+            products = [g * e for g, e in zip(own, errors, strict=True)]
             row += [product.square().sum() for product in products]
             row.append(sum(p.flatten(1).sum(1) for p in products).square().sum())  # type: ignore[union-attr]
         rows.append(torch.stack(row).cpu())

@@ -53,17 +53,23 @@ struct Table {
   const int64_t* piece(int64_t index) const {
     return numbers + kTableHeader + index * kPieceNumbers;
   }
-  int64_t page_rows() const { return pages() ? heads() * piece(1)[0] : 1; }
+  int64_t page_tokens() const { return pages() ? piece(1)[0] : kBlockCodes; }
 
   StateRows full_rows(int64_t size) const {
     return {static_cast<int>(full_bits()), size, key_size() + value_size(), Layout(1, 1, 0, 8, 8)};
   }
-  // `bits`: those of keys in the header, or of values.
-  StateRows page_rows(int64_t size, const int64_t* bits) const {
+  // `bits`: those of keys in the header, or of values; of codes, rows of so many.
+  StateRows page_rows(int64_t size, const int64_t* bits, int64_t rows, int64_t cols) const {
     const bool codes = bits[0] < 16;
     TORCH_CHECK(!codes || (*plane_bits(bits[0]) && *plane_bits(bits[1])), "codes of 2 to 8 bits");
     return {static_cast<int>(bits[1]), size, size,
-            codes ? Layout(page_rows(), size, 0, bits[0], bits[1]) : Layout(1, 1, 0, 8, 8)};
+            codes ? Layout(heads() * rows, cols, 0, bits[0], bits[1]) : Layout(1, 1, 0, 8, 8)};
+  }
+  StateRows page_keys() const {
+    return page_rows(key_size(), numbers + 4, key_size(), page_tokens());
+  }
+  StateRows page_values() const {
+    return page_rows(value_size(), numbers + 6, page_tokens(), value_size());
   }
 };
 
@@ -75,10 +81,8 @@ struct Request {
   int64_t num_pages;
 
   Request(const Table& table, int64_t length, int64_t window)
-      : keys{table.full_rows(table.key_size()),
-             table.page_rows(table.key_size(), table.numbers + 4)},
-        values{table.full_rows(table.value_size()),
-               table.page_rows(table.value_size(), table.numbers + 6)},
+      : keys{table.full_rows(table.key_size()), table.page_keys()},
+        values{table.full_rows(table.value_size()), table.page_values()},
         num_before(0), num_pages(0) {
     const int64_t first = window ? std::max<int64_t>(0, length - window) : 0;
     int64_t token = 0;
@@ -86,13 +90,16 @@ struct Request {
       const int64_t* const place = table.piece(index);
       const int64_t rows = place[0], count = std::min(rows, length - token);
       TORCH_CHECK(rows > 0 && rows <= kSpan, "pieces of 1 to ", kSpan, " tokens");
-      const int64_t start = std::clamp<int64_t>(first - token, 0, count);
+      TORCH_CHECK(!table.is_page(index) || (rows == table.page_tokens() && rows % 16 == 0 &&
+                                            count == rows),
+                  "whole pages of one size, a multiple of 16, were expected");
+      const int64_t hidden = std::clamp<int64_t>(first - token, 0, count);
       token += count;
-      if (start == count) continue;
+      if (hidden == count) continue;
       if (table.is_page(index)) ++num_pages;
       else if (!index) ++num_before;
       pieces.push_back({reinterpret_cast<const uint8_t*>(place[1]),
-                        reinterpret_cast<const uint8_t*>(place[2]), rows, start, count - start});
+                        reinterpret_cast<const uint8_t*>(place[2]), rows, hidden, count});
     }
     TORCH_CHECK(token == length, "a table of ", length, " tokens was expected, not of ", token);
   }
@@ -151,7 +158,7 @@ Tensor attend_pages(const Tensor& queries, at::TensorList tables, at::IntArrayRe
                 "requests of one shape were expected");
     requests.emplace_back(table, lengths[index], window);
     for (const Piece& piece : requests.back().pieces) {
-      piece_rows = std::max(piece_rows, piece.count);
+      piece_rows = std::max(piece_rows, piece.rows);
     }
     PageSpan span{};
     span.query = floats.const_data_ptr<float>() + index * groups * rows * size;

@@ -12,7 +12,8 @@ namespace tierhints {
 // Scores that a span has room for: kSpan tokens, and the few that come before all pages.
 constexpr int64_t kSpanScores = kSpan + 16;
 
-// How the keys of a piece lie, or its values: by head and then by token, `size` numbers a row.
+// How the keys of a piece lie, or its values: by head and then by token, `size` numbers a row. Codes
+// of keys lie the other way, a row for each of the numbers of a head: those of all its tokens.
 struct StateRows {
   int bits;        // 32: float; 16: bfloat16; else codes
   int64_t size;    // a multiple of 16
@@ -25,8 +26,8 @@ struct StateRows {
 // Tokens whose states lie together.
 struct Piece {
   const uint8_t *keys, *values;
-  int64_t rows;          // a head, as many as there is room for
-  int64_t start, count;  // of them that are attended to
+  int64_t rows;           // a head, as many as there is room for
+  int64_t hidden, count;  // the first of them, which aren't attended to, and all that there are
 };
 
 // Pieces of one request that a group of its queries, those of one head of keys, attends to.
@@ -44,7 +45,8 @@ struct PageSpan {
 
 // Floats that a thread works in.
 inline int64_t page_floats(int64_t rows, int64_t piece_rows, int64_t size) {
-  return rows * (kSpanScores + 16) + round_up(rows, 16) + piece_rows * round_up(size, kBlockCodes);
+  return rows * (kSpanScores + 16 + size) + round_up(piece_rows, kBlockCodes) *
+                                                round_up(size, kBlockCodes);
 }
 
 }  // namespace tierhints

@@ -1,6 +1,10 @@
-// Included behind attention.inl: a span of pieces. Codes c of a row stand for z + s (c - middle), so
-// with q . k = s (q . c) + (z - s middle) sum(q), and likewise for values, they are multiplied as
-// they are: a piece's become floats that stay in the nearest cache, for all queries of its head.
+// Included behind attention.inl: a span of pieces. Codes are multiplied as they are: c stands for
+// z + s (c - middle). Of keys each of a head's numbers d has its s and z, which go to the query, so
+//
+//   q . k = sum_d (q_d s_d) c_d + sum_d q_d (z_d - s_d middle)
+//
+// and of values each token, whose weight they go to. A piece's codes become floats that stay in the
+// nearest cache, for all queries of its head.
 
 // Queries that share what is loaded: their sums have to fit into registers.
 constexpr int kQueryTile = kLanes == 16 ? 4 : 2;
@@ -71,55 +75,60 @@ INLINE void score_rows(const float* query, const FloatRows& keys, int64_t size, 
     for (int64_t k = 0; k < 4; ++k) row[k] = keys.at + std::min(j + k, count - 1) * keys.stride;
     Lanes sums[kRows][4] = {};
     for (int64_t d = 0; d < size; d += kLanes) {
-      const Lanes key[4] = {load_floats(row[0] + d), load_floats(row[1] + d),
-                            load_floats(row[2] + d), load_floats(row[3] + d)};
 #pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m) {
-        const Lanes q = load_floats(query + m * size + d);
+      for (int k = 0; k < 4; ++k) {
+        const Lanes key = load_floats(row[k] + d);
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) sums[m][k] = multiply_add(q, key[k], sums[m][k]);
+        for (int m = 0; m < kRows; ++m) {
+          sums[m][k] = multiply_add(key, load_floats(query + m * size + d), sums[m][k]);
+        }
       }
     }
     for (int m = 0; m < kRows; ++m) total_lanes(sums[m], scores + m * kSpanScores + j);
   }
 }
 
-// Adds to kCount registers of kRows outputs their weighted values; `weights`: kSpanScores apart.
+// Rows of weights, and of sums that they add to: how far apart those of two queries are.
+struct Strides {
+  int64_t weights, out;
+};
+
+// Adds to kCount registers of kRows outputs the `count` rows, weighted.
 template <int kRows, int kCount>
-INLINE void add_weighted(const float* weights, const FloatRows& values, int64_t count, float* out,
-                         int64_t stride) {
+INLINE void add_weighted(const float* weights, const FloatRows& rows, int64_t count, float* out,
+                         const Strides& strides) {
   Lanes sums[kRows][kCount];
 #pragma GCC unroll 4
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int k = 0; k < kCount; ++k) sums[m][k] = load_floats(out + m * stride + k * kLanes);
+    for (int k = 0; k < kCount; ++k) sums[m][k] = load_floats(out + m * strides.out + k * kLanes);
   }
   for (int64_t j = 0; j < count; ++j) {
 #pragma GCC unroll 4
     for (int k = 0; k < kCount; ++k) {
-      const Lanes value = load_floats(values.at + j * values.stride + k * kLanes);
+      const Lanes value = load_floats(rows.at + j * rows.stride + k * kLanes);
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) {
-        sums[m][k] = multiply_add(value, weights[m * kSpanScores + j], sums[m][k]);
+        sums[m][k] = multiply_add(value, weights[m * strides.weights + j], sums[m][k]);
       }
     }
   }
 #pragma GCC unroll 4
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int k = 0; k < kCount; ++k) store_floats(out + m * stride + k * kLanes, sums[m][k]);
+    for (int k = 0; k < kCount; ++k) store_floats(out + m * strides.out + k * kLanes, sums[m][k]);
   }
 }
 
 template <int kRows>
-void weigh_rows(const float* weights, const FloatRows& values, int64_t size, int64_t count,
-                float* out) {
+void weigh_rows(const float* weights, const FloatRows& rows, int64_t size, int64_t count,
+                float* out, const Strides strides) {
   int64_t d = 0;
   for (; d + 4 * kLanes <= size; d += 4 * kLanes) {
-    add_weighted<kRows, 4>(weights, {values.at + d, values.stride}, count, out + d, size);
+    add_weighted<kRows, 4>(weights, {rows.at + d, rows.stride}, count, out + d, strides);
   }
   for (; d < size; d += kLanes) {
-    add_weighted<kRows, 1>(weights, {values.at + d, values.stride}, count, out + d, size);
+    add_weighted<kRows, 1>(weights, {rows.at + d, rows.stride}, count, out + d, strides);
   }
 }
 
@@ -144,58 +153,6 @@ INLINE Lanes cap_scores(Lanes scores, float softcap) {
   return scores < zero ? -found : found;
 }
 
-// Scores of all queries at the tokens of a piece, which end with -infinity up to a multiple of 16.
-INLINE void score_piece(const PageSpan& span, const Piece& piece, const StateRows& of,
-                        const float* query_sums, float* scores, float* tile) {
-  const int64_t first = span.group * piece.rows + piece.start, count = piece.count;
-  const FloatRows keys = open_rows(of, piece.keys, first, count, tile);
-  in_tiles(span.rows, [&](auto tile_rows, int64_t row) FORCED {
-    score_rows<decltype(tile_rows)::value>(span.query + row * of.size, keys, of.size, count,
-                                           scores + row * kSpanScores);
-  });
-  const Record record{of.layout, piece.keys};
-  for (int64_t j = 0; j < count; j += kLanes) {
-    Parameters means{};
-    if (of.has_codes()) means = row_parameters(record, first + j);
-    for (int64_t row = 0; row < span.rows; ++row) {
-      float* const at = scores + row * kSpanScores + j;
-      Lanes found = load_floats(at);
-      if (of.has_codes()) found = multiply_add(means.low, query_sums[row], found * means.scale);
-      found = found * span.scale;
-      store_floats(at, span.softcap ? cap_scores(found, span.softcap) : found);
-    }
-  }
-  for (int64_t row = 0; row < span.rows; ++row) {
-    std::fill(scores + row * kSpanScores + count,
-              scores + row * kSpanScores + round_up(count, 16),
-              -std::numeric_limits<float>::infinity());
-  }
-}
-
-// Adds values, weighted. Of codes, what all numbers of a row have in common goes to `common`.
-INLINE void weigh_piece(const PageSpan& span, const Piece& piece, const StateRows& of,
-                        float* weights, float* common, float* values, float* tile) {
-  const int64_t first = span.group * piece.rows + piece.start, count = piece.count;
-  const FloatRows rows = open_rows(of, piece.values, first, count, tile);
-  if (of.has_codes()) {
-    const Record record{of.layout, piece.values};
-    for (int64_t j = 0; j < count; j += kLanes) {
-      Parameters means = row_parameters(record, first + j);
-      for (int64_t k = count - j; k < kLanes; ++k) means.scale[k] = means.low[k] = 0;
-      for (int64_t row = 0; row < span.rows; ++row) {
-        float* const at = weights + row * kSpanScores + j;
-        const Lanes given = load_floats(at);
-        store_floats(common + row * 16, multiply_add(given, means.low, load_floats(common + row * 16)));
-        store_floats(at, given * means.scale);
-      }
-    }
-  }
-  in_tiles(span.rows, [&](auto tile_rows, int64_t row) FORCED {
-    weigh_rows<decltype(tile_rows)::value>(weights + row * kSpanScores, rows, of.size, count,
-                                           values + row * of.size);
-  });
-}
-
 INLINE float total(Lanes lanes) {
   const Lanes four[4] = {lanes};
   float totals[4];
@@ -203,26 +160,97 @@ INLINE float total(Lanes lanes) {
   return totals[0];
 }
 
+// Scores at the codes of a page's keys; `folded` has room for a query each.
+INLINE void score_codes(const PageSpan& span, const Piece& piece, const StateRows& of,
+                        float* folded, float* scores, float* tile) {
+  const int64_t first = span.group * of.size;
+  const Record record{of.layout, piece.keys};
+  const FloatRows codes = open_rows(of, piece.keys, first, of.size, tile);
+  for (int64_t row = 0; row < span.rows; ++row) {
+    Lanes common = {};
+    for (int64_t d = 0; d < of.size; d += kLanes) {
+      const Parameters means = row_parameters(record, first + d);
+      const Lanes q = load_floats(span.query + row * of.size + d);
+      store_floats(folded + row * of.size + d, q * means.scale);
+      common = multiply_add(q, means.low, common);
+    }
+    std::fill_n(scores + row * kSpanScores, piece.rows, total(common));
+  }
+  in_tiles(span.rows, [&](auto tile_rows, int64_t row) FORCED {
+    weigh_rows<decltype(tile_rows)::value>(folded + row * of.size, codes, piece.rows, of.size,
+                                           scores + row * kSpanScores, {of.size, kSpanScores});
+  });
+}
+
+// Scores of all queries at the tokens of a piece: -infinity at what is hidden, and behind the last
+// up to a multiple of 16.
+INLINE void score_piece(const PageSpan& span, const Piece& piece, const StateRows& of,
+                        float* folded, float* scores, float* tile) {
+  if (of.has_codes()) {
+    score_codes(span, piece, of, folded, scores, tile);
+  } else {
+    const FloatRows keys =
+        open_rows(of, piece.keys, span.group * piece.rows, piece.count, tile);
+    in_tiles(span.rows, [&](auto tile_rows, int64_t row) FORCED {
+      score_rows<decltype(tile_rows)::value>(span.query + row * of.size, keys, of.size,
+                                             piece.count, scores + row * kSpanScores);
+    });
+  }
+  for (int64_t row = 0; row < span.rows; ++row) {
+    float* const at = scores + row * kSpanScores;
+    for (int64_t j = 0; j < piece.count; j += kLanes) {
+      const Lanes found = load_floats(at + j) * span.scale;
+      store_floats(at + j, span.softcap ? cap_scores(found, span.softcap) : found);
+    }
+    const float nothing = -std::numeric_limits<float>::infinity();
+    std::fill_n(at, piece.hidden, nothing);
+    std::fill(at + piece.count, at + round_up(piece.count, 16), nothing);
+  }
+}
+
+// Adds values, weighted. Of codes, what all numbers of a row have in common goes to `common`.
+INLINE void weigh_piece(const PageSpan& span, const Piece& piece, const StateRows& of,
+                        float* weights, float* common, float* values, float* tile) {
+  const int64_t first = span.group * piece.rows, count = piece.count;
+  const FloatRows rows = open_rows(of, piece.values, first, count, tile);
+  if (of.has_codes()) {
+    const Record record{of.layout, piece.values};
+    for (int64_t j = 0; j < count; j += kLanes) {
+      Parameters means = row_parameters(record, first + j);
+      for (int64_t k = count - j; k < kLanes; ++k) means.scale[k] = means.low[k] = 0;
+      for (int64_t row = 0; row < span.rows; ++row) {
+        float *const at = weights + row * kSpanScores + j, *const sums = common + row * 16;
+        const Lanes given = load_floats(at);
+        store_floats(sums, multiply_add(given, means.low, load_floats(sums)));
+        store_floats(at, given * means.scale);
+      }
+    }
+  }
+  in_tiles(span.rows, [&](auto tile_rows, int64_t row) FORCED {
+    weigh_rows<decltype(tile_rows)::value>(weights + row * kSpanScores, rows, of.size, count,
+                                           values + row * of.size, {kSpanScores, of.size});
+  });
+}
+
 void attend_pages(const PageSpan& span, float* values, Partial* partials, float* memory) {
   float *const scores = memory, *const common = scores + span.rows * kSpanScores;
-  float *const sums = common + span.rows * 16, *const tile = sums + round_up(span.rows, 16);
-  const int64_t key_size = span.keys[0]->size, value_size = span.values[0]->size;
-  for (int64_t row = 0; row < span.rows; ++row) {
-    Lanes sum = {};
-    for (int64_t d = 0; d < key_size; d += kLanes) {
-      sum = sum + load_floats(span.query + row * key_size + d);
-    }
-    sums[row] = total(sum);
-  }
+  float *const folded = common + span.rows * 16;
+  float *const tile = folded + span.rows * span.keys[0]->size;
+  const int64_t value_size = span.values[0]->size;
   int64_t length = 0;
   for (const Piece* piece = span.pieces; piece != span.end; ++piece) {
-    score_piece(span, *piece, *span.keys[span.is_page(piece)], sums, scores + length, tile);
+    score_piece(span, *piece, *span.keys[span.is_page(piece)], folded, scores + length, tile);
     length += round_up(piece->count, 16);
   }
   for (int64_t row = 0; row < span.rows; ++row) {
     float* const at = scores + row * kSpanScores;
-    float peak = std::numeric_limits<float>::lowest();
-    for (int64_t j = 0; j < length; ++j) peak = at[j] > peak ? at[j] : peak;
+    Lanes peaks = Lanes{} + std::numeric_limits<float>::lowest();
+    for (int64_t j = 0; j < length; j += kLanes) {
+      const Lanes some = load_floats(at + j);
+      peaks = some > peaks ? some : peaks;
+    }
+    float peak = peaks[0];
+    for (int64_t k = 1; k < kLanes; ++k) peak = peaks[k] > peak ? peaks[k] : peak;
     Lanes sum = {};
     for (int64_t j = 0; j < length; j += kLanes) {
       const Lanes weights = exp_lanes(load_floats(at + j) - peak);

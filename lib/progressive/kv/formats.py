@@ -6,33 +6,41 @@ import torch
 from torch import Tensor
 
 from ...codecs import ops
-from ...codecs.layout import PLANE_BITS, Codec, RecordLayout
+from ...codecs.layout import PLANE_BITS, RecordLayout
 from ...codecs.records import decode, encode
 from ...errors import InputError
 from ...vocabulary import Precision, precision_rank
-from ..ladder import PAGE_TOKENS, KvShape, KvTier, LayerPrecisions
+from ..ladder import (
+    PAGE_TOKENS,
+    KvShape,
+    KvTier,
+    key_layout,
+    value_layout,
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PageFormat:
-    """A page of states (heads, PAGE_TOKENS, dim): the tensor itself, or a record with a row, hence
-    a scale and a zero, for each head and token.
+    """A page of states (heads, PAGE_TOKENS, dim): the tensor itself, or a record.
+
+    A record of values has a row for each head and token, one of keys a row for each head and number
+    of it, with the codes of all tokens (``ladder.key_layout``).
     """
 
     heads: int
     dim: int
     dtype: torch.dtype
     """Of the states."""
-    layout: RecordLayout | None
+    are_keys: bool
+    layout: RecordLayout | None = None
     """None: full. A prefix where planes were dropped: new pages drop them too."""
 
-    @classmethod
-    def make(
-        cls, heads: int, dim: int, dtype: torch.dtype, precision: Precision | None
-    ) -> "PageFormat":
-        """Lay out pages at a precision; None: full."""
-        layout = None if precision is None else Codec(precision).layout(heads * PAGE_TOKENS, dim)
-        return cls(heads, dim, dtype, layout)
+    def at(self, precision: Precision | None) -> "PageFormat":
+        """Return the format at a precision; None: full."""
+        lay_out = key_layout if self.are_keys else value_layout
+        return replace(
+            self, layout=None if precision is None else lay_out(precision, self.heads, self.dim)
+        )
 
     @property
     def precision(self) -> Precision | None:
@@ -64,12 +72,9 @@ class PageFormat:
         """
         if self.layout is None:
             return [page.clone(memory_format=torch.contiguous_format) for page in states], 0.0
-        rows = states.reshape(-1, self.dim)
-        record = encode(rows, self.layout.codec).to(states.device)
-        whole = self.layout.codec.layout(*rows.shape).prefix(self.layout.precision)
-        error = squared_error(rows, _decode(record, whole, self.dtype))
+        record, whole, error = self._encode(states)
         pages = []
-        for start in range(0, len(rows), self.layout.rows):
+        for start in range(0, whole.rows, self.layout.rows):
             page = record.new_zeros(self.layout.num_bytes)
             for here, there, size in whole.row_ranges(start, start + self.layout.rows):
                 page[there : there + size] = record[here : here + size]
@@ -80,7 +85,10 @@ class PageFormat:
         """Return the states of a page: (heads, PAGE_TOKENS, dim)."""
         if self.layout is None:
             return page
-        return _decode(page, self.layout, self.dtype).view(self.heads, PAGE_TOKENS, self.dim)
+        rows = _decode(page, self.layout, self.dtype)
+        if self._by_number:
+            return rows.view(self.heads, self.dim, PAGE_TOKENS).transpose(1, 2)
+        return rows.view(self.heads, PAGE_TOKENS, self.dim)
 
     def lowered(self, precision: Precision | None) -> "PageFormat":
         """Return the format of fewer bits that drops planes of this one, or else another record's.
@@ -101,7 +109,7 @@ class PageFormat:
             bits = PLANE_BITS.get(precision, (0,))
             if bits == own[: len(bits)]:
                 return replace(self, layout=self.layout.prefix(precision))
-        return self.make(self.heads, self.dim, self.dtype, precision)
+        return self.at(precision)
 
     def lower(self, page: Tensor, lowered: "PageFormat") -> Tensor:
         """Return a page of this format in another that ``lowered`` has returned."""
@@ -111,33 +119,45 @@ class PageFormat:
         (page,), _ = lowered.encode(self.decode(page)[None])
         return page
 
+    @property
+    def _by_number(self) -> bool:
+        return self.are_keys and self.layout is not None and not self.layout.codec.is_raw
+
+    def _encode(self, states: Tensor) -> tuple[Tensor, RecordLayout, float]:
+        """Return one record of some pages' rows, its layout, and the sum of squared errors."""
+        assert self.layout is not None
+        rows = states.transpose(-1, -2) if self._by_number else states
+        rows = rows.reshape(-1, self.layout.cols)
+        record = encode(rows, self.layout.codec).to(states.device)
+        whole = replace(self.layout, rows=len(rows))
+        return record, whole, squared_error(rows, _decode(record, whole, self.dtype))
+
 
 def layer_formats(
     shape: KvShape, tier: KvTier, layer: int, dtype: torch.dtype
 ) -> tuple[PageFormat, PageFormat]:
     """Return the formats of a layer's keys and of its values at a tier."""
     keys, values = tier.precisions[layer] if tier.precisions is not None else (None, None)
+    heads = shape.heads
     return (
-        PageFormat.make(shape.heads, shape.key_dim, dtype, keys),
-        PageFormat.make(shape.heads, shape.value_dim, dtype, values),
+        PageFormat(heads=heads, dim=shape.key_dim, dtype=dtype, are_keys=True).at(keys),
+        PageFormat(heads=heads, dim=shape.value_dim, dtype=dtype, are_keys=False).at(values),
     )
 
 
-def codec_errors(
-    keys: Tensor, values: Tensor, precisions: LayerPrecisions | None
-) -> tuple[float, float]:
-    """Return the sums of squared errors that keys and values (T, heads, dim) of some tokens would
-    have in pages at these precisions; None: full, so 0.
+def round_trip_pages(states: Tensor, precision: Precision, *, are_keys: bool) -> Tensor:
+    """Return keys, or values, (B, heads, T, dim) as pages of a precision give them back: the first
+    page begins with the first token, and what is behind the last whole one stays as it is.
     """
-    if precisions is None:
-        return 0.0, 0.0
-    errors = []
-    for states, precision in zip((keys, values), precisions, strict=True):
-        rows = states.reshape(-1, states.shape[-1])
-        codec = Codec(precision)
-        record = encode(rows, codec).to(rows.device)
-        errors.append(squared_error(rows, _decode(record, codec.layout(*rows.shape), rows.dtype)))
-    return errors[0], errors[1]
+    batch, heads, tokens, dim = states.shape
+    pages = tokens // PAGE_TOKENS
+    of = PageFormat(heads=heads, dim=dim, dtype=states.dtype, are_keys=are_keys).at(precision)
+    shape = batch, heads, pages, PAGE_TOKENS, dim
+    paged = states[..., : pages * PAGE_TOKENS, :].reshape(shape)
+    encoded, _ = of.encode(paged.transpose(1, 2).flatten(0, 1))
+    decoded = torch.stack([of.decode(page) for page in encoded]) if encoded else paged
+    whole = decoded.view(batch, pages, heads, PAGE_TOKENS, dim).transpose(1, 2).flatten(2, 3)
+    return torch.cat([whole, states[..., pages * PAGE_TOKENS :, :]], dim=2)
 
 
 def squared_error(states: Tensor, others: Tensor) -> float:

@@ -1,0 +1,1 @@
+"""What requests at precisions of their own cost, for docs/progressive.md."""
