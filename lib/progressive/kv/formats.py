@@ -151,11 +151,13 @@ def round_trip_pages(states: Tensor, precision: Precision, *, are_keys: bool) ->
     """
     batch, heads, tokens, dim = states.shape
     pages = tokens // PAGE_TOKENS
+    if not pages:
+        return states
     of = PageFormat(heads=heads, dim=dim, dtype=states.dtype, are_keys=are_keys).at(precision)
     shape = batch, heads, pages, PAGE_TOKENS, dim
     paged = states[..., : pages * PAGE_TOKENS, :].reshape(shape)
     encoded, _ = of.encode(paged.transpose(1, 2).flatten(0, 1))
-    decoded = torch.stack([of.decode(page) for page in encoded]) if encoded else paged
+    decoded = torch.stack([of.decode(page) for page in encoded])
     whole = decoded.view(batch, pages, heads, PAGE_TOKENS, dim).transpose(1, 2).flatten(2, 3)
     return torch.cat([whole, states[..., pages * PAGE_TOKENS :, :]], dim=2)
 
