@@ -100,7 +100,7 @@ def test_a_peak_covers_the_moment_before_each_page(tier: int, tokens: int, windo
 
 
 def test_a_tier_that_saves_nothing_is_left_out() -> None:
-    short = KvShape(layers=4, heads=1, key_dim=16, value_dim=16, itemsize=4)
+    short = KvShape(layers=4, heads=2, key_dim=8, value_dim=8, itemsize=4)
     assert make_ladder(short).names == ("K3V2", "K4V4", "K6V5", FULL)
     assert make_ladder(KvShape(layers=1, heads=1, key_dim=4, value_dim=4, itemsize=2)).names == (
         FULL,
