@@ -26,7 +26,9 @@ from ..progressive.measuring import Measurement, OnMeasured
 class Measures(Protocol):
     """An engine that answers a request at a tier and tells how far the answer was off."""
 
-    def measure(self, request: GenerationRequest, tier: int, on_measured: OnMeasured) -> None:
+    def measure(
+        self, request: GenerationRequest, on_measured: OnMeasured, *, tier: int | None = None
+    ) -> None:
         """Begin; ``on_measured`` is called once, from any thread."""
 
 
@@ -86,7 +88,7 @@ def measure_requests(
     while len(found) < len(wanted):
         while begun < len(wanted) and begun - len(found) < at_once:
             number, tier = wanted[begun]
-            engine.measure(requests[number], tier, teller(number, tier))
+            engine.measure(requests[number], teller(number, tier), tier=tier)
             begun += 1
         number, tier, result = told.get()
         if isinstance(result, Exception):

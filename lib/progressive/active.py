@@ -25,6 +25,7 @@ from .verify import describe, divergences_of, make_chooser
 
 LONGEST_WINDOW = 16
 """Drafted tokens that a pass checks at most."""
+_FIRST_WINDOW = 8
 _FEW = 0.5
 """Of the latest drafted tokens, accepted: below it the next tier pays."""
 _SEEN = 24
@@ -87,7 +88,7 @@ class Active:
         self.bound_value = 0.0
         """What a calibrated bound says."""
         self.most_bytes = self.most_total_bytes = 0
-        self._window = 1
+        self._window = _FIRST_WINDOW
         self._recent: list[int] = []
         """Accepted (1) or not (0), of the latest drafted tokens."""
         self._chooser = make_chooser(request)

@@ -29,6 +29,8 @@ from .ladder import PAGE_TOKENS, KvShape
 
 NAME = "tierhints_requests"
 """Of the attention function."""
+_FEW_ROWS = 32
+"""Of queries: up to here grouped heads are cheaper as they are than repeated."""
 _UNKNOWN = ("s_aux", "position_bias", "head_mask")
 """What some models hand to attention, and this doesn't compute."""
 
@@ -84,12 +86,16 @@ def pages_of(buffer: Tensor, pages: int) -> Tensor:
     return buffer[PAGE_TOKENS : PAGE_TOKENS * (1 + pages)]
 
 
-def assemble(buffer: Tensor, pages: int, first: Tensor, latest: Tensor) -> Tensor:
-    """Put a text's first tokens and its latest around the pages; return all of it."""
+def assemble(buffer: Tensor, pages: int, first: Tensor, latest: Tensor, new: Tensor) -> Tensor:
+    """Put a text's first tokens before the pages, its latest and new ones behind them; return all
+    of it.
+    """
     start, end = PAGE_TOKENS - len(first), PAGE_TOKENS * (1 + pages)
     buffer[start:PAGE_TOKENS] = first
-    buffer[end : end + len(latest)] = latest
-    return buffer[start : end + len(latest)]
+    for piece in (latest, new):
+        buffer[end : end + len(piece)] = piece
+        end += len(piece)
+    return buffer[start:end]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,19 +169,22 @@ class Batch:
         buffers = self._wait_for(layer, rows) if pages else None  # of one that failed, too: in turn
         if rows.failure is not None:
             return query.new_zeros((*query.shape[:2], value.shape[2]))
-        rows.states.append(layer, key, value)
-        if buffers is None:
-            keys, values = rows.states.read(layer)
+        states = rows.states
+        if buffers is not None:
+            sinks, tail = states.read_sinks(layer), states.read_tail(layer)
+            keys = assemble(buffers[0], pages, sinks[0], tail[0], key)
+            values = assemble(buffers[1], pages, sinks[1], tail[1], value)
+        elif rows.start:
+            keys, values = map(torch.cat, zip(states.read(layer), (key, value), strict=True))
         else:
-            first, latest = rows.states.read_sinks(layer), rows.states.read_tail(layer)
-            keys, values = (
-                assemble(*each) for each in zip(buffers, (pages, pages), first, latest, strict=True)
-            )
+            keys, values = key, value
         found = attend_causal(query, keys, values, kind)
-        if rows.settles and rows.originals:
-            rows.states.settle(layer, on_page=rows.originals.write)
-        elif rows.settles:
-            rows.states.settle(layer)
+        if not rows.settles:
+            states.append(layer, key, value)
+        elif rows.originals is None:
+            states.fill(layer, key, value)
+        else:
+            states.fill(layer, key, value, on_page=rows.originals.write)
         return found
 
     def _wait_for(self, layer: int, rows: Rows) -> list[Tensor] | None:
@@ -213,20 +222,28 @@ def attend_causal(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKi
     """
     count, length = len(query), len(keys)
     q, k, v = (states.transpose(0, 1)[None] for states in (query, keys, values))
+    groups = query.shape[1] // keys.shape[1]
+    if count > _FEW_ROWS or kind.softcap is not None:  # else torch's fast ways don't take groups
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    is_square = count == length and kind.window is None and kind.softcap is None
     mask = None
-    if count > 1 or kind.window is not None:
+    if not is_square and (count > 1 or kind.window is not None):
         places_K = torch.arange(length, device=query.device)
         places_T1 = torch.arange(length - count, length, device=query.device)[:, None]
         mask = places_K <= places_T1
         if kind.window is not None:
             mask &= places_K > places_T1 - kind.window
-    groups = query.shape[1] // keys.shape[1]
     if kind.softcap is None:
         found = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=kind.scale, enable_gqa=groups > 1
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=is_square,
+            scale=kind.scale,
+            enable_gqa=k.shape[1] < q.shape[1],
         )
         return found[0].transpose(0, 1)
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = torch.tanh(q @ k.transpose(-1, -2) * (kind.scale / kind.softcap)) * kind.softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

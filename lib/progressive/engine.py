@@ -149,13 +149,15 @@ class Engine:
             self._lock.notify_all()
         return number
 
-    def measure(self, request: GenerationRequest, tier: int, on_measured: OnMeasured) -> None:
-        """Answer a request at a tier, whatever its bound, and measure by how much its tokens'
-        distributions differ from the full model's; ``on_measured`` is called with the result.
+    def measure(
+        self, request: GenerationRequest, on_measured: OnMeasured, *, tier: int | None = None
+    ) -> None:
+        """Answer a request, and measure by how much its tokens' distributions differ from the full
+        model's; ``on_measured`` is called with the result. ``tier``: as ``submit`` has it.
 
         Raises RequestError for a request that can't be answered.
         """
-        self._served.check(request)
+        self.check(request)
 
         def on_event(event: Event) -> None:
             if isinstance(event, Exception):

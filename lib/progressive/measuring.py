@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .active import Active, Phase
 from .batch import Rows
+from .bounds import Quality
 from .generation import Event, Finish, GenerationRequest
 from .kv.originals import Originals
 from .kv.pages import RequestStates
@@ -27,6 +28,10 @@ class Measurement:
     """What one answer at one tier was found to be."""
 
     tier: int
+    tokens: tuple[int, ...]
+    """The answer."""
+    quality: Quality
+    """What it was said to have."""
     errors: LayerErrors
     """Of the prompt's pages."""
     prompt_tokens: int
@@ -39,13 +44,16 @@ class Measurement:
         return sum(self.divergences) / max(1, len(self.divergences))
 
 
-def no_error(answer: Active) -> Measurement:
-    """Return what an answer of the full state needs no pass for."""
+def describe_answer(answer: Active, divergences: Sequence[float], name: str) -> Measurement:
+    """Return the measurement of an answer; ``name``: its tier's."""
+    start = len(answer.request.prompt)
     return Measurement(
         tier=answer.tier,
+        tokens=tuple(answer.tokens[start:]),
+        quality=answer.outcome(name).quality,
         errors=answer.prompt_errors,
-        prompt_tokens=len(answer.request.prompt),
-        divergences=(),
+        prompt_tokens=start,
+        divergences=tuple(divergences),
     )
 
 
@@ -54,7 +62,7 @@ OnMeasured = Callable[[Measurement | Exception], None]
 
 class AuditPass(Active):
     """A pass over an answer that compares it with the full model. Its events go nowhere; its last
-    is told with the measurement.
+    is told with the measurement. ``name``: of the answer's tier.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class AuditPass(Active):
         number: int,
         answer: Active,
         on_measured: OnMeasured,
+        name: str,
         *,
         states: RequestStates,
         originals: Originals | None,
@@ -79,7 +88,7 @@ class AuditPass(Active):
             top=0,
         )
         self._start, self._logits = start, logits
-        self._answer, self._on_measured = answer, on_measured
+        self._answer, self._on_measured, self._name = answer, on_measured, name
         self._divergences: list[float] = []
 
     def next_rows(self, room: int) -> Rows | None:
@@ -105,11 +114,4 @@ class AuditPass(Active):
         if isinstance(event, Exception):
             self._on_measured(event)
         elif self.finish is Finish.LENGTH:
-            self._on_measured(
-                Measurement(
-                    tier=self._answer.tier,
-                    errors=self._answer.prompt_errors,
-                    prompt_tokens=len(self._answer.request.prompt),
-                    divergences=tuple(self._divergences),
-                )
-            )
+            self._on_measured(describe_answer(self._answer, self._divergences, self._name))

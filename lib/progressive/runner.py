@@ -19,7 +19,7 @@ from .kv.originals import Originals, OriginalsFolder
 from .kv.pages import RequestStates
 from .kv.prefixes import Prefixes, adopt, write_originals
 from .ladder import Ladder, num_pages
-from .measuring import AuditPass, no_error
+from .measuring import AuditPass, describe_answer
 from .scheduler import Scheduler
 from .served import ServedModel
 from .waiting import EngineStats, Waiting, unstarted
@@ -137,6 +137,7 @@ class Runner:
                 waiting.number,
                 waiting.answer,
                 waiting.on_measured,
+                self.ladder.names[waiting.answer.tier],
                 states=states,
                 originals=originals,
             )
@@ -151,7 +152,7 @@ class Runner:
                 top=self.ladder.full,
                 given=waiting.tier is not None,
             )
-            if active.kind is Kind.CALIBRATED:
+            if active.kind is Kind.CALIBRATED and waiting.on_measured is None:
                 waiting.on_measured = self.calibrated.draw(waiting.number, waiting.request)
             if waiting.on_measured is not None:
                 active.kept_logits = []
@@ -330,8 +331,8 @@ class Runner:
     def _measure(self, active: Active, entry: Waiting) -> None:
         """Have an answer measured."""
         assert entry.on_measured is not None
-        if entry.tier is None and active.tier == self.ladder.full:  # nothing can be wrong with it
-            entry.on_measured(no_error(active))
+        if active.kind is Kind.CALIBRATED and active.tier == self.ladder.full:  # there is no error
+            entry.on_measured(describe_answer(active, (), self.ladder.names[-1]))
             return
         tokens = active.tokens[: len(active.request.prompt) - 1 + len(active.kept_logits or [])]
         try:

@@ -10,7 +10,7 @@ a token's key and value side by side: (heads, tokens, key_dim + value_dim). A pa
 one of keys and one of values, rows by head and then by token.
 
     states = RequestStates(shape, tier)
-    for layer ...: states.append(layer, keys, values); states.settle(layer)  # a prompt's piece
+    for layer ...: states.fill(layer, keys, values)    # a prompt's piece
     for layer ...: states.append(layer, keys, values)  # drafted tokens, ...
     states.crop(length)                                # ... and taken back
 """
@@ -31,6 +31,10 @@ OnPage = Callable[[int, int, Tensor, Tensor], None]
 """Is told a layer, a page's index, and the keys and values (PAGE_TOKENS, heads, dim) that the page
 is made of.
 """
+
+
+def _keep_nothing(layer: int, page: int, keys: Tensor, values: Tensor) -> None:
+    """Leave the originals away."""
 
 
 class LayerStates:
@@ -133,6 +137,29 @@ class LayerStates:
             on_page(first, keys.transpose(0, 1), values.transpose(0, 1))
             self._add_pages(keys, values)
             del self._blocks[: count * PAGE_TOKENS // BLOCK_TOKENS]
+
+    def fill(
+        self, keys: Tensor, values: Tensor, on_page: Callable[[int, Tensor, Tensor], None]
+    ) -> None:
+        """Add tokens (T, heads, dim), and make pages without a way through the tail."""
+        if len(keys) < SINK_TOKENS + 2 * PAGE_TOKENS:  # what is in the tail might be enough
+            self.append(keys, values)
+            self.settle(self.length, on_page)
+            return
+        first = len(self.pages)
+        count = num_pages(self.length + len(keys)) - first
+        sinks = max(0, SINK_TOKENS - self.length)
+        self.append(keys[:sinks], values[:sinks])
+        tail = self.read_full(self.tail_start, self.length)
+        taken = sinks + count * PAGE_TOKENS - tail[0].shape[1]
+        both = [
+            torch.cat([old, new[sinks:taken].transpose(0, 1)], dim=1)
+            for old, new in zip(tail, (keys, values), strict=True)
+        ]
+        self._blocks, self.length = [], self.tail_start + count * PAGE_TOKENS
+        on_page(first, *(side.transpose(0, 1) for side in both))
+        self._add_pages(*both)
+        self.append(keys[taken:], values[taken:])
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens (T, heads, dim) to the tail."""
@@ -241,6 +268,14 @@ class RequestStates:
         """Add tokens (T, heads, dim) to a layer's tail."""
         self.layers[layer].append(keys, values)
 
+    def fill(
+        self, layer: int, keys: Tensor, values: Tensor, *, on_page: OnPage = _keep_nothing
+    ) -> None:
+        """Add tokens (T, heads, dim) to a layer, however many, and make pages on the way: a piece
+        of a prompt is never in full here but for its tail. What is in pages can't be taken back.
+        """
+        self.layers[layer].fill(keys, values, functools.partial(on_page, layer))
+
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens of all layers. Raises InputError where pages go on."""
         for layer in self.layers:
@@ -253,7 +288,7 @@ class RequestStates:
         layer: int | None = None,
         *,
         length: int | None = None,
-        on_page: OnPage = lambda layer, page, keys, values: None,
+        on_page: OnPage = _keep_nothing,
     ) -> None:
         """Make pages of a layer's whole ones, or of all layers': they can't be taken back.
 

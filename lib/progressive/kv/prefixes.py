@@ -141,8 +141,7 @@ def adopt(states: RequestStates, found: Found, room: Sequence[Tensor]) -> None:
     for layer in range(states.shape.layers):
         first = found.read(layer, keys, values)
         pairs = zip(first, (keys, values), strict=True)
-        states.append(layer, *(torch.cat(pair) for pair in pairs))
-        states.settle(layer)
+        states.fill(layer, *(torch.cat(pair) for pair in pairs))
 
 
 def write_originals(folder: OriginalsFolder, states: RequestStates) -> Originals:

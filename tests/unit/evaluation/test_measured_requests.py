@@ -15,6 +15,7 @@ from lib.evaluation.measured_requests import (
     measure_requests,
     try_calibration,
 )
+from lib.progressive.active import quality_of
 from lib.progressive.calibration import KEYS
 from lib.progressive.generation import GenerationRequest
 from lib.progressive.ladder import KvShape, make_ladder
@@ -98,7 +99,10 @@ class Engine:
         self.going = self.most = 0
         self._lock = threading.Lock()
 
-    def measure(self, request: GenerationRequest, tier: int, on_measured: OnMeasured) -> None:
+    def measure(
+        self, request: GenerationRequest, on_measured: OnMeasured, *, tier: int | None = None
+    ) -> None:
+        assert tier is not None
         with self._lock:
             self.going += 1
             self.most = max(self.most, self.going)
@@ -117,7 +121,14 @@ class Engine:
             errors = ((value, float(tier)),)
             divergences = (value, value + 2 * tier)
             on_measured(
-                Measurement(tier=tier, errors=errors, prompt_tokens=2, divergences=divergences)
+                Measurement(
+                    tier=tier,
+                    tokens=(1, 2),
+                    quality=quality_of(None, "K4V4"),
+                    errors=errors,
+                    prompt_tokens=2,
+                    divergences=divergences,
+                )
             )
 
         return tell

@@ -324,7 +324,7 @@ def test_an_answer_is_measured_at_every_tier(model: Any, alone: Any) -> None:
     with Engine(model, kv_budget=2**24) as engine:
         names = engine.ladder.names
         for tier in range(len(names)):
-            engine.measure(request, tier, found.put)
+            engine.measure(request, found.put, tier=tier)
         measured = {each.tier: each for each in (found.get(timeout=60) for _ in names)}
     means = [measured[tier].mean for tier in range(len(names))]
     assert means == sorted(means, reverse=True) and means[0] > 1e-4

@@ -175,7 +175,7 @@ class Model:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["append", "crop", "settle"]),
+            st.sampled_from(["append", "crop", "settle", "fill"]),
             st.integers(0, 300),
         ),
         max_size=25,
@@ -186,7 +186,7 @@ def test_any_order_of_steps_keeps_every_token(steps: list[tuple[str, int]]) -> N
     for seed, (step, number) in enumerate(steps):
         keys, values = tokens(number, seed)
         length = len(model.tokens)
-        if step == "append":
+        if step in ("append", "fill"):
             model.tokens += zip(keys, values, strict=True)
         elif step == "crop":
             length = max(length - number, model.open)
@@ -195,8 +195,11 @@ def test_any_order_of_steps_keeps_every_token(steps: list[tuple[str, int]]) -> N
         for layer in range(SHAPE.layers):
             if step == "append":
                 states.append(layer, keys, values)
+            elif step == "fill":
+                states.fill(layer, keys, values)
         if step == "settle":
             states.settle()
+        if step in ("settle", "fill"):
             model.pages = max(model.pages, num_pages(len(model.tokens)))
             assert states.num_bytes <= FULL.num_bytes(SHAPE, len(model.tokens))
         assert states.length == len(model.tokens)
