@@ -21,6 +21,7 @@ on these documents: short ones first, else recall isn't learnt in this time.
 """
 
 import argparse
+import itertools
 import random
 import sys
 import time
@@ -212,9 +213,9 @@ class Phase:
 
 
 PHASES = (
-    Phase(steps=380, batch=32, tokens=0, pairs=12),
-    Phase(steps=200, batch=16, tokens=192, pairs=32, kinds=("pairs", "needle", "text")),
-    Phase(steps=120, batch=8, tokens=704, pairs=110, kinds=("pairs", "needle", "text", "continue")),
+    Phase(steps=400, batch=16, tokens=0, pairs=12),
+    Phase(steps=250, batch=16, tokens=192, pairs=32, kinds=("pairs", "needle", "text")),
+    Phase(steps=60, batch=8, tokens=704, pairs=110, kinds=("pairs", "needle", "text", "continue")),
 )
 
 
@@ -238,17 +239,35 @@ def training_document(phase: Phase, draw: random.Random) -> tuple[list[int], int
     return prompt + answer, len(prompt)
 
 
-def batches(phase: Phase, draw: random.Random) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield tokens (B, T), padded on the right, and what is to be predicted of them."""
+def stretch(tokens: Sequence[int], draw: random.Random) -> list[int]:
+    """Return positions that leap before some of the pairs, as if there were filler: so distances
+    are learnt that would take long documents. A third of the documents have none.
+    """
+    starts = [place for place, token in enumerate(tokens) if token in FIRST or token == QUERY]
+    if QUERY in tokens:
+        starts = starts[: starts.index(tokens.index(QUERY)) + 1]
+    leaps = [0] * len(tokens)
+    if starts and draw.random() < 2 / 3:
+        chosen = draw.sample(starts, min(len(starts), draw.randint(1, 6)))
+        room = draw.randrange(1, CONTEXT - len(tokens))
+        for place in chosen:
+            leaps[place] = room // len(chosen)
+    return [place + leap for place, leap in enumerate(itertools.accumulate(leaps))]
+
+
+def batches(phase: Phase, draw: random.Random) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield tokens (B, T), padded on the right, their positions, and what is to be predicted."""
     for _ in range(phase.steps):
         documents = [training_document(phase, draw) for _ in range(phase.batch)]
         longest = max(len(tokens) for tokens, _ in documents)
         ids_BT = torch.full((phase.batch, longest), PAD)
+        places_BT = torch.zeros(phase.batch, longest, dtype=torch.int64)
         targets_BT = torch.full((phase.batch, longest), _IGNORED)
         for row, (tokens, start) in enumerate(documents):
             ids_BT[row, : len(tokens)] = torch.tensor(tokens)
+            places_BT[row, : len(tokens)] = torch.tensor(stretch(tokens, draw))
             targets_BT[row, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])
-        yield ids_BT, targets_BT
+        yield ids_BT, places_BT, targets_BT
 
 
 def make_model(seed: int) -> Any:
@@ -264,6 +283,7 @@ def make_model(seed: int) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -287,14 +307,16 @@ def train(model: Any, phases: Sequence[Phase] = PHASES, *, seed: int) -> None:
     total, step, begin = sum(phase.steps for phase in phases), 0, time.perf_counter()
     model.train()
     for phase in phases:
-        for ids_BT, targets_BT in batches(phase, draw):
+        for ids_BT, places_BT, targets_BT in batches(phase, draw):
             left = 1 - step / total
             for each, rate in zip(optimizers, rates, strict=True):
                 each.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20, 0.05 + 2 * left)
             learnt = targets_BT != _IGNORED
-            states = model.model(input_ids=ids_BT).last_hidden_state[learnt]
-            logits = model.lm_head(states)
-            loss = F.cross_entropy(logits, targets_BT[learnt])
+            states_BTC = model.model(input_ids=ids_BT, position_ids=places_BT).last_hidden_state
+            logits = model.lm_head(states_BTC[learnt])
+            losses = F.cross_entropy(logits, targets_BT[learnt], reduction="none")
+            shares_BT = learnt / learnt.sum(1, keepdim=True) / len(ids_BT)  # documents count alike
+            loss = losses @ shares_BT[learnt]
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for each in optimizers:
