@@ -366,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     model, _ = load_or_train(args.output, seed=args.seed)
     accuracy = {
-        f"{kind}_{difficulty}": measure_accuracy(model, make_requests(kind, difficulty, 16, 1))
+        f"{kind}_{difficulty}": measure_accuracy(model, make_requests(kind, difficulty, 8, 1))
         for kind in KINDS
         for difficulty in (0.0, 0.5, 1.0)
     }
