@@ -208,21 +208,24 @@ class Phase:
     steps: int
     batch: int
     tokens: int
+    """Of a document at most; 0: pairs alone."""
     pairs: int
     kinds: tuple[str, ...] = ("pairs",)
+    leaps: bool = True
+    """Positions leap."""
 
 
 PHASES = (
-    Phase(steps=400, batch=16, tokens=0, pairs=12),
-    Phase(steps=250, batch=16, tokens=192, pairs=32, kinds=("pairs", "needle", "text")),
-    Phase(steps=60, batch=8, tokens=704, pairs=110, kinds=("pairs", "needle", "text", "continue")),
+    Phase(steps=340, batch=32, tokens=0, pairs=12, leaps=False),
+    Phase(steps=220, batch=16, tokens=192, pairs=32, kinds=("pairs", "needle", "text")),
+    Phase(steps=90, batch=8, tokens=704, pairs=110, kinds=("pairs", "needle", "text", "continue")),
 )
 
 
 def training_document(phase: Phase, draw: random.Random) -> tuple[list[int], int]:
     """Return a document's tokens, and from which on they are learnt."""
     kind = draw.choice(phase.kinds)
-    tokens = round(phase.tokens * draw.uniform(0.4, 1))
+    tokens = round(phase.tokens * draw.uniform(0.2, 1))
     if kind == "continue":
         return _cut(tokens, draw, False), 1
     most = min(phase.pairs, max(8, tokens // 4) if tokens else phase.pairs)
@@ -265,7 +268,8 @@ def batches(phase: Phase, draw: random.Random) -> Iterator[tuple[Tensor, Tensor,
         targets_BT = torch.full((phase.batch, longest), _IGNORED)
         for row, (tokens, start) in enumerate(documents):
             ids_BT[row, : len(tokens)] = torch.tensor(tokens)
-            places_BT[row, : len(tokens)] = torch.tensor(stretch(tokens, draw))
+            places = stretch(tokens, draw) if phase.leaps else range(len(tokens))
+            places_BT[row, : len(tokens)] = torch.tensor(places)
             targets_BT[row, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])
         yield ids_BT, places_BT, targets_BT
 
@@ -283,7 +287,6 @@ def make_model(seed: int) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
         bos_token_id=None,
