@@ -25,10 +25,12 @@ import itertools
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -206,20 +208,24 @@ class Phase:
     """Steps of training on documents of a length."""
 
     steps: int
+    """At most."""
     batch: int
     tokens: int
     """Of a document at most; 0: pairs alone."""
     pairs: int
+    until: float = 1.0
+    """Share of tokens that are right, over ten batches: then it has been learnt."""
     kinds: tuple[str, ...] = ("pairs",)
     leaps: bool = True
     """Positions leap."""
 
 
 PHASES = (
-    Phase(steps=340, batch=32, tokens=0, pairs=12, leaps=False),
-    Phase(steps=220, batch=16, tokens=192, pairs=32, kinds=("pairs", "needle", "text")),
+    Phase(steps=800, batch=32, tokens=0, pairs=12, until=0.92, leaps=False),
+    Phase(steps=400, batch=16, tokens=192, pairs=32, until=0.85, kinds=("pairs", "needle", "text")),
     Phase(steps=90, batch=8, tokens=704, pairs=110, kinds=("pairs", "needle", "text", "continue")),
 )
+"""The rate falls in the last of them."""
 
 
 def training_document(phase: Phase, draw: random.Random) -> tuple[list[int], int]:
@@ -227,7 +233,7 @@ def training_document(phase: Phase, draw: random.Random) -> tuple[list[int], int
     kind = draw.choice(phase.kinds)
     tokens = round(phase.tokens * draw.uniform(0.2, 1))
     if kind == "continue":
-        return _cut(tokens, draw, False), 1
+        return _cut(tokens, draw, False), tokens - CONTINUED
     most = min(phase.pairs, max(8, tokens // 4) if tokens else phase.pairs)
     pairs = draw.randint(most // 4, most)
     setting = Dials(
@@ -307,33 +313,34 @@ def train(model: Any, phases: Sequence[Phase] = PHASES, *, seed: int) -> None:
     ]
     rates = [group["lr"] for each in optimizers for group in each.param_groups]
     draw = random.Random(seed)
-    total, step, begin = sum(phase.steps for phase in phases), 0, time.perf_counter()
+    step, begin = 0, time.perf_counter()
     model.train()
-    for phase in phases:
-        for ids_BT, places_BT, targets_BT in batches(phase, draw):
-            left = 1 - step / total
+    for number, phase in enumerate(phases, start=1):
+        shares: deque[float] = deque(maxlen=10)
+        for place, (ids_BT, places_BT, targets_BT) in enumerate(batches(phase, draw)):
+            falling = 1 - place / phase.steps if number == len(phases) else 1.0
             for each, rate in zip(optimizers, rates, strict=True):
-                each.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20, 0.05 + 2 * left)
+                each.param_groups[0]["lr"] = rate * min(falling, (step + 1) / 20)
             learnt = targets_BT != _IGNORED
             states_BTC = model.model(input_ids=ids_BT, position_ids=places_BT).last_hidden_state
             logits = model.lm_head(states_BTC[learnt])
-            losses = F.cross_entropy(logits, targets_BT[learnt], reduction="none")
-            shares_BT = learnt / learnt.sum(1, keepdim=True) / len(ids_BT)  # documents count alike
-            loss = losses @ shares_BT[learnt]
+            loss = F.cross_entropy(logits, targets_BT[learnt])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for each in optimizers:
                 each.step()
                 each.zero_grad(set_to_none=True)
             step += 1
+            shares.append(float((logits.argmax(-1) == targets_BT[learnt]).float().mean()))
             if step % 25 == 0:
-                right = (logits.argmax(-1) == targets_BT[learnt]).float().mean()
-                seconds = time.perf_counter() - begin
                 print(
-                    f"step {step}/{total}: loss {loss:.3f}, right {right:.3f}, {seconds:.0f} s",
+                    f"phase {number}, step {step}: loss {loss:.3f}, right {shares[-1]:.3f}, "
+                    f"{time.perf_counter() - begin:.0f} s",
                     file=sys.stderr,
                     flush=True,
                 )
+            if len(shares) == 10 and mean(shares) >= phase.until:
+                break
 
 
 def load_or_train(folder: str | Path, *, seed: int = 0) -> tuple[Any, None]:
