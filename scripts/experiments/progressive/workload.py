@@ -234,14 +234,16 @@ def training_document(phase: Phase, draw: random.Random) -> tuple[list[int], int
     tokens = round(phase.tokens * draw.uniform(0.2, 1))
     if kind == "continue":
         return _cut(tokens, draw, False), tokens - CONTINUED
+    value_tokens = 8 if kind == "needle" else 1
     most = min(phase.pairs, max(8, tokens // 4) if tokens else phase.pairs)
+    most = min(most, CONTEXT * 3 // 4 // (2 + value_tokens))
     pairs = draw.randint(most // 4, most)
     setting = Dials(
         tokens=tokens,
         pairs=pairs,
         similarity=draw.choice((0, 0, 0.3, 0.6)) if kind != "needle" else draw.random(),
         queries=min(pairs, 16) if kind != "needle" else 1,
-        value_tokens=1 if kind != "needle" else 8,
+        value_tokens=value_tokens,
         filler="text" if kind == "text" else "noise",
     )
     prompt, answer = make_document(setting, draw)
