@@ -14,7 +14,8 @@ asked for, longer values. Kinds (MQAR: Arora et al. 2023, arXiv:2312.04927):
 - ``queries``: the same, and many are asked for
 - ``needle``: one pair is asked for, the others are distractors that share a half of its name
 - ``text``: the filler is a text's bytes
-- ``continue``: a text's bytes alone, to be gone on with
+- ``continue``: a text's bytes alone, to be gone on with; not in ``KINDS``, since the model of this
+  module isn't trained for it
 
 The model is a Llama of a million weights (4 layers of 128, 4 query and 2 KV heads of 64), trained
 on these documents: short ones first, else recall isn't learnt in this time.
@@ -81,7 +82,7 @@ class Item:
     difficulty: float
 
 
-KINDS = ("recall", "queries", "needle", "text", "continue")
+KINDS = ("recall", "queries", "needle", "text")
 
 
 def dials(kind: str, difficulty: float, draw: random.Random) -> Dials:
@@ -232,11 +233,8 @@ def training_document(phase: Phase, draw: random.Random) -> tuple[list[int], int
     """Return a document's tokens, and from which on they are learnt."""
     kind = draw.choice(phase.kinds)
     tokens = round(phase.tokens * draw.uniform(0.2, 1))
-    if kind == "continue":
-        return _cut(tokens, draw, False), tokens - CONTINUED
     value_tokens = 8 if kind == "needle" else 1
     most = min(phase.pairs, max(8, tokens // 4) if tokens else phase.pairs)
-    most = min(most, CONTEXT * 3 // 4 // (2 + value_tokens))
     pairs = draw.randint(most // 4, most)
     setting = Dials(
         tokens=tokens,
@@ -319,10 +317,9 @@ def train(model: Any, phases: Sequence[Phase] = PHASES, *, seed: int) -> None:
     model.train()
     for number, phase in enumerate(phases, start=1):
         shares: deque[float] = deque(maxlen=10)
-        for place, (ids_BT, places_BT, targets_BT) in enumerate(batches(phase, draw)):
-            falling = 1 - place / phase.steps if number == len(phases) else 1.0
+        for ids_BT, places_BT, targets_BT in batches(phase, draw):
             for each, rate in zip(optimizers, rates, strict=True):
-                each.param_groups[0]["lr"] = rate * min(falling, (step + 1) / 20)
+                each.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20)
             learnt = targets_BT != _IGNORED
             states_BTC = model.model(input_ids=ids_BT, position_ids=places_BT).last_hidden_state
             logits = model.lm_head(states_BTC[learnt])
