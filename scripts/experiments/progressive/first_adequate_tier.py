@@ -55,7 +55,7 @@ PAIRS: dict[str, LayerPrecisions | None] = {
     "K8V8": (Precision.INT8, Precision.INT8),
     "full": None,
 }
-EPSILONS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+EPSILONS = (0.0003, 0.001, 0.003, 0.01, 0.02, 0.03, 0.1)
 DIFFICULTIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 DOCUMENT_KINDS = ("continue", "sum up", "look up")
 _NEW_TOKENS = 44
@@ -305,13 +305,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"of each kind and difficulty {default}",
     )
-    parser.add_argument("--documents", type=whole_number(1), default=60, metavar="N", help=default)
+    parser.add_argument("--documents", type=whole_number(1), default=24, metavar="N", help=default)
     parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help=default)
     parser.add_argument(
         "--epsilon",
         type=float,
         choices=EPSILONS,
-        default=0.01,
+        default=0.02,
         help=f"that the picture has {default}",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
