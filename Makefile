@@ -95,6 +95,10 @@ bench-decode: $(STAMP) ## Decode in memory beside Transformers, torchao and llam
 bench-controller: $(STAMP) ## Judge the controller: dense, a trained mixture, pressure; BENCH_CONTROLLER_ARGS="--quick"
 	$(Q)$(BIN)/python scripts/experiments/controller/bench_controller.py $(or $(BENCH_CONTROLLER_ARGS),--json runs/controller.json)
 
+.PHONY: bench-progressive
+bench-progressive: $(STAMP) ## What quality bounds of requests are worth, at equal memory (half an hour); BENCH_PROGRESSIVE_ARGS
+	$(Q)$(BIN)/python scripts/experiments/progressive/bench_progressive.py $(or $(BENCH_PROGRESSIVE_ARGS),--json runs/progressive.json --plot runs/progressive.png)
+
 .PHONY: study-signals
 study-signals: $(STAMP) ## Train dozens of small models: is Adam's moment as good as Fisher? (1 hour)
 	$(Q)$(BIN)/python scripts/experiments/study/study_signals.py $(or $(STUDY_SIGNALS_ARGS),--json runs/study/study.json --plot runs/study/study.png)

@@ -28,7 +28,7 @@ POLICY = "first tier within epsilon after the prompt; greedy"
 _INFORMING = 16
 """Requests that Fisher information is measured on."""
 _PRECISIONS = sorted({precision for pair in UNIFORM.values() for precision in pair})
-_TOGETHER = 8
+_TOGETHER = 16
 """Answers on their way: the logits of each are kept until it is measured."""
 
 

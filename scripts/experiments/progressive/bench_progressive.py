@@ -49,8 +49,10 @@ from scripts.experiments.progressive.loads import Saturated, arrive, curve, satu
 from scripts.experiments.progressive.workload import KINDS, load_or_train, make_requests
 
 DELTA = 0.05
-RATES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+RATES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5)
 SYSTEMS = ("full", "static K6V5", "static K4V4", "calibrated", "verified")
+_AT_ONCE = 24
+"""Answers that are measured at a time."""
 _LOAD = 0.7
 """Of what ``full`` finishes a second: the rate of Poisson arrivals."""
 
@@ -88,6 +90,7 @@ class Study:
             ladder=ladder or self.compact,
             calibration=self.calibration,
             audited_share=1e-9,  # answers are measured apart, so that no run pays for it
+            prefix_bytes=0,  # no two requests begin alike
             max_queue=100_000,
         )
 
@@ -121,9 +124,9 @@ def prepare(model: Any, args: argparse.Namespace) -> Study:
     calibration = calibrate_requests(model, calibrating, kv_budget=room, tiers=names)
     ladder = calibration.ladder
     print(f"measuring {len(pooled)} requests", file=sys.stderr)
-    with Engine(model, kv_budget=room, ladder=ladder) as engine:
+    with Engine(model, kv_budget=room, ladder=ladder, prefix_bytes=0) as engine:
         fixed_bytes = engine.fixed_bytes
-        rows = measure_requests(engine, pooled, ladder.full)
+        rows = measure_requests(engine, pooled, ladder.full, at_once=_AT_ONCE)
     factor = calibration.factor(DELTA)
     pool = []
     first = ladder.index(args.compact)
@@ -162,7 +165,7 @@ def draw_requests(count: int, new_tokens: int, *, seed: int) -> list[GenerationR
 def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     """Run the curve, every system at every rate, and arrivals."""
     requests = [each.request for each in study.pool]
-    counts = (1, 2, 4, 8, 16, 32, 64)
+    counts = (1, 2, 4, 8, 16, 32)
     print("tokens per second against concurrency", file=sys.stderr)
     flat = curve(lambda: study.engine(study.ladder, budget=2**30), requests, counts)
     lengths = [len(each.prompt) + each.max_new_tokens for each in requests]
@@ -330,11 +333,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of workload.py, trained where there is none {default}",
     )
     for name, value, what in (
-        ("--calibration", 120, "requests to calibrate on"),
-        ("--pool", 200, "requests to draw mixes of"),
-        ("--requests", 160, "requests of a mix"),
-        ("--new-tokens", 64, "tokens of an answer"),
-        ("--fit", 6, "of the longest requests, that fit the budget in full"),
+        ("--calibration", 60, "requests to calibrate on"),
+        ("--pool", 60, "requests to draw mixes of"),
+        ("--requests", 48, "requests of a mix"),
+        ("--new-tokens", 96, "tokens of an answer"),
+        ("--fit", 3, "of the longest requests, that fit the budget in full"),
     ):
         parser.add_argument(
             name, type=whole_number(1), default=value, metavar="N", help=f"{what} {default}"

@@ -70,6 +70,7 @@ class Saturated:
     finished: list[int]
     """Indices of the requests that ended in it."""
     concurrency: float
+    """Mean over steps, once it is full."""
     stats: EngineStats
     """At its end."""
 
@@ -80,7 +81,10 @@ def saturate(
     """Submit all, and watch until none waits for memory any more."""
     begin = time.perf_counter()
     answers = submit(engine, requests, tier=tier)
+    first = engine.stats()
     while (stats := engine.stats()).waiting:
+        if not first.finished:  # until the first has ended, it fills up
+            first = stats
         time.sleep(_POLL_SECONDS)
     end = time.perf_counter()
     for answer in answers:
@@ -90,7 +94,7 @@ def saturate(
         seconds=end - begin,
         tokens=sum(n for answer in answers for when, n in answer.times if when <= end),
         finished=[index for index, answer in enumerate(answers) if answer.ended <= end],
-        concurrency=stats.running_steps / max(1, stats.steps),
+        concurrency=(stats.running_steps - first.running_steps) / max(1, stats.steps - first.steps),
         stats=stats,
     )
 

@@ -106,16 +106,19 @@ def run_verified(model: Any, count: int) -> dict[str, Any]:
 
 
 def short_requests(count: int) -> Iterator[GenerationRequest]:
-    """Yield requests with one to three compact pages, of all kinds and bounds in turn."""
+    """Yield requests of all kinds and bounds in turn."""
     draw = random.Random(7)
     bounds = [*(QualityBound(epsilon=epsilon) for epsilon in EPSILONS), EXACT]
     for number in range(count):
-        (item,) = make_requests(
-            KINDS[number % len(KINDS)], draw.choice((0.0, 0.5)), 1, draw.randrange(2**31)
-        )
-        start = max(0, len(item.prompt) - draw.randrange(140, 280))
+        prompt = short_prompt(KINDS[number % len(KINDS)], draw)
         bound = bounds[number // len(KINDS) % len(bounds)]
-        yield GenerationRequest(prompt=item.prompt[start:], max_new_tokens=10, bound=bound)
+        yield GenerationRequest(prompt=prompt, max_new_tokens=10, bound=bound)
+
+
+def short_prompt(kind: str, draw: random.Random) -> list[int]:
+    """Return the end of a document, with one to three compact pages."""
+    (item,) = make_requests(kind, draw.choice((0.0, 0.5, 1.0)), 1, draw.randrange(2**31))
+    return item.prompt[max(0, len(item.prompt) - draw.randrange(140, 280)) :]
 
 
 def measure_all(
@@ -158,9 +161,7 @@ def run_calibrated(model: Any, calibrations: int, unseen: int) -> dict[str, Any]
     requests, kinds = [], []
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
-        difficulty = draw.choice((0.0, 0.25, 0.5, 0.75, 1.0))
-        (item,) = make_requests(kind, difficulty, 1, draw.randrange(2**31))
-        requests.append(GenerationRequest(prompt=item.prompt, max_new_tokens=16))
+        requests.append(GenerationRequest(prompt=short_prompt(kind, draw), max_new_tokens=10))
         kinds.append(kind)
     prompts = [torch.tensor([list(each.prompt)]) for each in requests[:16]]
     layers = measure_damage(model, prompts)

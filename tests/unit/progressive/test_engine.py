@@ -1,7 +1,6 @@
 """Requests of many kinds at once, each as the model alone would answer it."""
 
 import errno
-import threading
 from queue import Queue
 from typing import Any
 
@@ -12,36 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lib.errors import InputError, PlacementError
 from lib.progressive.bounds import Kind, Metric, QualityBound, RequestError
 from lib.progressive.engine import Engine, QueueFull
-from lib.progressive.generation import Event, Finish, GenerationRequest, Outcome, Sampling, Token
+from lib.progressive.generation import Finish, GenerationRequest, Outcome, Sampling
 from lib.progressive.kv.originals import Originals
+from tests.answers import Answer
 
 EXACT = QualityBound(metric=Metric.EXACT)
-
-
-class Answer:
-    """Collects the events of one request."""
-
-    def __init__(self) -> None:
-        self.tokens: list[Token] = []
-        self.last: Queue[Outcome | Exception] = Queue()
-        self.first = threading.Event()
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, tuple):
-            self.tokens += event
-            self.first.set()
-        else:
-            self.last.put(event)
-
-    @property
-    def ids(self) -> list[int]:
-        return [token.id for token in self.tokens]
-
-    def outcome(self) -> Outcome:
-        last = self.last.get(timeout=120)
-        if isinstance(last, Exception):
-            raise last
-        return last
 
 
 def llama(**options: Any) -> LlamaForCausalLM:
