@@ -37,7 +37,8 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, 
 
 def build(name: str, options: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    config = getattr(transformers, name.replace("ForCausalLM", "Config"))
+    text = "TextConfig" if name.startswith("Gemma3") else "Config"
+    config = getattr(transformers, name.replace("ForCausalLM", text))
     return getattr(transformers, name)(config(**options))
 
 
@@ -80,7 +81,13 @@ def test_every_family_answers_as_by_itself(name: str) -> None:
             answer.outcome()
             ids = torch.tensor([list(request.prompt)])
             with torch.no_grad():
-                text = alone.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None)
+                text = alone.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=24,
+                    do_sample=False,
+                    eos_token_id=None,
+                )
             assert answer.ids == text[0, len(request.prompt) :].tolist()
 
 
