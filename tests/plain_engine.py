@@ -73,6 +73,15 @@ class PlainEngine:
             if running := self._running.get(request_id):
                 running.finish = Finish.CANCELLED
 
+    def stop(self, request_id: int) -> None:
+        with self._changed:
+            if running := self._running.get(request_id):
+                running.finish = Finish.STOP
+
+    @property
+    def is_alive(self) -> bool:
+        return True
+
     def stats(self) -> PlainStats:
         with self._changed:
             own = list(self._running.values())

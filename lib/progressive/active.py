@@ -148,6 +148,16 @@ class Active:
         if self.phase is Phase.CLIMB:
             self._go_on()
 
+    def has_stepped_down(self, tier: int) -> None:
+        """Hear that the pages are now held at a lower tier, for the sake of others: what comes is
+        drafted again, and checked.
+        """
+        assert self.kind is Kind.VERIFIED, "nothing else is right at any tier"
+        self.tier = tier
+        self._recent.clear()
+        if self.phase is Phase.DECODE:
+            self.phase = Phase.DRAFT
+
     def judge(self, value: float) -> None:
         """Hear the bound of this tier: go on with it, or ask for the next."""
         assert self.request.bound is not None

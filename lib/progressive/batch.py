@@ -282,6 +282,8 @@ def attention_function(
     ]
     if unknown:
         raise InputError(f"attention with {unknown[0]} can't be served by request")
+    if attention_mask is not None:
+        raise InputError("attention with a mask of the model's own can't be served by request")
     if attend_layer is None:
         raise InputError("the model is being served: close the engine before using it otherwise")
     kind = AttentionKind(

@@ -50,6 +50,15 @@ class Calibration:
         if not all(number >= 0 and math.isfinite(number) for number in numbers):
             raise InputError("a score or an information isn't a finite number of 0 or more")
 
+    def check_covers(self, ladder: Ladder) -> None:
+        """Raise InputError for a ladder with a tier that nothing was measured at."""
+        for tier in ladder.tiers:
+            if tier not in self.ladder.tiers:
+                raise InputError(
+                    f"tier {tier.name} isn't as the calibration has measured it: serve with the "
+                    f"calibration's own tiers, some or all of {', '.join(self.ladder.names)}"
+                )
+
     def factor(self, delta: float) -> float:
         """Return c: at most a share ``delta`` of like requests has a larger score, with 95 %
         confidence.

@@ -22,14 +22,14 @@ from .active import LONGEST_WINDOW
 from .bounds import RequestError
 from .calibrated import AUDITED_SHARE, CalibratedBounds
 from .calibration import Calibration
-from .generation import Event, GenerationRequest
+from .generation import Event, Finish, GenerationRequest, Outcome
 from .kv.originals import OriginalsFolder
 from .ladder import PAGE_TOKENS, Ladder, make_ladder
-from .measuring import OnMeasured
+from .measuring import OnMeasured, tell_unmeasured
 from .runner import STEP_TOKENS, Runner
 from .scheduler import Scheduler
 from .served import ServedModel
-from .waiting import EngineStats
+from .waiting import EngineStats, tell
 
 PREFIX_BYTES = 2**30
 """Of disk, for what requests share that begin alike."""
@@ -82,6 +82,8 @@ class Engine:
                     f"the ladder is of {ladder.shape}, and the model has {self.shape}: make one, "
                     "or a calibration, of this model"
                 )
+            if calibration is not None:
+                calibration.check_covers(ladder)
             self.ladder = ladder
             self._calibrated = CalibratedBounds(
                 calibration, ladder.full, audited_share=audited_share
@@ -112,6 +114,7 @@ class Engine:
             raise
         self._max_queue = max_queue
         self._cancelled: set[int] = set()
+        self._stopped: set[int] = set()
         self._closing = False
         self._broken: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -160,8 +163,10 @@ class Engine:
         self.check(request)
 
         def on_event(event: Event) -> None:
-            if isinstance(event, Exception):
-                on_measured(event)
+            if isinstance(event, Exception) or (
+                isinstance(event, Outcome) and event.finish is Finish.CANCELLED
+            ):
+                tell_unmeasured(on_measured, event)
 
         with self._lock:
             self._check_open()
@@ -175,6 +180,17 @@ class Engine:
         with self._lock:
             self._cancelled.add(number)
             self._lock.notify_all()
+
+    def stop(self, number: int) -> None:
+        """End a request that has enough: its answer is whole, as at a stop token."""
+        with self._lock:
+            self._stopped.add(number)
+            self._lock.notify_all()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests: it hasn't been closed, and no bug has ended it."""
+        return not self._closing and self._broken is None
 
     def stats(self) -> EngineStats:
         """Return a copy of what was counted so far."""
@@ -237,20 +253,23 @@ class Engine:
                 runner.active.clear()
                 self._lock.notify_all()
             for on_event in callbacks:
-                on_event(failure)
+                tell(on_event, failure)
             raise
 
     def _go_on(self) -> bool:
         """Make a step; False once it is closed."""
         runner = self._runner
         with self._lock:
-            self._lock.wait_for(lambda: self._closing or self._cancelled or self._has_work)
+            self._lock.wait_for(
+                lambda: self._closing or self._cancelled or self._stopped or self._has_work
+            )
             closing = self._closing
             if closing:
                 self._cancelled.update(runner.waiting, runner.active)
             cancelled, self._cancelled = self._cancelled, set()
-        runner.drop(cancelled)
+            stopped, self._stopped = self._stopped, set()
+        runner.drop(cancelled, stopped - cancelled)
         if not closing and not runner.go_on():
             with self._lock:
                 self._lock.wait(_IDLE_SECONDS)
-        return not closing
+        return not closing or self._has_work

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import PlacementError
 from .active import Active, Phase
 from .batch import Rows
 from .bounds import Quality
-from .generation import Event, Finish, GenerationRequest
+from .generation import Event, Finish, GenerationRequest, Outcome
 from .kv.originals import Originals
 from .kv.pages import RequestStates
 from .verify import divergences_of
@@ -111,7 +112,15 @@ class AuditPass(Active):
             self.finish = Finish.LENGTH
 
     def _tell(self, event: Event) -> None:
-        if isinstance(event, Exception):
-            self._on_measured(event)
-        elif self.finish is Finish.LENGTH:
+        if self.finish is Finish.LENGTH:
             self._on_measured(describe_answer(self._answer, self._divergences, self._name))
+        else:
+            tell_unmeasured(self._on_measured, event)
+
+
+def tell_unmeasured(on_measured: OnMeasured, event: Event) -> None:
+    """Say that an answer wasn't measured, and why."""
+    if isinstance(event, Exception):
+        on_measured(event)
+    elif isinstance(event, Outcome):
+        on_measured(PlacementError(f"the answer was not measured: it was ended ({event.finish})"))

@@ -47,6 +47,19 @@ def check_can_draft(model: Any) -> None:
 
 def check_length(config: Any, max_length: int) -> None:
     """Raise InputError for a text that rotary embeddings would compute anew on its way."""
+    limit, kind = fixed_positions(config)
+    if limit is not None and max_length > limit:
+        raise InputError(
+            f"positions beyond {limit} change what this model's rotary embeddings ({kind}) say "
+            f"of those before, and the text may have {max_length} tokens: give a lower "
+            "max_length, or attach without exact"
+        )
+
+
+def fixed_positions(config: Any) -> tuple[int | None, str]:
+    """Return up to which length of a pass rotary embeddings stay the same, and their kind; None:
+    whatever its length.
+    """
     config = config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [each for each in rope.values() if isinstance(each, Mapping)]
@@ -54,13 +67,9 @@ def check_length(config: Any, max_length: int) -> None:
         kind = each.get("rope_type")
         limit = each.get("original_max_position_embeddings") if kind == "longrope" else None
         limit = limit or getattr(config, "original_max_position_embeddings", None)
-        limit = limit or config.max_position_embeddings
-        if kind in _LENGTHENED and max_length > limit:
-            raise InputError(
-                f"positions beyond {limit} change what this model's rotary embeddings ({kind}) say "
-                f"of those before, and the text may have {max_length} tokens: give a lower "
-                "max_length, or attach without exact"
-            )
+        if kind in _LENGTHENED:
+            return limit or config.max_position_embeddings, kind
+    return None, ""
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

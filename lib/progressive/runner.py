@@ -5,11 +5,12 @@ All of it happens in the engine's thread. What callers also look at is guarded b
 
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..errors import PlacementError
+from ..errors import InputError, PlacementError
 from .active import Active, Phase, kind_of
 from .batch import Rows, pages_of
 from .bounds import Kind, RequestError
@@ -19,10 +20,10 @@ from .kv.originals import Originals, OriginalsFolder
 from .kv.pages import RequestStates
 from .kv.prefixes import Prefixes, adopt, write_originals
 from .ladder import Ladder, num_pages
-from .measuring import AuditPass, describe_answer
+from .measuring import AuditPass, describe_answer, tell_unmeasured
 from .scheduler import Scheduler
 from .served import ServedModel
-from .waiting import EngineStats, Waiting, unstarted
+from .waiting import EngineStats, Waiting, tell, unstarted
 
 STEP_TOKENS = 512
 """Rows of prompts in a step at most: others wait for it."""
@@ -96,22 +97,24 @@ class Runner:
             self._step(work)
         return bool(work)
 
-    def drop(self, cancelled: set[int]) -> None:
-        """End those that are cancelled, and those that are late."""
+    def drop(self, cancelled: set[int], stopped: set[int]) -> None:
+        """End those that are cancelled, those that have enough, and those that are late."""
         with self.lock:
             late = set(self.scheduler.expired(time.monotonic()))
-            ended = cancelled | late
+            ended = cancelled | stopped | late
             waiting = [self.waiting.pop(each) for each in ended if each in self.waiting]
             for each in waiting:
                 self.scheduler.finish(each.number, cancelled=True)
         for number in sorted(ended & self.active.keys()):
             active = self.active[number]
             active.finish = Finish.DEADLINE if number in late else Finish.CANCELLED
+            if number in stopped:
+                active.finish = Finish.STOP
             self._end(active)
         for each in waiting:
             finish = Finish.DEADLINE if each.number in late else Finish.CANCELLED
             self.stats.cancelled += 1
-            each.on_event(unstarted(each.request, finish, self.ladder.names[0]))
+            tell(each.on_event, unstarted(each.request, finish, self.ladder.names[0]))
 
     def _first_tier(self, waiting: Waiting) -> int:
         if waiting.tier is not None:
@@ -119,21 +122,34 @@ class Runner:
         return self.ladder.full if kind_of(waiting.request.bound) is Kind.FULL else 0
 
     def _start(self, waiting: Waiting) -> None:
-        tier = self._first_tier(waiting)
+        originals = None
         try:
+            tier = self._first_tier(waiting)
             states, originals, adopted = self._allocate(waiting, tier)
+            active = self._activate(waiting, states, originals, tier)
         except Exception as error:
+            if originals is not None:
+                originals.close()
             with self.lock:
                 self.scheduler.finish(waiting.number, cancelled=True)
             self.stats.failed += 1
-            waiting.on_event(error)
+            tell(waiting.on_event, error)
             return
+        active.adopted_tokens = adopted
+        self.stats.adopted_tokens += adopted
+        self.active[waiting.number] = active
+        self._entries[waiting.number] = waiting
+        self.stats.most_running = max(self.stats.most_running, len(self.active))
+
+    def _activate(
+        self, waiting: Waiting, states: RequestStates, originals: Originals | None, tier: int
+    ) -> Active:
         if waiting.before is not None:
-            active = waiting.before
-            active.begin_again(states, originals, tier)
-        elif waiting.answer is not None:
+            waiting.before.begin_again(states, originals, tier)
+            return waiting.before
+        if waiting.answer is not None:
             assert waiting.on_measured is not None
-            active = AuditPass(
+            return AuditPass(
                 waiting.number,
                 waiting.answer,
                 waiting.on_measured,
@@ -141,26 +157,21 @@ class Runner:
                 states=states,
                 originals=originals,
             )
-        else:
-            active = Active(
-                waiting.number,
-                waiting.request,
-                waiting.on_event,
-                states=states,
-                originals=originals,
-                tier=tier,
-                top=self.ladder.full,
-                given=waiting.tier is not None,
-            )
-            if active.kind is Kind.CALIBRATED and waiting.on_measured is None:
-                waiting.on_measured = self.calibrated.draw(waiting.number, waiting.request)
-            if waiting.on_measured is not None:
-                active.kept_logits = []
-        active.adopted_tokens = adopted
-        self.stats.adopted_tokens += adopted
-        self.active[waiting.number] = active
-        self._entries[waiting.number] = waiting
-        self.stats.most_running = max(self.stats.most_running, len(self.active))
+        active = Active(
+            waiting.number,
+            waiting.request,
+            waiting.on_event,
+            states=states,
+            originals=originals,
+            tier=tier,
+            top=self.ladder.full,
+            given=waiting.tier is not None,
+        )
+        if active.kind is Kind.CALIBRATED and waiting.on_measured is None:
+            waiting.on_measured = self.calibrated.draw(waiting.number, waiting.request)
+        if waiting.on_measured is not None:
+            active.kept_logits = []
+        return active
 
     def _allocate(self, waiting: Waiting, tier: int) -> tuple[RequestStates, Originals | None, int]:
         """Return states, originals below them, and how many tokens of the text are there already:
@@ -194,17 +205,23 @@ class Runner:
 
     def _preempt(self, active: Active, tier: int | None) -> None:
         """Have a request step down to a tier; None: give all back, and wait."""
-        if tier is not None:
-            active.states.demote(self.ladder.tiers[tier])
-            active.tier = tier
+        if tier is None:
+            if active.originals is not None:
+                active.originals.close()
+            with self.lock:
+                del self.active[active.number]
+                waiting = self._entries.pop(active.number)
+                waiting.before = active
+                self.waiting[active.number] = waiting
             return
-        if active.originals is not None:
-            active.originals.close()
-        with self.lock:
-            del self.active[active.number]
-            waiting = self._entries.pop(active.number)
-            waiting.before = active
-            self.waiting[active.number] = waiting
+        try:
+            try:
+                active.states.demote(self.ladder.tiers[tier])
+            except InputError:  # somewhere the lower tier has more bits
+                self._rebuild(active, tier)
+            active.has_stepped_down(tier)
+        except Exception as error:
+            self._fail(active, error)
 
     def _climb(self) -> None:
         """Let those climb that may: those that ask now, and those that have waited."""
@@ -221,6 +238,8 @@ class Runner:
                 continue
             try:
                 self._rebuild(active, tier)
+                active.has_climbed(tier)
+                self.stats.escalations += 1
             except Exception as error:
                 self._fail(active, error)
 
@@ -242,8 +261,6 @@ class Runner:
             if originals is not None:
                 originals.read(layer, pages, keys, values)
             active.states.rebuild(layer, self.ladder.tiers[tier], keys, values)
-        active.has_climbed(tier)
-        self.stats.escalations += 1
 
     def _gather_rows(self) -> list[tuple[Active, Rows]]:
         room, found = STEP_TOKENS, []
@@ -306,10 +323,11 @@ class Runner:
             del self.active[active.number]
             entry = self._entries.pop(active.number)
             self.scheduler.finish(active.number, cancelled=not whole)
-            if whole and active.kept_logits is not None:
-                self._measure(active, entry)
+        if active.kept_logits and active.finish not in (None, Finish.CANCELLED):
+            self._measure(active, entry)
+        with self.lock:
             self.lock.notify_all()
-        active.on_event(last)
+        tell(active.on_event, last)
 
     def _keep(self, active: Active, whole: bool) -> None:
         """Keep what was computed of a text's beginning, or throw it away."""
@@ -329,19 +347,21 @@ class Runner:
             self.prefixes.keep(tokens, originals, active.states)
 
     def _measure(self, active: Active, entry: Waiting) -> None:
-        """Have an answer measured."""
-        assert entry.on_measured is not None
+        """Have an answer measured; whatever comes of it is told once."""
+        on_measured = entry.on_measured
+        assert on_measured is not None
         if active.kind is Kind.CALIBRATED and active.tier == self.ladder.full:  # there is no error
-            entry.on_measured(describe_answer(active, (), self.ladder.names[-1]))
+            tell(on_measured, describe_answer(active, (), self.ladder.names[-1]))
             return
         tokens = active.tokens[: len(active.request.prompt) - 1 + len(active.kept_logits or [])]
         try:
-            self.enqueue(
-                request=GenerationRequest(prompt=tokens, max_new_tokens=1),
-                on_event=lambda event: None,
-                tier=0,
-                on_measured=entry.on_measured,
-                answer=active,
-            )
+            with self.lock:
+                self.enqueue(
+                    request=GenerationRequest(prompt=tokens, max_new_tokens=1),
+                    on_event=partial(tell_unmeasured, on_measured),
+                    tier=0,
+                    on_measured=on_measured,
+                    answer=active,
+                )
         except RequestError as error:
-            entry.on_measured(error)
+            tell(on_measured, error)

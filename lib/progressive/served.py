@@ -1,6 +1,7 @@
 """A model that is served: whether it can be, what a token leaves in its cache, and its steps."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,10 @@ from .batch import NAME, AttentionKind, Batch, Rows, Slot, attending, register
 from .bounds import RequestError
 from .generation import GenerationRequest
 from .ladder import KvShape
+from .requests import fixed_positions
+
+_PROBED = 4
+"""Tokens that tell how a model attends; one alone needs no mask."""
 
 
 class ServedModel:
@@ -27,6 +32,7 @@ class ServedModel:
         register()
         config = model.config.get_text_config(decoder=True)
         self.context = min(filter(None, (context, config.max_position_embeddings)))
+        check_positions(config, self.context)
         self.vocabulary: int = config.vocab_size
         self.dtype: torch.dtype = model.dtype
         self._model = model
@@ -83,6 +89,16 @@ class ServedModel:
                 f"token {wrong} of the prompt: the model has 0 to {self.vocabulary - 1}",
                 param="prompt",
             )
+        sampling = request.sampling
+        if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+            raise RequestError(
+                f"temperature is {sampling.temperature}: give 0 (greedy) or more",
+                param="temperature",
+            )
+        if not 0 < sampling.top_p <= 1:
+            raise RequestError(
+                f"top_p is {sampling.top_p}: give above 0, and at most 1", param="top_p"
+            )
         if tokens > self.context:
             raise RequestError(
                 f"{len(request.prompt)} tokens of prompt and {request.max_new_tokens} new ones are "
@@ -121,12 +137,26 @@ def check_can_serve(model: Any) -> None:
         reason = "its attention isn't on transformers' attention interface"
     elif getattr(text, "alibi", False) or getattr(text, "attention_chunk_size", None):
         reason = "its attention goes by more than causal order and a window"
+    elif model.device.type != "cpu":
+        reason = f"it is on {model.device}, and states of requests are in the host's memory so far"
     if reason is not None:
-        raise InputError(f"a {name} can't be served, {reason}")
+        raise InputError(f"a {name} can't be served: {reason}")
+
+
+def check_positions(config: Any, context: int) -> None:
+    """Raise InputError where a text of ``context`` tokens would change the rotary embeddings of
+    other texts in its batch.
+    """
+    limit, kind = fixed_positions(config)
+    if limit is not None and context > limit:
+        raise InputError(
+            f"positions beyond {limit} change what this model's rotary embeddings ({kind}) say of "
+            f"all texts in a batch, and the context is {context}: give a context of at most {limit}"
+        )
 
 
 def find_shape(model: Any) -> KvShape:
-    """Return what a token leaves in a model's cache, by a forward of one token.
+    """Return what a token leaves in a model's cache, by a forward of a few.
 
     Raises InputError for models whose layers don't all attend alike.
     """
@@ -142,9 +172,11 @@ def find_shape(model: Any) -> KvShape:
         return query.new_zeros((*query.shape[:2], value.shape[2]))
 
     device = next(model.parameters()).device
-    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    ids = torch.zeros(1, _PROBED, dtype=torch.long, device=device)
     with torch.inference_mode(), attending(look):
-        model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
+        model(
+            input_ids=ids, position_ids=torch.arange(_PROBED, device=device)[None], use_cache=False
+        )
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if sorted(seen) != list(range(layers)) or len(set(seen.values())) != 1:
         raise InputError(

@@ -90,7 +90,7 @@ def make_chooser(request: GenerationRequest) -> Chooser | None:
     if sampling.temperature == 0:
         return Chooser(processors, None) if processors else None
     if sampling.temperature != 1:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(sampling.top_p))
     return Chooser(processors, sampling.seed)

@@ -1,7 +1,9 @@
 """Requests without memory, and what an engine counts of all."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from .active import Active, quality_of
 from .generation import Event, Finish, GenerationRequest, Outcome
@@ -55,6 +57,14 @@ class Waiting:
     on_measured: OnMeasured | None = None
     answer: Active | None = None
     before: Active | None = None
+
+
+def tell(callback: Callable[[Any], None], what: Any) -> None:
+    """Call what a caller gave: if it raises, that is the caller's affair, and others go on."""
+    try:
+        callback(what)
+    except Exception as error:
+        warnings.warn(f"a request's callback raised {error!r}", RuntimeWarning, stacklevel=2)
 
 
 def unstarted(request: GenerationRequest, finish: Finish, tier: str) -> Outcome:

@@ -222,5 +222,5 @@ class Answering:
                 continue
             piece = choice.take(event)
             if choice.has_enough:
-                self._engine.cancel(self._running[place])
+                self._engine.stop(self._running[place])
             yield choice, piece

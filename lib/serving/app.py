@@ -81,7 +81,10 @@ def make_app(engine: TextEngine, tokenizer: Any, settings: Settings) -> Gate:
         return json_response(endpoint.model())
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
+    async def health(response: Response) -> dict[str, str]:
+        if not engine.is_alive:
+            response.status_code = 503
+            return {"status": "stopped"}
         return {"status": "draining" if gate.draining else "ok"}
 
     @app.get("/metrics")

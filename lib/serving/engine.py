@@ -27,6 +27,13 @@ class TextEngine(Protocol):
     def cancel(self, number: int) -> None:
         """End a request, which still gets its Outcome. Nothing happens where it has ended."""
 
+    def stop(self, number: int) -> None:
+        """End a request whose answer is whole, as at a stop token."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests."""
+
     def stats(self) -> Any:
         """Return what it does and did: a dataclass of numbers, and of dictionaries tier -> number.
         ``waiting``, ``running``, ``kv_bytes`` and ``kv_budget`` are of now, others count up.

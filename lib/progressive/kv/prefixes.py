@@ -16,6 +16,8 @@ from ..ladder import PAGE_TOKENS, SINK_TOKENS, num_pages
 from .originals import Originals, OriginalsFolder
 from .pages import RequestStates
 
+MOST_ENTRIES = 128
+"""Each has a file open, of which a process may have a thousand."""
 Pair = tuple[Tensor, Tensor]
 """Keys and values, (T, heads, dim) each."""
 
@@ -56,7 +58,9 @@ class Found:
 
 
 class Prefixes:
-    """Beginnings of texts, the least recently used dropped beyond ``most_bytes`` of disk."""
+    """Beginnings of texts, the least recently used dropped beyond ``most_bytes`` of disk, and
+    beyond ``MOST_ENTRIES``.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
@@ -99,7 +103,7 @@ class Prefixes:
         self._entries[key] = _Entry(kept, originals, sinks)
         for digest in digests:
             self._by_page.setdefault(digest, key)
-        while self.num_bytes > self._most_bytes:
+        while self.num_bytes > self._most_bytes or len(self._entries) > MOST_ENTRIES:
             self._drop(next(iter(self._entries)))
 
     def forget(self, found: Found) -> None:

@@ -44,12 +44,13 @@ from lib.progressive.calibration import Calibration
 from lib.progressive.engine import Engine
 from lib.progressive.estimators import predict_damage
 from lib.progressive.generation import GenerationRequest
-from lib.progressive.ladder import Ladder
+from lib.progressive.ladder import Ladder, make_ladder
 from scripts.experiments.progressive.loads import Saturated, arrive, curve, saturate
 from scripts.experiments.progressive.workload import KINDS, load_or_train, make_requests
 
 DELTA = 0.05
 RATES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5)
+STATIC = ("K4V4", "K6V5")
 SYSTEMS = ("full", "static K6V5", "static K4V4", "calibrated", "verified")
 _AT_ONCE = 24
 """Answers that are measured at a time."""
@@ -59,11 +60,11 @@ _LOAD = 0.7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pooled:
-    """A request, and what is known of it at each tier below full."""
+    """A request, and what is known of it."""
 
     request: GenerationRequest
     measured: dict[str, float]
-    """Tier -> mean nats per token."""
+    """Of each static system, and of the compact tier: mean nats per token."""
     bound: float
     """Calibrated, of the compact tier."""
 
@@ -73,9 +74,10 @@ class Study:
     """What all runs share."""
 
     model: Any
-    ladder: Ladder
+    static: Ladder
+    """Tiers that are alike in all layers."""
     compact: Ladder
-    """The compact tier and full."""
+    """The calibration's compact tier, and full."""
     calibration: Calibration
     pool: list[Pooled]
     epsilon: float
@@ -88,7 +90,7 @@ class Study:
             self.model,
             kv_budget=budget or self.budget,
             ladder=ladder or self.compact,
-            calibration=self.calibration,
+            calibration=self.calibration if ladder is None else None,
             audited_share=1e-9,  # answers are measured apart, so that no run pays for it
             prefix_bytes=0,  # no two requests begin alike
             max_queue=100_000,
@@ -116,31 +118,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(model: Any, args: argparse.Namespace) -> Study:
     """Calibrate, measure the pool, and choose epsilon so that half of it is hard."""
-    calibrating = draw_requests(args.calibration, args.new_tokens, seed=1)
-    pooled = draw_requests(args.pool, args.new_tokens, seed=2)
+    calibrating = draw_requests(args.calibration, args.new_tokens, seed=1, easy=args.easy)
+    pooled = draw_requests(args.pool, args.new_tokens, seed=2, easy=args.easy)
     room = 2**30
     print(f"calibrating on {len(calibrating)} requests", file=sys.stderr)
-    names = f"{args.compact} K4V4 K6V5"
-    calibration = calibrate_requests(model, calibrating, kv_budget=room, tiers=names)
-    ladder = calibration.ladder
+    calibration = calibrate_requests(model, calibrating, kv_budget=room, tiers=args.compact)
+    compact = calibration.ladder
+    static = make_ladder(compact.shape).restrict(" ".join(STATIC))
     print(f"measuring {len(pooled)} requests", file=sys.stderr)
-    with Engine(model, kv_budget=room, ladder=ladder, prefix_bytes=0) as engine:
-        fixed_bytes = engine.fixed_bytes
-        rows = measure_requests(engine, pooled, ladder.full, at_once=_AT_ONCE)
+    rows = []
+    for ladder in (compact, static):
+        with Engine(model, kv_budget=room, ladder=ladder, prefix_bytes=0) as engine:
+            fixed_bytes = engine.fixed_bytes
+            rows.append(measure_requests(engine, pooled, ladder.full, at_once=_AT_ONCE))
     factor = calibration.factor(DELTA)
     pool = []
-    first = ladder.index(args.compact)
-    for request, row in zip(pooled, rows, strict=True):
-        predicted = predict_damage(calibration.information, row.errors[first], row.prompt_tokens)
-        measured = dict(zip(ladder.names, row.measured, strict=False))
+    for request, own, others in zip(pooled, *rows, strict=True):
+        predicted = predict_damage(calibration.information, own.errors[0], own.prompt_tokens)
+        measured = dict(zip((f"static {name}" for name in STATIC), others.measured, strict=True))
+        measured["compact"] = own.measured[0]
         pool.append(Pooled(request=request, measured=measured, bound=factor * predicted))
     epsilon = args.epsilon or median(each.bound for each in pool)
     longest = max(len(each.prompt) + each.max_new_tokens for each in pooled)
-    full = ladder.num_bytes(ladder.full, longest)
+    full = compact.num_bytes(compact.full, longest)
     return Study(
         model=model,
-        ladder=ladder,
-        compact=ladder.restrict(args.compact),
+        static=static,
+        compact=compact,
         calibration=calibration,
         pool=pool,
         epsilon=epsilon,
@@ -149,8 +153,10 @@ def prepare(model: Any, args: argparse.Namespace) -> Study:
     )
 
 
-def draw_requests(count: int, new_tokens: int, *, seed: int) -> list[GenerationRequest]:
-    """Draw requests of all kinds and difficulties, none twice."""
+def draw_requests(
+    count: int, new_tokens: int, *, seed: int, easy: bool = False
+) -> list[GenerationRequest]:
+    """Draw requests of all kinds and difficulties, none twice; or ``easy`` ones, which are short."""
     draw = random.Random(seed)
     requests = []
     for number in range(count):
@@ -167,7 +173,7 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     requests = [each.request for each in study.pool]
     counts = (1, 2, 4, 8, 16, 32)
     print("tokens per second against concurrency", file=sys.stderr)
-    flat = curve(lambda: study.engine(study.ladder, budget=2**30), requests, counts)
+    flat = curve(lambda: study.engine(budget=2**30), requests, counts)
     lengths = [len(each.prompt) + each.max_new_tokens for each in requests]
     share = mean(
         study.compact.num_bytes(0, length) / study.compact.num_bytes(1, length)
@@ -176,7 +182,7 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     points = []
     for rate in (0.05, 0.5) if args.quick else RATES:
         mix = draw_mix(study, rate)
-        for system in SYSTEMS:
+        for system in args.systems:
             print(f"p {rate}: {system}", file=sys.stderr)
             points.append(
                 {"p": rate, "system": system, **run_system(study, system, mix), "identity": 0.0}
@@ -224,13 +230,13 @@ def tier_of(study: Study, system: str) -> tuple[Ladder, int | None]:
     """Return the ladder of a system, and the tier that it gives to all."""
     if not system.startswith("static"):
         return study.compact, None
-    return study.ladder, study.ladder.index(system.split()[1])
+    return study.static, study.static.index(system.split()[1])
 
 
 def run_system(study: Study, system: str, mix: Sequence[Pooled]) -> dict[str, Any]:
     """Run one system on one mix, saturated."""
     ladder, tier = tier_of(study, system)
-    with study.engine(ladder) as engine:
+    with study.engine(None if tier is None else ladder) as engine:
         found = saturate(engine, bounded(study, system, mix), tier=tier)
     assert found.stats.most_kv_bytes <= study.budget, "the budget was passed"
     return describe(study, system, mix, found)
@@ -241,9 +247,12 @@ def describe(study: Study, system: str, mix: Sequence[Pooled], found: Saturated)
     outcomes = [answer.result() for answer in found.answers]
     errors = []
     for each, outcome in zip(mix, outcomes, strict=True):
-        tier = outcome.quality.tier
-        is_measured = system == "verified"
-        errors.append(outcome.quality.bound if is_measured else each.measured.get(tier, 0.0))
+        if outcome.quality.tier == "full":
+            errors.append(0.0)
+        elif system == "verified":
+            errors.append(outcome.quality.bound)
+        else:
+            errors.append(each.measured.get(system, each.measured["compact"]))
     good = [error <= study.epsilon for error in errors]
     violations, count = len(good) - sum(good), len(good)
     low, high = proportion_interval(violations, count)
@@ -272,10 +281,10 @@ def run_arrivals(study: Study, points: Sequence[dict[str, Any]]) -> list[dict[st
     per_second = _LOAD * full["tokens_per_s"] / study.pool[0].request.max_new_tokens
     mix = draw_mix(study, rate)[: max(20, study.clients // 2)]
     arrivals = []
-    for system in SYSTEMS:
+    for system in dict.fromkeys(point["system"] for point in points):
         print(f"arrivals: {system}", file=sys.stderr)
         ladder, tier = tier_of(study, system)
-        with study.engine(ladder) as engine:
+        with study.engine(None if tier is None else ladder) as engine:
             latencies = arrive(
                 engine, bounded(study, system, mix), rate=per_second, seed=3, tier=tier
             )
@@ -293,6 +302,7 @@ def ratios(points: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {
         f"{system}_{name}": found[system][name] / found["full"][name]
         for system in ("verified", "calibrated")
+        if system in found
         for name in ("goodput", "tokens_per_s")
     }
 
@@ -342,12 +352,23 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             name, type=whole_number(1), default=value, metavar="N", help=f"{what} {default}"
         )
-    parser.add_argument("--compact", default="K3V2", metavar="TIER", help=f"compact tier {default}")
+    parser.add_argument("--compact", default="K6V5", metavar="TIER", help=f"compact tier {default}")
     parser.add_argument(
         "--epsilon",
         type=float,
         metavar="NATS",
         help="per token (default: the median of the pool's calibrated bounds)",
+    )
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        choices=SYSTEMS,
+        default=SYSTEMS,
+        metavar="SYSTEM",
+        help="to run: full is always one of them (default: all)",
+    )
+    parser.add_argument(
+        "--easy", action="store_true", help="short documents alone: answers are most of the work"
     )
     parser.add_argument("--quick", action="store_true", help="two rates alone")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="the document, in a file")

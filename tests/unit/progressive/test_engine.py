@@ -1,6 +1,8 @@
 """Requests of many kinds at once, each as the model alone would answer it."""
 
 import errno
+import shutil
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -10,9 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.errors import InputError, PlacementError
 from lib.progressive.bounds import Kind, Metric, QualityBound, RequestError
+from lib.progressive.calibration import KEYS, Calibration
+from lib.progressive.decisions import Grant, Preemption
 from lib.progressive.engine import Engine, QueueFull
-from lib.progressive.generation import Finish, GenerationRequest, Outcome, Sampling
+from lib.progressive.generation import Event, Finish, GenerationRequest, Outcome, Sampling
 from lib.progressive.kv.originals import Originals
+from lib.progressive.ladder import make_ladder
+from lib.progressive.scheduler import Scheduler
+from lib.progressive.served import ServedModel
 from tests.answers import Answer
 
 EXACT = QualityBound(metric=Metric.EXACT)
@@ -352,3 +359,90 @@ def test_a_beginning_that_is_damaged_is_computed_again(
             assert answer.outcome().cached_tokens == 0
             assert answer.ids == greedy(alone, prompt(280), 5)
             monkeypatch.setattr(Originals, "_read", read)
+
+
+def test_what_steps_down_is_checked_again(
+    model: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.progressive.active._FEW", 2.0)  # every window asks for the next tier
+    real, done = Scheduler.preemptions, []
+
+    def preemptions(self: Scheduler) -> list[Preemption]:
+        for account in self._running.values():
+            if account.tier == self.ladder.full and not done:
+                done.append(account.id)
+                self._give(Grant(account.id, 0, account.room))
+                return [Preemption(account.id, 0)]
+        return real(self)
+
+    monkeypatch.setattr(Scheduler, "preemptions", preemptions)
+    request = GenerationRequest(prompt=prompt(300), max_new_tokens=200, bound=EXACT)
+    ((answer, outcome),) = serve(model, request, ladder="K3V2")
+    assert done and outcome.quality.escalations > 1
+    assert answer.ids == greedy(alone, prompt(300), 200)
+
+
+@pytest.mark.filterwarnings("ignore:a request's callback raised")
+def test_a_callback_that_raises_is_its_callers_affair(model: Any, alone: Any) -> None:
+    def bad(event: Event) -> None:
+        raise KeyError("mine")
+
+    good = Answer()
+    with Engine(model, kv_budget=2**24) as engine:
+        engine.submit(GenerationRequest(prompt=prompt(20), max_new_tokens=9), bad)
+        engine.submit(GenerationRequest(prompt=prompt(30), max_new_tokens=9), good)
+        good.outcome()
+        assert engine.is_alive
+    assert good.ids == greedy(alone, prompt(30), 9)
+
+
+def test_a_folder_that_vanishes_fails_what_needs_it(model: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "spill"
+    with Engine(model, kv_budget=2**24, folder=folder) as engine:
+        shutil.rmtree(folder)
+        for bound in (None, EXACT, None):
+            answer = Answer()
+            engine.submit(
+                GenerationRequest(prompt=prompt(200), max_new_tokens=3, bound=bound), answer
+            )
+            if bound is None:
+                assert answer.outcome().finish is Finish.LENGTH
+                continue
+            with pytest.raises(PlacementError, match="can't be made in"):
+                answer.outcome()
+        assert engine.is_alive
+
+
+def test_whoever_measures_is_told_whatever_happens(model: Any) -> None:
+    found: Queue[Any] = Queue()
+    with Engine(model, kv_budget=2**24) as engine:
+        for _ in range(3):
+            engine.measure(
+                GenerationRequest(prompt=prompt(300), max_new_tokens=250), found.put, tier=0
+            )
+    assert all(isinstance(found.get(timeout=9), PlacementError) for _ in range(3))
+
+
+def test_enough_is_a_whole_answer(model: Any) -> None:
+    answer = Answer()
+    with Engine(model, kv_budget=2**24) as engine:
+        number = engine.submit(GenerationRequest(prompt=prompt(200), max_new_tokens=350), answer)
+        assert answer.first.wait(60)
+        engine.stop(number)
+        assert answer.outcome().finish is Finish.STOP
+        assert engine.stats().finished == 1
+
+
+def test_only_a_calibrations_own_tiers_are_served(model: Any) -> None:
+    served = ServedModel(model)
+    served.close()
+    ladder = make_ladder(served.shape)
+    calibration = Calibration(
+        keys=dict.fromkeys(KEYS, "1"),
+        ladder=ladder.restrict("K4V4"),
+        information=((1.0, 1.0),) * 2,
+        scores=(1.0,) * 59,
+        tokens=(200,) * 59,
+    )
+    with pytest.raises(InputError, match="tier K3V2 isn't as the calibration has measured it"):
+        Engine(model, kv_budget=2**24, ladder=ladder, calibration=calibration)

@@ -101,6 +101,21 @@ def test_every_family_answers_as_by_itself(name: str) -> None:
         lambda: transformers.T5ForConditionalGeneration(
             transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         ),
+        lambda: build(
+            "Phi3ForCausalLM",
+            {
+                **SMALL,
+                "original_max_position_embeddings": 64,
+                "pad_token_id": 0,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10000.0,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [4.0] * 8,
+                    "original_max_position_embeddings": 64,
+                },
+            },
+        ),
         lambda: transformers.MambaForCausalLM(
             transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=40)
         ),
@@ -108,5 +123,5 @@ def test_every_family_answers_as_by_itself(name: str) -> None:
 )
 def test_what_cant_be_served_is_refused_by_name(make: Callable[[], Any]) -> None:
     model = make().eval()
-    with pytest.raises(InputError, match="can't be served"):
+    with pytest.raises(InputError, match="can't be served|longrope"):
         Engine(model, kv_budget=2**24)
