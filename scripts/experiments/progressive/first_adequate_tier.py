@@ -311,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
         "--epsilon",
         type=float,
         choices=EPSILONS,
-        default=0.02,
+        default=0.01,
         help=f"that the picture has {default}",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
