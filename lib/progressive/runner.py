@@ -50,7 +50,7 @@ class Runner:
         self.waiting: dict[int, Waiting] = {}
         self._entries: dict[int, Waiting] = {}
         """Of the active ones, what they waited as."""
-        self.stats = EngineStats(kv_budget=kv_budget)
+        self.stats = EngineStats(kv_budget=kv_budget, kv_bytes=fixed_bytes)
         self.calibrated = calibrated
         self.prefixes = Prefixes(prefix_bytes)
         self._fixed_bytes = fixed_bytes
@@ -274,13 +274,14 @@ class Runner:
                 active.take(logits)
             except Exception as error:
                 self._fail(active, error)
-        held = self._fixed_bytes
+        self._count_bytes()
         for active in list(self.active.values()):
-            held += active.count_bytes()
             if active.finish is not None:
                 self._end(active)
-        self.stats.kv_bytes = held
-        self.stats.most_kv_bytes = max(held, self.stats.most_kv_bytes)
+
+    def _count_bytes(self) -> None:
+        held = sum(active.count_bytes() for active in self.active.values())
+        self.stats.hold(self._fixed_bytes + held)
 
     def _fail(self, active: Active, error: Exception) -> None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -289,14 +290,9 @@ class Runner:
         self._leave(active, error)
 
     def _end(self, active: Active) -> None:
-        if active.finish in (Finish.CANCELLED, Finish.DEADLINE):
-            self.stats.cancelled += 1
-        else:
-            self.stats.finished += 1
         tier = self.ladder.names[active.tier]
-        self.stats.tiers[tier] = self.stats.tiers.get(tier, 0) + 1
-        self.stats.new_tokens += active.num_new
-        self.stats.rejected_tokens += active.rejected
+        if not isinstance(active, AuditPass):  # nobody asked for it
+            self.stats.count(active, tier)
         self._leave(active, active.outcome(tier))
 
     def _leave(self, active: Active, last: Event) -> None:
@@ -306,6 +302,7 @@ class Runner:
             del self.active[active.number]
             entry = self._entries.pop(active.number)
             self.scheduler.finish(active.number, cancelled=not whole)
+            self._count_bytes()
             if whole and active.kept_logits is not None:
                 self._measure(active, entry)
             self.lock.notify_all()
@@ -335,6 +332,7 @@ class Runner:
             entry.on_measured(describe_answer(active, (), self.ladder.names[-1]))
             return
         tokens = active.tokens[: len(active.request.prompt) - 1 + len(active.kept_logits or [])]
+        active.states = self._make_states(active.tier)  # while it waits, others have the memory
         try:
             self.enqueue(
                 request=GenerationRequest(prompt=tokens, max_new_tokens=1),
