@@ -33,17 +33,23 @@ class OriginalsFolder:
 
     def open_file(self, *, direct: bool) -> tuple[int, bool]:
         """Return a descriptor of a new file without a name, and whether it is read past the page
-        cache, as ``direct`` asks.
+        cache, as ``direct`` asks. Raises PlacementError where there can't be another file.
         """
-        descriptor, name = tempfile.mkstemp(prefix="tierhints-kv-", dir=self.path)
         try:
-            if not (direct and self.direct):
-                return descriptor, False
-            past_cache = os.open(name, os.O_RDWR | os.O_DIRECT)
-            os.close(descriptor)
-            return past_cache, True
-        finally:
-            os.unlink(name)
+            descriptor, name = tempfile.mkstemp(prefix="tierhints-kv-", dir=self.path)
+            try:
+                if not (direct and self.direct):
+                    return descriptor, False
+                try:
+                    return os.open(name, os.O_RDWR | os.O_DIRECT), True
+                finally:
+                    os.close(descriptor)
+            finally:
+                os.unlink(name)
+        except OSError as error:
+            raise PlacementError(
+                f"there can't be a file for originals ({error.strerror})"
+            ) from error
 
 
 class Originals:

@@ -18,6 +18,8 @@ from .pages import RequestStates
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values, (T, heads, dim) each."""
+_MOST_FILES = 256
+"""That beginnings have open: a process has 1024 where nobody gave it more."""
 
 
 @dataclass(slots=True)
@@ -56,7 +58,9 @@ class Found:
 
 
 class Prefixes:
-    """Beginnings of texts, the least recently used dropped beyond ``most_bytes`` of disk."""
+    """Beginnings of texts, the least recently used dropped beyond ``most_bytes`` of disk, and
+    beyond so many files.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
@@ -99,7 +103,7 @@ class Prefixes:
         self._entries[key] = _Entry(kept, originals, sinks)
         for digest in digests:
             self._by_page.setdefault(digest, key)
-        while self.num_bytes > self._most_bytes:
+        while self.num_bytes > self._most_bytes or len(self._entries) > _MOST_FILES:
             self._drop(next(iter(self._entries)))
 
     def forget(self, found: Found) -> None:
