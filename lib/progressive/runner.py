@@ -226,12 +226,15 @@ class Runner:
 
     def _judge(self) -> None:
         """Say of those under a calibrated bound whether their tier is enough."""
-        for active in self.active.values():
-            if active.phase is Phase.JUDGE:
+        for active in [each for each in self.active.values() if each.phase is Phase.JUDGE]:
+            try:
                 active.judge(self.calibrated.bound(active))
-                if active.is_decided:
-                    with self.lock:
-                        self.scheduler.settle(active.number)
+            except Exception as error:
+                self._fail(active, error)
+                continue
+            if active.is_decided:
+                with self.lock:
+                    self.scheduler.settle(active.number)
 
     def _rebuild(self, active: Active, tier: int) -> None:
         """Hold the pages of a request at another tier, from its originals."""

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib.errors import InputError
+from lib.errors import InputError, PlacementError
 from lib.evaluation.calibrate_requests import calibrate_requests, calibration_keys
+from lib.progressive.active import Active
 from lib.progressive.bounds import Kind, QualityBound, RequestError
 from lib.progressive.calibration import Calibration, load_calibration
 from lib.progressive.engine import Engine
@@ -110,6 +111,23 @@ def test_an_audit_stops_what_breaks_its_bounds(model: Any, calibration: Calibrat
         assert "full" not in tiers[:5] and set(tiers[-5:]) == {"full"}
         stats = engine.stats()
     assert stats.stopped_bounds == 1 and stats.broken_bounds >= 5 and stats.audits >= 5
+
+
+def test_an_answer_that_nothing_can_be_said_of_fails_alone(
+    model: Any, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Active.judge
+
+    def judge(self: Active, value: float) -> None:
+        if self.number == 0:
+            raise PlacementError("its errors aren't finite")
+        real(self, value)
+
+    monkeypatch.setattr(Active, "judge", judge)
+    bound = QualityBound(epsilon=0.1, delta=0.05)
+    with Engine(model, kv_budget=BUDGET, calibration=calibration) as engine:
+        first, second = answer(engine, request(0, bound), request(1, bound))
+    assert sorted(type(each).__name__ for each in (first, second)) == ["Outcome", "PlacementError"]
 
 
 def test_what_cant_be_calibrated_is_refused(model: Any, calibration: Calibration) -> None:
