@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ BOUNDS: dict[str, Any] = {
     "exact": {"metric": "exact"},
 }
 """What the table calls a bound -> quality_bound of the request."""
+CALIBRATED = {"0.05, delta 0.05": {"epsilon": 0.05, "delta": 0.05}}
+"""One more, where there is a calibration."""
 _HEADS = ("quality_bound", "tier", "bound (nats)", "known by", "climbed", "fast KV", "total KV")
 
 Fields = dict[str, Any]
@@ -49,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_model(Path(config.serve.model).parent)
     command = [sys.executable, "-m", "lib.commands", *serve_words(config)]
     if args.stage == "demo":
-        document = demonstrate(command)
+        bounds = BOUNDS | (CALIBRATED if config.serve.calibration else {})
+        document = demonstrate(command, bounds)
         emit(demo_table(document), document, args.json)
         return 0
     print(f"$ {shlex.join(['tierhints', *command[3:]])}", file=sys.stderr, flush=True)
@@ -79,7 +83,7 @@ def serve_words(config: Config) -> list[str]:
     return words
 
 
-def demonstrate(command: Sequence[str]) -> Fields:
+def demonstrate(command: Sequence[str], bounds: Mapping[str, Any]) -> Fields:
     """Start the endpoint, ask it with each bound, and stop it; returns its answers."""
     with tempfile.TemporaryDirectory() as folder:
         started = Path(folder) / "started.json"
@@ -88,7 +92,7 @@ def demonstrate(command: Sequence[str]) -> Fields:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
         try:
             served = wait_until_started(process, started)
-            answers = {name: ask(served, bound) for name, bound in BOUNDS.items()}
+            answers = {name: ask(served, bound) for name, bound in bounds.items()}
         finally:
             process.send_signal(signal.SIGTERM)
             code = process.wait()
@@ -110,12 +114,13 @@ def wait_until_started(process: "subprocess.Popen[bytes]", started: Path) -> Fie
 
 
 def ask(served: Mapping[str, Any], bound: Any) -> Fields:
-    """Return the endpoint's reply to the prompt with a bound."""
+    """Return the endpoint's reply to the prompt with a bound; raises InputError if it refuses."""
     text = "\n".join(Path(__file__).read_text().splitlines()[:CONTEXT_LINES])
     body = {
         "model": served["model"],
         "messages": [{"role": "user", "content": f"{text}\n\n{PROMPT}"}],
         "max_completion_tokens": NEW_TOKENS,
+        "temperature": 0,
         **({} if bound is None else {"quality_bound": bound}),
     }
     if not served["chat"]:
@@ -129,8 +134,11 @@ def ask(served: Mapping[str, Any], bound: Any) -> Fields:
             "Authorization": f"Bearer {os.environ.get('TIERHINTS_API_KEY', '')}",
         },
     )
-    with urllib.request.urlopen(request) as reply:
-        document = json.load(reply)
+    try:
+        with urllib.request.urlopen(request) as reply:
+            document = json.load(reply)
+    except urllib.error.HTTPError as error:
+        raise InputError(f"the endpoint says {error.code}: {error.read().decode()}") from error
     (choice,) = document["choices"]
     said = choice["message"]["content"] if served["chat"] else choice["text"]
     return {"text": said, "usage": document["usage"], "quality": document["quality"]}

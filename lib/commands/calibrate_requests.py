@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable(args.output)
 
     from ..checkpoint.hub import checkpoint_folder
-    from ..checkpoint.load import load
-    from ..checkpoint.models import quiet_transformers
+    from ..checkpoint.models import load_model, quiet_transformers
     from ..evaluation.calibrate_requests import calibrate_requests
     from ..progressive.bounds import RequestError
     from ..progressive.ladder import UNIFORM
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     folder = checkpoint_folder(args.model)
     quiet_transformers(progress=sys.stderr.isatty())
-    model = load(folder)
+    model = load_model(str(folder))
     requests = read_requests(
         args.requests, model, load_tokenizer(str(folder)), new_tokens=args.new_tokens
     )

@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..extras import need_extra
 from ..hints import load_hints
 from ..precision.floors import read_trust
 from ..tiering.planning.budget import parse_budget, read_budget
 from ..units import format_bytes, parse_bytes, parse_number
+from ..vocabulary import Precision
 from .cli import Parser, add_json_flag, emit
 from .flags import (
     add_budget_flag,
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         need_extra("serve", package)
     kv_budget = parse_bytes(args.kv_budget)
     check_epsilon(args)
+    _check_calibrated_weights(args)
     hints = None if args.tier_hints is None else load_hints(args.tier_hints)
     if hints is not None and args.epsilon is not None:
         read_trust(hints.quality)
@@ -136,6 +139,22 @@ def _table(document: dict[str, Any]) -> str:
     for name, size in document["token_bytes"].items():
         lines.append(f"  {name:6} {format_bytes(size)} per token")
     return "\n".join(lines)
+
+
+def _check_calibrated_weights(args: argparse.Namespace) -> None:
+    """Raise InputError for a calibration beside weights that are compressed: it is of the model's
+    own.
+    """
+    precision = planned_precision(args.precision)
+    compressed = precision not in (None, Precision.FP32) or (
+        precision is None and args.epsilon is not None
+    )
+    if args.calibration is not None and compressed:
+        flag = f"--epsilon {args.epsilon}" if precision is None else f"--precision {precision}"
+        raise InputError(
+            f"--calibration is of the model's own weights, and {flag} makes others of them: leave "
+            "one of the two out"
+        )
 
 
 def _default_bound(text: str) -> Any:

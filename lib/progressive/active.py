@@ -82,7 +82,7 @@ class Active:
         """Of the prompt, that an earlier request had computed."""
         self.asked = False
         """For the next tier, of the scheduler."""
-        self.escalations = self.rejected = 0
+        self.escalations = self.rejected = self.accepted = 0
         self.kl_total = 0.0
         """Nats, over the distributions that were chosen from: the new tokens', and the end's."""
         self.bound_value = 0.0
@@ -193,6 +193,7 @@ class Active:
             prompt_tokens=len(self.request.prompt),
             new_tokens=self.num_new,
             rejected_tokens=self.rejected,
+            accepted_tokens=self.accepted,
             cached_tokens=self.adopted_tokens,
             quality=quality_of(
                 self.request.bound,
@@ -265,6 +266,7 @@ class Active:
         self.drafted = []
         count = len(accepted)
         self.rejected += len(drafted) - count
+        self.accepted += count
         self.states.crop(len(self.tokens) + count)
         self._recent = [*self._recent, *[1] * count, *[0] * (count < len(drafted))][-_SEEN:]
         self._window = min(2 * self._window, LONGEST_WINDOW) if count == len(drafted) else count + 1

@@ -123,7 +123,7 @@ class Engine:
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError for a request that can't be answered, whatever else there is."""
         self._served.check(request)
-        self._calibrated.check(request.bound)
+        self._calibrated.check(request)
 
     def submit(
         self,

@@ -76,6 +76,8 @@ class Outcome:
     new_tokens: int
     rejected_tokens: int
     """Drafted, and taken back."""
+    accepted_tokens: int = 0
+    """Drafted, checked, and taken: tokens of the answer, and its end."""
     cached_tokens: int = 0
     """Of the prompt, that an earlier request had computed."""
     quality: Quality

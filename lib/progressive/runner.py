@@ -51,7 +51,7 @@ class Runner:
         self.waiting: dict[int, Waiting] = {}
         self._entries: dict[int, Waiting] = {}
         """Of the active ones, what they waited as."""
-        self.stats = EngineStats(kv_budget=kv_budget)
+        self.stats = EngineStats(kv_budget=kv_budget, kv_bytes=fixed_bytes)
         self.calibrated = calibrated
         self.prefixes = Prefixes(prefix_bytes)
         self._fixed_bytes = fixed_bytes
@@ -245,12 +245,15 @@ class Runner:
 
     def _judge(self) -> None:
         """Say of those under a calibrated bound whether their tier is enough."""
-        for active in self.active.values():
-            if active.phase is Phase.JUDGE:
+        for active in [each for each in self.active.values() if each.phase is Phase.JUDGE]:
+            try:
                 active.judge(self.calibrated.bound(active))
-                if active.is_decided:
-                    with self.lock:
-                        self.scheduler.settle(active.number)
+            except Exception as error:
+                self._fail(active, error)
+                continue
+            if active.is_decided:
+                with self.lock:
+                    self.scheduler.settle(active.number)
 
     def _rebuild(self, active: Active, tier: int) -> None:
         """Hold the pages of a request at another tier, from its originals."""
@@ -291,13 +294,14 @@ class Runner:
                 active.take(logits)
             except Exception as error:
                 self._fail(active, error)
-        held = self._fixed_bytes
+        self._count_bytes()
         for active in list(self.active.values()):
-            held += active.count_bytes()
             if active.finish is not None:
                 self._end(active)
-        self.stats.kv_bytes = held
-        self.stats.most_kv_bytes = max(held, self.stats.most_kv_bytes)
+
+    def _count_bytes(self) -> None:
+        held = sum(active.count_bytes() for active in self.active.values())
+        self.stats.hold(self._fixed_bytes + held)
 
     def _fail(self, active: Active, error: Exception) -> None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -306,14 +310,9 @@ class Runner:
         self._leave(active, error)
 
     def _end(self, active: Active) -> None:
-        if active.finish in (Finish.CANCELLED, Finish.DEADLINE):
-            self.stats.cancelled += 1
-        else:
-            self.stats.finished += 1
         tier = self.ladder.names[active.tier]
-        self.stats.tiers[tier] = self.stats.tiers.get(tier, 0) + 1
-        self.stats.new_tokens += active.num_new
-        self.stats.rejected_tokens += active.rejected
+        if not isinstance(active, AuditPass):  # nobody asked for it
+            self.stats.count(active, tier)
         self._leave(active, active.outcome(tier))
 
     def _leave(self, active: Active, last: Event) -> None:
@@ -323,9 +322,15 @@ class Runner:
             del self.active[active.number]
             entry = self._entries.pop(active.number)
             self.scheduler.finish(active.number, cancelled=not whole)
+<<<<<<< HEAD
         if active.kept_logits and active.finish not in (None, Finish.CANCELLED):
             self._measure(active, entry)
         with self.lock:
+=======
+            self._count_bytes()
+            if whole and active.kept_logits is not None:
+                self._measure(active, entry)
+>>>>>>> 2906415351533c3b09bbfb224552db21898b49b9
             self.lock.notify_all()
         tell(active.on_event, last)
 
@@ -354,6 +359,7 @@ class Runner:
             tell(on_measured, describe_answer(active, (), self.ladder.names[-1]))
             return
         tokens = active.tokens[: len(active.request.prompt) - 1 + len(active.kept_logits or [])]
+        active.states = self._make_states(active.tier)  # while it waits, others have the memory
         try:
             with self.lock:
                 self.enqueue(

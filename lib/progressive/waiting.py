@@ -41,6 +41,21 @@ class EngineStats:
     stopped_bounds: int = 0
     """Deltas of which nothing is released below full any more."""
 
+    def hold(self, num_bytes: int) -> None:
+        """Take note of what keys and values take now."""
+        self.kv_bytes = num_bytes
+        self.most_kv_bytes = max(num_bytes, self.most_kv_bytes)
+
+    def count(self, active: Active, tier: str) -> None:
+        """Take note of a request that has ended at a tier."""
+        if active.finish in (Finish.CANCELLED, Finish.DEADLINE):
+            self.cancelled += 1
+        else:
+            self.finished += 1
+        self.tiers[tier] = self.tiers.get(tier, 0) + 1
+        self.new_tokens += active.num_new
+        self.rejected_tokens += active.rejected
+
 
 @dataclass(slots=True)
 class Waiting:

@@ -27,7 +27,7 @@ from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogpr
 from openai.types.chat.chat_completion_message_function_tool_call import Function
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
-from openai.types.completion_usage import CompletionTokensDetails
+from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 
 from ..progressive.bounds import Kind, Quality
 from .choices import Choice, FinishReason, Piece, TokenText
@@ -219,18 +219,26 @@ class TextReply(Reply):
 
 
 def usage(choices: Sequence[Choice]) -> CompletionUsage:
-    """Return what a request took; drafted tokens that were taken back are in the details."""
-    outcomes = [choice.outcome for choice in choices if choice.outcome is not None]
-    prompts: dict[int, int] = {}
+    """Return what a request took. The details: of the prompts, what earlier requests had computed;
+    of the drafted tokens, those that are in the answers and those that were taken back.
+    """
+    prompts = {choice.prompt_number: choice.prompt_tokens for choice in choices}
+    cached = dict(prompts)
+    accepted = rejected = 0
     for choice in choices:
-        prompts[choice.prompt_number] = choice.prompt_tokens
+        number, outcome = choice.prompt_number, choice.outcome
+        cached[number] = min(cached[number], outcome.cached_tokens if outcome else 0)
+        if outcome is not None:
+            accepted += min(outcome.accepted_tokens, choice.new_tokens)
+            rejected += outcome.rejected_tokens
     prompt, new = sum(prompts.values()), sum(choice.new_tokens for choice in choices)
     return CompletionUsage(
         prompt_tokens=prompt,
         completion_tokens=new,
         total_tokens=prompt + new,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached.values())),
         completion_tokens_details=CompletionTokensDetails(
-            rejected_prediction_tokens=sum(outcome.rejected_tokens for outcome in outcomes)
+            accepted_prediction_tokens=accepted, rejected_prediction_tokens=rejected
         ),
     )
 

@@ -1,7 +1,10 @@
-"""tierhints serve as a process: the official client asks it, strangers fuzz it, and it drains."""
+"""tierhints serve as a process: the official client asks it, strangers fuzz it, it drains, and what
+a killed one left is used by none.
+"""
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,11 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lib.commands import calibrate_requests
 from tests.integration.test_collect_fisher import byte_tokenizer
 from tests.integration.tiny_run import ROOT
 
@@ -64,8 +69,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[dict[str, Any]]:
-    process, document = start(folder, "--name", "tiny", "--ladder", "K8V8")
+def calibration(folder: Path) -> Path:
+    """Of 60 requests, enough for a delta of 0.05."""
+    requests = [{"prompt": f"{number} of " * 24, "max_tokens": 3} for number in range(100, 160)]
+    (folder / "requests.jsonl").write_text("".join(json.dumps(each) + "\n" for each in requests))
+    words = ["--model", str(folder), "--requests", str(folder / "requests.jsonl")]
+    words += ["--output", str(folder / "calibration.json"), "--ladder", "K4V4 K8V8"]
+    assert calibrate_requests.main([*words, "--kv-budget", "4MiB"]) == 0
+    return folder / "calibration.json"
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> tuple[Path, str]:
+    """A folder where one that was killed in mid-request had originals, and what it had said."""
+    spill = folder / "originals"
+    process, document = start(folder, "--spill-dir", str(spill))
+    client = openai.OpenAI(base_url=document["url"], api_key="none", max_retries=0)
+    chunks = client.completions.create(
+        model=document["model"],
+        prompt=LONG,
+        max_tokens=200,
+        stream=True,
+        extra_body={"quality_bound": {"metric": "exact"}},
+    )
+    said = next(iter(chunks)).choices[0].text
+    files = [os.readlink(each) for each in Path(f"/proc/{process.pid}/fd").iterdir()]
+    assert any(name.startswith(str(spill)) and "(deleted)" in name for name in files)
+    process.kill()
+    with pytest.raises((openai.APIConnectionError, httpx.TransportError)):
+        said += "".join(chunk.choices[0].text for chunk in chunks)
+    process.wait()
+    return spill, said
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path, calibration: Path, killed: tuple[Path, str]) -> Iterator[dict[str, Any]]:
+    flags = ["--calibration", str(calibration), "--spill-dir", str(killed[0])]
+    process, document = start(folder, "--name", "tiny", *flags)
     yield document
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
@@ -91,7 +131,47 @@ class TestOfficialClient:
             assert quality["kind"] == ("full" if bound is None else "verified")
             assert quality["bound"] <= (5.0 if name == "kl" else 0.0)
             assert quality["kv_bytes"] <= quality["total_bytes"]
+            used: Any = reply.usage
+            accepted = used.completion_tokens_details.accepted_prediction_tokens
+            assert accepted == 0 if bound is None else 0 < accepted < used.completion_tokens
+            # What the first had computed, the others need not.
+            assert (used.prompt_tokens_details.cached_tokens > 0) == (len(texts) > 1)
         assert texts["exact"] == texts["full"]
+
+    def test_a_calibrated_bound(self, client: openai.OpenAI) -> None:
+        tiers = []
+        for epsilon in (1e-12, 100.0):
+            bound = {"epsilon": epsilon, "delta": 0.05}
+            reply = client.completions.create(
+                model="tiny", prompt=LONG, max_tokens=6, extra_body={"quality_bound": bound}
+            )
+            quality: dict[str, Any] = reply.quality  # type: ignore[attr-defined]
+            assert (quality["kind"], quality["delta"]) == ("calibrated", 0.05)
+            assert 0 <= quality["bound"] <= epsilon
+            tiers.append(quality["tier"])
+        assert tiers == ["full", "K4V4"]
+        for delta, more, code in (
+            (0.01, {}, "calibration_too_small"),
+            (0.05, {"temperature": 0.5}, "calibration_of_greedy"),
+        ):
+            bound = {"epsilon": 0.1, "delta": delta}
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.completions.create(
+                    model="tiny", prompt=LONG, extra_body={"quality_bound": bound}, **more
+                )
+            assert (refused.value.code, refused.value.param) == (code, "quality_bound")
+
+    def test_nothing_that_a_killed_one_left_is_used(
+        self, client: openai.OpenAI, killed: tuple[Path, str]
+    ) -> None:
+        spill, said = killed
+        assert said and not list(spill.iterdir())
+        for bound in (None, {"metric": "exact"}):
+            reply = client.completions.create(
+                model="tiny", prompt=LONG, max_tokens=200, extra_body={"quality_bound": bound}
+            )
+            assert reply.choices[0].text.startswith(said)
+        assert not list(spill.iterdir())
 
     def test_a_stream_is_what_the_whole_is(self, client: openai.OpenAI) -> None:
         how: dict[str, Any] = {
@@ -121,16 +201,16 @@ class TestOfficialClient:
         with pytest.raises(openai.BadRequestError) as long:
             client.completions.create(model="tiny", prompt="a" * (CONTEXT + 1))
         assert (long.value.code, long.value.param) == ("context_length_exceeded", "prompt")
-        bound = {"epsilon": 0.05, "delta": 0.05}
-        with pytest.raises(openai.BadRequestError) as uncalibrated:
-            client.completions.create(model="tiny", prompt="a", extra_body={"quality_bound": bound})
-        assert uncalibrated.value.param == "quality_bound"
 
 
 def test_one_that_is_told_to_end_finishes_what_it_has(folder: Path) -> None:
     process, document = start(folder, "--api-key", "secret", "--drain-seconds", "60")
     client = openai.OpenAI(base_url=document["url"], api_key="secret", max_retries=0)
     name = document["model"]
+    bound = {"epsilon": 0.05, "delta": 0.05}
+    with pytest.raises(openai.BadRequestError) as uncalibrated:
+        client.completions.create(model=name, prompt="a", extra_body={"quality_bound": bound})
+    assert uncalibrated.value.code == "calibration_missing"
     stream = client.completions.create(model=name, prompt=LONG, max_tokens=200, stream=True)
     chunks = iter(stream)
     next(chunks)

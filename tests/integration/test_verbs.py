@@ -89,6 +89,8 @@ BAD: dict[str, dict[str, str]] = {
         "--port 99999": "--port: 99999",
         "--host 192.0.2.1": "--host 192.0.2.1",
         "--epsilon 0.02": "--tier-hints",
+        "--calibration {text}": "no calibration",
+        "--calibration {text} --precision int4": "--precision int4",
     },
     "calibrate-requests": {
         "--requests {text}": "line 1",

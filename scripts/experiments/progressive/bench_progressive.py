@@ -1,7 +1,7 @@
 """What quality bounds are worth: concurrency, tokens and good answers per second at equal memory.
 
     make bench-progressive
-    make bench-progressive BENCH_PROGRESSIVE_ARGS="--quick --json runs/progressive.json"
+    make bench-progressive BENCH_PROGRESSIVE_ARGS="--rates 0.05 0.5 --json runs/progressive.json"
 
 A small model that recalls (workload.py; trained first where there is none) answers mixes of easy
 and hard requests within a budget of fast memory for keys and values, by
@@ -82,6 +82,7 @@ class Study:
     pool: list[Pooled]
     epsilon: float
     budget: int
+    context: int
     clients: int
 
     def engine(self, ladder: Ladder | None = None, *, budget: int | None = None) -> Engine:
@@ -90,6 +91,7 @@ class Study:
             self.model,
             kv_budget=budget or self.budget,
             ladder=ladder or self.compact,
+            context=self.context,
             calibration=self.calibration if ladder is None else None,
             audited_share=1e-9,  # answers are measured apart, so that no run pays for it
             prefix_bytes=0,  # no two requests begin alike
@@ -102,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_writable(args.json)
     check_writable(args.plot)
     torch.manual_seed(0)
-    model, _ = load_or_train(args.model)
-    study = prepare(model, args)
+    study = prepare(args)
     document = {"cpu": cpu_name(), "threads": torch.get_num_threads(), **run(study, args)}
     print_tables(document)
     if args.plot is not None:
@@ -116,19 +117,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepare(model: Any, args: argparse.Namespace) -> Study:
+def prepare(args: argparse.Namespace) -> Study:
     """Calibrate, measure the pool, and choose epsilon so that half of it is hard."""
-    calibrating = draw_requests(args.calibration, args.new_tokens, seed=1, easy=args.easy)
-    pooled = draw_requests(args.pool, args.new_tokens, seed=2, easy=args.easy)
+    if args.chat_model is not None:
+        model, drawn = draw_documents(args)
+    else:
+        model, _ = load_or_train(args.model)
+        drawn = draw_requests(args.calibration + args.pool, args.new_tokens, easy=args.easy)
+    calibrating, pooled = drawn[: args.calibration], drawn[args.calibration :]
+    longest = max(len(each.prompt) + each.max_new_tokens for each in drawn)
     room = 2**30
     print(f"calibrating on {len(calibrating)} requests", file=sys.stderr)
-    calibration = calibrate_requests(model, calibrating, kv_budget=room, tiers=args.compact)
+    calibration = calibrate_requests(
+        model, calibrating, kv_budget=room, tiers=args.compact, context=longest
+    )
     compact = calibration.ladder
     static = make_ladder(compact.shape).restrict(" ".join(STATIC))
     print(f"measuring {len(pooled)} requests", file=sys.stderr)
     rows = []
     for ladder in (compact, static):
-        with Engine(model, kv_budget=room, ladder=ladder, prefix_bytes=0) as engine:
+        with Engine(
+            model, kv_budget=room, ladder=ladder, context=longest, prefix_bytes=0
+        ) as engine:
             fixed_bytes = engine.fixed_bytes
             rows.append(measure_requests(engine, pooled, ladder.full, at_once=_AT_ONCE))
     factor = calibration.factor(DELTA)
@@ -139,7 +149,6 @@ def prepare(model: Any, args: argparse.Namespace) -> Study:
         measured["compact"] = own.measured[0]
         pool.append(Pooled(request=request, measured=measured, bound=factor * predicted))
     epsilon = args.epsilon or median(each.bound for each in pool)
-    longest = max(len(each.prompt) + each.max_new_tokens for each in pooled)
     full = compact.num_bytes(compact.full, longest)
     return Study(
         model=model,
@@ -149,15 +158,14 @@ def prepare(model: Any, args: argparse.Namespace) -> Study:
         pool=pool,
         epsilon=epsilon,
         budget=fixed_bytes + args.fit * full,
+        context=longest,
         clients=args.requests,
     )
 
 
-def draw_requests(
-    count: int, new_tokens: int, *, seed: int, easy: bool = False
-) -> list[GenerationRequest]:
-    """Draw requests of all kinds and difficulties, none twice; or ``easy`` ones, which are short."""
-    draw = random.Random(seed)
+def draw_requests(count: int, new_tokens: int, *, easy: bool = False) -> list[GenerationRequest]:
+    """Draw requests of all kinds and difficulties, none twice; or ``easy``, short ones."""
+    draw = random.Random(1)
     requests = []
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
@@ -168,10 +176,26 @@ def draw_requests(
     return requests
 
 
+def draw_documents(args: argparse.Namespace) -> tuple[Any, list[GenerationRequest]]:
+    """Return a chat model and requests about documents of the Python library."""
+    from lib.checkpoint.models import load_model
+    from lib.text.held_out import load_tokenizer
+    from scripts.experiments.progressive.first_adequate_tier import read_documents
+
+    model = load_model(args.chat_model).eval()
+    tokenizer = load_tokenizer(str(args.chat_model))
+    documents = read_documents(tokenizer, args.calibration + args.pool, seed=1)
+    requests = [
+        GenerationRequest(prompt=ids[-args.prompt_tokens :], max_new_tokens=args.new_tokens)
+        for _, ids in documents
+    ]
+    return model, requests
+
+
 def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     """Run the curve, every system at every rate, and arrivals."""
     requests = [each.request for each in study.pool]
-    counts = (1, 2, 4, 8, 16, 32)
+    counts = tuple(count for count in (1, 2, 4, 8, 16, 32) if count <= args.most)
     print("tokens per second against concurrency", file=sys.stderr)
     flat = curve(lambda: study.engine(budget=2**30), requests, counts)
     lengths = [len(each.prompt) + each.max_new_tokens for each in requests]
@@ -180,7 +204,7 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
         for length in lengths
     )
     points = []
-    for rate in (0.05, 0.5) if args.quick else RATES:
+    for rate in args.rates:
         mix = draw_mix(study, rate)
         for system in args.systems:
             print(f"p {rate}: {system}", file=sys.stderr)
@@ -191,7 +215,7 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     for point in points:
         point["identity"] = expected_concurrency(share, point["p"])
         point["concurrency_ratio"] = point["concurrency"] / base[point["p"]]
-    arrivals = run_arrivals(study, points)
+    arrivals = [] if args.no_arrivals else run_arrivals(study, points)
     return {
         "compact_fraction": share,
         "compact_tier": study.compact.names[0],
@@ -342,11 +366,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help=f"of workload.py, trained where there is none {default}",
     )
+    parser.add_argument(
+        "--chat-model", type=Path, metavar="DIR", help="asked about documents, in its place"
+    )
     for name, value, what in (
+        ("--prompt-tokens", 320, "of a prompt about a document, at most"),
         ("--calibration", 60, "requests to calibrate on"),
         ("--pool", 60, "requests to draw mixes of"),
         ("--requests", 48, "requests of a mix"),
         ("--new-tokens", 96, "tokens of an answer"),
+        ("--most", 32, "requests at a time of the curve"),
         ("--fit", 3, "of the longest requests, that fit the budget in full"),
     ):
         parser.add_argument(
@@ -370,7 +399,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--easy", action="store_true", help="short documents alone: answers are most of the work"
     )
-    parser.add_argument("--quick", action="store_true", help="two rates alone")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=RATES, metavar="P", help=f"of hard ones {default}"
+    )
+    parser.add_argument("--no-arrivals", action="store_true", help="leave Poisson arrivals out")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="the document, in a file")
     parser.add_argument("--plot", type=output_file, metavar="FILE", help="a picture")
     return parser

@@ -179,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     document = asyncio.run(load(args))
     emit(load_table(document), document, args.json)
-    after = document["after"]
-    kept = after["running"] + after["waiting"]
+    before, after = document["before"], document["after"]
+    kept = after["running"] + after["waiting"] or after["kv_bytes"] > before["kv_bytes"]
     return 1 if document["lost"] or document["above_bound"] or kept else 0
 
 

@@ -1,5 +1,6 @@
 """Calibrations of a real model's requests, and the bounds that an engine gives by them."""
 
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -8,30 +9,32 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib.errors import InputError
+from lib.errors import InputError, PlacementError
 from lib.evaluation.calibrate_requests import calibrate_requests, calibration_keys
+from lib.progressive.active import Active
 from lib.progressive.bounds import Kind, QualityBound, RequestError
 from lib.progressive.calibration import Calibration, load_calibration
 from lib.progressive.engine import Engine
-from lib.progressive.generation import GenerationRequest, Outcome
+from lib.progressive.generation import GenerationRequest, Outcome, Sampling
+from lib.tiering import attach
 
 BUDGET = 2**23
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 40,
+    "max_position_embeddings": 300,
+    "initializer_range": 0.3,
+}
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=40,
-        max_position_embeddings=300,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
 
 
 def request(seed: int, bound: QualityBound | None = None) -> GenerationRequest:
@@ -73,7 +76,22 @@ def test_a_tier_is_taken_whose_bound_is_within_epsilon(
                 tiers.append(tier)
         with pytest.raises(RequestError, match="takes 299 calibration requests"):
             engine.check(request(0, QualityBound(epsilon=0.1, delta=0.01)))
+        sampled = replace(request(0, bound), sampling=Sampling(temperature=0.7))
+        with pytest.raises(RequestError, match="greedy answers, and this one has temperature 0.7"):
+            engine.check(sampled)
     assert tiers[:4] == [2] * 4 and tiers[-4:] == [0] * 4 and 1 in tiers
+
+
+def test_compressed_weights_are_another_model(calibration: Calibration, tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    calibration.save(tmp_path / "calibration.json")
+    own = calibration_keys(model)
+    with attach(model, budget={"HBM": None}):
+        assert calibration_keys(model) == own
+    with attach(model, budget={"HBM": None, "SSD": None}, precision="int8", spill_dir=tmp_path):
+        assert calibration_keys(model) != own
+        with pytest.raises(InputError, match="is of another model"):
+            load_calibration(tmp_path / "calibration.json", calibration_keys(model))
 
 
 def test_an_audit_stops_what_breaks_its_bounds(model: Any, calibration: Calibration) -> None:
@@ -93,6 +111,23 @@ def test_an_audit_stops_what_breaks_its_bounds(model: Any, calibration: Calibrat
         assert "full" not in tiers[:5] and set(tiers[-5:]) == {"full"}
         stats = engine.stats()
     assert stats.stopped_bounds == 1 and stats.broken_bounds >= 5 and stats.audits >= 5
+
+
+def test_an_answer_that_nothing_can_be_said_of_fails_alone(
+    model: Any, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Active.judge
+
+    def judge(self: Active, value: float) -> None:
+        if self.number == 0:
+            raise PlacementError("its errors aren't finite")
+        real(self, value)
+
+    monkeypatch.setattr(Active, "judge", judge)
+    bound = QualityBound(epsilon=0.1, delta=0.05)
+    with Engine(model, kv_budget=BUDGET, calibration=calibration) as engine:
+        first, second = answer(engine, request(0, bound), request(1, bound))
+    assert sorted(type(each).__name__ for each in (first, second)) == ["Outcome", "PlacementError"]
 
 
 def test_what_cant_be_calibrated_is_refused(model: Any, calibration: Calibration) -> None:

@@ -168,7 +168,7 @@ def test_alternatives_come_with_their_probabilities(model: Any) -> None:
 
 def test_a_cancelled_request_frees_its_memory_and_others_go_on(model: Any, alone: Any) -> None:
     with Engine(model, kv_budget=2**24) as engine:
-        slot = engine.stats().kv_bytes
+        start = engine.stats().kv_bytes
         kept, gone = Answer(), Answer()
         number = engine.submit(
             GenerationRequest(prompt=prompt(80, 1), max_new_tokens=400, bound=EXACT), gone
@@ -181,7 +181,32 @@ def test_a_cancelled_request_frees_its_memory_and_others_go_on(model: Any, alone
         assert kept.ids == greedy(alone, prompt(80, 2), 60)
         assert gone.ids == greedy(alone, prompt(80, 1), len(gone.ids))
         assert engine.drain(10)
-        assert engine.stats().running == 0 and slot == 0
+        assert engine.stats().running == 0
+        assert engine.stats().kv_bytes == start == engine.fixed_bytes
+
+
+def test_after_the_last_answer_no_memory_is_held(model: Any) -> None:
+    with Engine(model, kv_budget=2**24) as engine:
+        for seed, bound in enumerate((None, EXACT, QualityBound(epsilon=0.001))):
+            answer = Answer()
+            request = GenerationRequest(prompt=prompt(200, seed), max_new_tokens=9, bound=bound)
+            engine.submit(request, answer)
+            answer.outcome()
+            assert engine.stats().kv_bytes == engine.fixed_bytes  # before it is told
+        assert engine.stats().most_kv_bytes > engine.fixed_bytes
+
+
+def test_a_measurement_is_no_request_that_was_answered(model: Any) -> None:
+    found: Queue[Any] = Queue()
+    with Engine(model, kv_budget=2**24) as engine:
+        request = GenerationRequest(prompt=prompt(300), max_new_tokens=9)
+        engine.measure(request, found.put, tier=1)
+        measured = found.get(timeout=60)
+        assert engine.drain(10)
+        stats = engine.stats()
+    assert len(measured.divergences) == 9
+    assert stats.finished == 1 and stats.tiers == {engine.ladder.names[1]: 1}
+    assert stats.kv_bytes == engine.fixed_bytes
 
 
 def test_what_cant_be_answered_is_refused_at_once(model: Any) -> None:
