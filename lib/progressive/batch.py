@@ -25,7 +25,7 @@ from ..tiering.stores.base import aligned_buffer
 from .kv.attention import append_tokens, attend
 from .kv.originals import Originals
 from .kv.pages import RequestStates
-from .ladder import PAGE_TOKENS, KvShape
+from .ladder import PAGE_TOKENS, KvShape, KvTier
 
 NAME = "tierhints_requests"
 """Of the attention function."""
@@ -75,6 +75,15 @@ class Slot:
         """Return the buffers of keys and values whose turn it is."""
         self._turn = 1 - self._turn
         return self._buffers[self._turn]
+
+    def rebuild(self, states: RequestStates, tier: KvTier, originals: Originals | None) -> None:
+        """Hold a request's pages at another tier, from its originals; None: it has no pages."""
+        pages = originals.pages if originals else 0
+        for layer in range(states.shape.layers):
+            keys, values = (pages_of(buffer, pages) for buffer in self.take())
+            if originals is not None:
+                originals.read(layer, pages, keys, values)
+            states.rebuild(layer, tier, keys, values)
 
     def _allocate(self, shape: KvShape, dim: int, dtype: torch.dtype) -> Tensor:
         num_bytes = self._rows * shape.heads * dim * shape.itemsize

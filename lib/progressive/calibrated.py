@@ -5,11 +5,7 @@ import threading
 
 from .active import Active
 from .audit import RequestAudit
-<<<<<<< HEAD
-from .bounds import QualityBound, RequestError
-=======
 from .bounds import RequestError
->>>>>>> 2906415351533c3b09bbfb224552db21898b49b9
 from .calibration import Calibration
 from .estimators import Calibrated, Evidence, choose_estimator
 from .generation import GenerationRequest
@@ -44,11 +40,9 @@ class CalibratedBounds:
         """
         bound, sampling = request.bound, request.sampling
         choose_estimator(bound, self._full, calibration=self._calibration)
-<<<<<<< HEAD
         if bound is not None and bound.delta:
             assert self._calibration is not None
             self._calibration.factor(_taken_for(bound.delta))
-=======
         if bound is not None and bound.delta and (sampling.temperature or sampling.constraint):
             how = f"temperature {sampling.temperature}" if sampling.temperature else "a grammar"
             raise RequestError(
@@ -57,7 +51,6 @@ class CalibratedBounds:
                 param="quality_bound",
                 code="calibration_of_greedy",
             )
->>>>>>> 2906415351533c3b09bbfb224552db21898b49b9
 
     def bound(self, active: Active) -> float:
         """Return the bound of an answer at the tier that it has, nats per token; infinite where

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import InputError, PlacementError
 from .active import Active, Phase, kind_of
-from .batch import Rows, pages_of
+from .batch import Rows
 from .bounds import Kind, RequestError
 from .calibrated import CalibratedBounds
 from .generation import Event, Finish, GenerationRequest
@@ -66,7 +66,7 @@ class Runner:
         waiting = Waiting(number=number, **of)
         request, kind = waiting.request, kind_of(waiting.request.bound)
         given = waiting.tier is not None
-        tier = self._first_tier(waiting)
+        tier = waiting.first_tier(self.ladder.full)
         self.scheduler.submit(
             number,
             len(request.prompt),
@@ -116,15 +116,10 @@ class Runner:
             self.stats.cancelled += 1
             tell(each.on_event, unstarted(each.request, finish, self.ladder.names[0]))
 
-    def _first_tier(self, waiting: Waiting) -> int:
-        if waiting.tier is not None:
-            return waiting.tier
-        return self.ladder.full if kind_of(waiting.request.bound) is Kind.FULL else 0
-
     def _start(self, waiting: Waiting) -> None:
         originals = None
         try:
-            tier = self._first_tier(waiting)
+            tier = waiting.first_tier(self.ladder.full)
             states, originals, adopted = self._allocate(waiting, tier)
             active = self._activate(waiting, states, originals, tier)
         except Exception as error:
@@ -181,14 +176,14 @@ class Runner:
         tokens = waiting.before.tokens if waiting.before else request.prompt
         found = self.prefixes.find(tokens) if waiting.answer is None else None
         if found is not None:
-            states = self._make_states(tier)
+            states = RequestStates(shape, self.ladder.tiers[tier], dtype=self.served.dtype)
             try:
                 adopt(states, found, self.served.slot.take())
             except PlacementError:  # it is computed, then
                 self.prefixes.forget(found)
                 found = None
         if found is None:
-            states = self._make_states(tier)
+            states = RequestStates(shape, self.ladder.tiers[tier], dtype=self.served.dtype)
         pages = num_pages(len(request.prompt) + request.max_new_tokens)
         if not pages or tier == self.ladder.full:
             return states, None, states.length
@@ -199,9 +194,6 @@ class Runner:
             if base is not None:
                 base[0].close()
             raise
-
-    def _make_states(self, tier: int) -> RequestStates:
-        return RequestStates(self.served.shape, self.ladder.tiers[tier], dtype=self.served.dtype)
 
     def _preempt(self, active: Active, tier: int | None) -> None:
         """Have a request step down to a tier; None: give all back, and wait."""
@@ -218,7 +210,7 @@ class Runner:
             try:
                 active.states.demote(self.ladder.tiers[tier])
             except InputError:  # somewhere the lower tier has more bits
-                self._rebuild(active, tier)
+                self.served.slot.rebuild(active.states, self.ladder.tiers[tier], active.originals)
             active.has_stepped_down(tier)
         except Exception as error:
             self._fail(active, error)
@@ -237,7 +229,7 @@ class Runner:
             if tier == active.tier:  # room was what it waited for
                 continue
             try:
-                self._rebuild(active, tier)
+                self.served.slot.rebuild(active.states, self.ladder.tiers[tier], active.originals)
                 active.has_climbed(tier)
                 self.stats.escalations += 1
             except Exception as error:
@@ -254,16 +246,6 @@ class Runner:
             if active.is_decided:
                 with self.lock:
                     self.scheduler.settle(active.number)
-
-    def _rebuild(self, active: Active, tier: int) -> None:
-        """Hold the pages of a request at another tier, from its originals."""
-        originals = active.originals
-        pages = originals.pages if originals else 0
-        for layer in range(self.served.shape.layers):
-            keys, values = (pages_of(buffer, pages) for buffer in self.served.slot.take())
-            if originals is not None:
-                originals.read(layer, pages, keys, values)
-            active.states.rebuild(layer, self.ladder.tiers[tier], keys, values)
 
     def _gather_rows(self) -> list[tuple[Active, Rows]]:
         room, found = STEP_TOKENS, []
@@ -322,15 +304,10 @@ class Runner:
             del self.active[active.number]
             entry = self._entries.pop(active.number)
             self.scheduler.finish(active.number, cancelled=not whole)
-<<<<<<< HEAD
+            self._count_bytes()
         if active.kept_logits and active.finish not in (None, Finish.CANCELLED):
             self._measure(active, entry)
         with self.lock:
-=======
-            self._count_bytes()
-            if whole and active.kept_logits is not None:
-                self._measure(active, entry)
->>>>>>> 2906415351533c3b09bbfb224552db21898b49b9
             self.lock.notify_all()
         tell(active.on_event, last)
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .active import Active, quality_of
+from .active import Active, kind_of, quality_of
+from .bounds import Kind
 from .generation import Event, Finish, GenerationRequest, Outcome
 from .measuring import OnMeasured
 
@@ -72,6 +73,12 @@ class Waiting:
     on_measured: OnMeasured | None = None
     answer: Active | None = None
     before: Active | None = None
+
+    def first_tier(self, full: int) -> int:
+        """Return the tier that it starts at; ``full``: index of the full one."""
+        if self.tier is not None:
+            return self.tier
+        return full if kind_of(self.request.bound) is Kind.FULL else 0
 
 
 def tell(callback: Callable[[Any], None], what: Any) -> None:

@@ -33,36 +33,22 @@ class OriginalsFolder:
 
     def open_file(self, *, direct: bool) -> tuple[int, bool]:
         """Return a descriptor of a new file without a name, and whether it is read past the page
-<<<<<<< HEAD
         cache, as ``direct`` asks. Raises PlacementError where none can be made.
-=======
-        cache, as ``direct`` asks. Raises PlacementError where there can't be another file.
->>>>>>> 2906415351533c3b09bbfb224552db21898b49b9
         """
         try:
             descriptor, name = tempfile.mkstemp(prefix="tierhints-kv-", dir=self.path)
             try:
                 if not (direct and self.direct):
                     return descriptor, False
-<<<<<<< HEAD
-                past_cache = os.open(name, os.O_RDWR | os.O_DIRECT)
-                os.close(descriptor)
-                return past_cache, True
-=======
                 try:
                     return os.open(name, os.O_RDWR | os.O_DIRECT), True
                 finally:
                     os.close(descriptor)
->>>>>>> 2906415351533c3b09bbfb224552db21898b49b9
             finally:
                 os.unlink(name)
         except OSError as error:
             raise PlacementError(
-<<<<<<< HEAD
                 f"a file for originals can't be made in {self.path} ({error.strerror})"
-=======
-                f"there can't be a file for originals ({error.strerror})"
->>>>>>> 2906415351533c3b09bbfb224552db21898b49b9
             ) from error
 
 

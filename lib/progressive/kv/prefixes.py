@@ -16,8 +16,6 @@ from ..ladder import PAGE_TOKENS, SINK_TOKENS, num_pages
 from .originals import Originals, OriginalsFolder
 from .pages import RequestStates
 
-MOST_ENTRIES = 128
-"""Each has a file open, of which a process may have a thousand."""
 Pair = tuple[Tensor, Tensor]
 """Keys and values, (T, heads, dim) each."""
 _MOST_FILES = 256
@@ -61,11 +59,7 @@ class Found:
 
 class Prefixes:
     """Beginnings of texts, the least recently used dropped beyond ``most_bytes`` of disk, and
-<<<<<<< HEAD
-    beyond ``MOST_ENTRIES``.
-=======
     beyond so many files.
->>>>>>> 2906415351533c3b09bbfb224552db21898b49b9
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -109,11 +103,7 @@ class Prefixes:
         self._entries[key] = _Entry(kept, originals, sinks)
         for digest in digests:
             self._by_page.setdefault(digest, key)
-<<<<<<< HEAD
-        while self.num_bytes > self._most_bytes or len(self._entries) > MOST_ENTRIES:
-=======
         while self.num_bytes > self._most_bytes or len(self._entries) > _MOST_FILES:
->>>>>>> 2906415351533c3b09bbfb224552db21898b49b9
             self._drop(next(iter(self._entries)))
 
     def forget(self, found: Found) -> None:

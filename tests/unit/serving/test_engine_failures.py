@@ -125,7 +125,7 @@ def test_without_a_file_more_what_needs_none_is_answered(
         with monkeypatch.context() as context:
             context.setattr("tempfile.mkstemp", failing)
             status, error = ask(client, *REQUESTS[0])
-            assert status == 500 and "originals (Too many open files)" in error["message"]
+            assert status == 500 and "(Too many open files)" in error["message"]
             status, text = ask(client, REQUESTS[0][0], None)
             assert status == 200
         assert ask(client, *REQUESTS[0]) == (200, text)
