@@ -174,6 +174,10 @@ class Active:
         self.asked = False
         self.phase = Phase.PROMPT
 
+    def give_up_states(self) -> None:
+        """Hold no keys and values any more."""
+        self.states = RequestStates(self.states.shape, self.states.tier, dtype=self.states.dtype)
+
     def count_bytes(self) -> int:
         """Return the bytes that are held now in fast memory, and remember the most."""
         held = self.states.num_bytes

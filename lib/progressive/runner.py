@@ -336,7 +336,7 @@ class Runner:
             tell(on_measured, describe_answer(active, (), self.ladder.names[-1]))
             return
         tokens = active.tokens[: len(active.request.prompt) - 1 + len(active.kept_logits or [])]
-        active.states = self._make_states(active.tier)  # while it waits, others have the memory
+        active.give_up_states()  # while it waits, others have the memory
         try:
             with self.lock:
                 self.enqueue(
