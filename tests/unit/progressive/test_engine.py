@@ -403,3 +403,16 @@ def test_a_beginning_that_is_damaged_is_computed_again(
             assert answer.outcome().cached_tokens == 0
             assert answer.ids == greedy(alone, prompt(280), 5)
             monkeypatch.setattr(Originals, "_read", read)
+
+
+def test_beginnings_have_only_so_many_files_open(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.progressive.kv.prefixes._MOST_FILES", 2)
+    cached = []
+    with Engine(model, kv_budget=2**24) as engine:
+        for seed in (1, 2, 3, 3, 1):
+            answer = Answer()
+            engine.submit(GenerationRequest(prompt=prompt(280, seed), max_new_tokens=2), answer)
+            cached.append(answer.outcome().cached_tokens)
+    assert cached == [0, 0, 0, 196, 0]
