@@ -471,3 +471,16 @@ def test_only_a_calibrations_own_tiers_are_served(model: Any) -> None:
     )
     with pytest.raises(InputError, match="tier K3V2 isn't as the calibration has measured it"):
         Engine(model, kv_budget=2**24, ladder=ladder, calibration=calibration)
+
+
+def test_beginnings_have_only_so_many_files_open(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.progressive.kv.prefixes._MOST_FILES", 2)
+    cached = []
+    with Engine(model, kv_budget=2**24) as engine:
+        for seed in (1, 2, 3, 3, 1):
+            answer = Answer()
+            engine.submit(GenerationRequest(prompt=prompt(280, seed), max_new_tokens=2), answer)
+            cached.append(answer.outcome().cached_tokens)
+    assert cached == [0, 0, 0, 196, 0]
