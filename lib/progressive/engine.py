@@ -10,7 +10,7 @@ memory; what a request does next is its own affair (``active.py``).
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -52,7 +52,8 @@ class Engine:
     included. ``ladder``: or names of tiers. ``folder``: on a disk, where originals go.
     ``context``: tokens of a text at most. ``calibration``: of this model and ladder, for bounds
     with a delta, of which a share is audited. ``prefix_bytes``: of disk, for originals that later
-    requests that begin alike take over; 0: none are kept.
+    requests that begin alike take over; 0: none are kept. ``history``: kind of bound -> how many of
+    earlier requests climbed, and how many there were; without it all are taken to climb at first.
     Raises InputError for a model whose attention can't be served by request, and for a budget
     without room beside the slot.
     """
@@ -68,6 +69,7 @@ class Engine:
         calibration: Calibration | None = None,
         audited_share: float = AUDITED_SHARE,
         prefix_bytes: int = PREFIX_BYTES,
+        history: Mapping[str, tuple[int, int]] | None = None,
         max_queue: int = 256,
     ) -> None:
         self._served = ServedModel(model, context)
@@ -102,6 +104,7 @@ class Engine:
                     window=LONGEST_WINDOW + 1,
                     growth_tokens=PAGE_TOKENS,
                     soft_quantile=_SOFT_QUANTILE,
+                    history=history,
                 ),
                 self._lock,
                 fixed_bytes=fixed_bytes,

@@ -78,15 +78,17 @@ class Study:
     """Tiers that are alike in all layers."""
     compact: Ladder
     """The calibration's compact tier, and full."""
-    calibration: Calibration
+    calibration: Calibration | None
     pool: list[Pooled]
     epsilon: float
     budget: int
     context: int
     clients: int
 
-    def engine(self, ladder: Ladder | None = None, *, budget: int | None = None) -> Engine:
-        """Return an engine of this study."""
+    def engine(
+        self, ladder: Ladder | None = None, *, budget: int | None = None, rate: float = 0.0
+    ) -> Engine:
+        """Return an engine of this study; ``rate``: of climbs, that it has seen."""
         return Engine(
             self.model,
             kv_budget=budget or self.budget,
@@ -95,6 +97,7 @@ class Study:
             calibration=self.calibration if ladder is None else None,
             audited_share=1e-9,  # answers are measured apart, so that no run pays for it
             prefix_bytes=0,  # no two requests begin alike
+            history={"calibrated": (round(100 * rate), 100), "verified": (0, 100)},
             max_queue=100_000,
         )
 
@@ -127,6 +130,8 @@ def prepare(args: argparse.Namespace) -> Study:
     calibrating, pooled = drawn[: args.calibration], drawn[args.calibration :]
     longest = max(len(each.prompt) + each.max_new_tokens for each in drawn)
     room = 2**30
+    if "calibrated" not in args.systems and args.epsilon is not None:
+        return uncalibrated(model, pooled, longest, args)
     print(f"calibrating on {len(calibrating)} requests", file=sys.stderr)
     calibration = calibrate_requests(
         model, calibrating, kv_budget=room, tiers=args.compact, context=longest
@@ -158,6 +163,26 @@ def prepare(args: argparse.Namespace) -> Study:
         pool=pool,
         epsilon=epsilon,
         budget=fixed_bytes + args.fit * full,
+        context=longest,
+        clients=args.requests,
+    )
+
+
+def uncalibrated(
+    model: Any, pooled: Sequence[GenerationRequest], longest: int, args: argparse.Namespace
+) -> Study:
+    """Return a study of systems that need no calibration: all requests are alike then."""
+    with Engine(model, kv_budget=2**30, context=longest) as engine:
+        fixed_bytes = engine.fixed_bytes
+        compact = engine.ladder.restrict(args.compact)
+    return Study(
+        model=model,
+        static=compact,
+        compact=compact,
+        calibration=None,
+        pool=[Pooled(request=each, measured={}, bound=0.0) for each in pooled],
+        epsilon=args.epsilon,
+        budget=fixed_bytes + args.fit * compact.num_bytes(compact.full, longest),
         context=longest,
         clients=args.requests,
     )
@@ -209,7 +234,12 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
         for system in args.systems:
             print(f"p {rate}: {system}", file=sys.stderr)
             points.append(
-                {"p": rate, "system": system, **run_system(study, system, mix), "identity": 0.0}
+                {
+                    "p": rate,
+                    "system": system,
+                    **run_system(study, system, mix, rate),
+                    "identity": 0.0,
+                }
             )
     base = {p["p"]: p["concurrency"] for p in points if p["system"] == "full"}
     for point in points:
@@ -233,7 +263,7 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
 def draw_mix(study: Study, rate: float) -> list[Pooled]:
     """Draw requests of which a share ``rate`` is hard."""
     draw = random.Random(int(1000 * rate))
-    hard = [each for each in study.pool if each.bound > study.epsilon]
+    hard = [each for each in study.pool if each.bound > study.epsilon] or study.pool
     easy = [each for each in study.pool if each.bound <= study.epsilon]
     count = round(rate * study.clients)
     mix = draw.choices(hard, k=count) + draw.choices(easy, k=study.clients - count)
@@ -257,10 +287,10 @@ def tier_of(study: Study, system: str) -> tuple[Ladder, int | None]:
     return study.static, study.static.index(system.split()[1])
 
 
-def run_system(study: Study, system: str, mix: Sequence[Pooled]) -> dict[str, Any]:
+def run_system(study: Study, system: str, mix: Sequence[Pooled], rate: float) -> dict[str, Any]:
     """Run one system on one mix, saturated."""
     ladder, tier = tier_of(study, system)
-    with study.engine(None if tier is None else ladder) as engine:
+    with study.engine(None if tier is None else ladder, rate=rate) as engine:
         found = saturate(engine, bounded(study, system, mix), tier=tier)
     assert found.stats.most_kv_bytes <= study.budget, "the budget was passed"
     return describe(study, system, mix, found)
