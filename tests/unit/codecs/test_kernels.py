@@ -194,7 +194,7 @@ def test_each_set_of_instructions(instructions: str) -> None:
     if ops.prepare("cpu") == "reference":
         pytest.skip("our kernels were not built")
     attention = str(Path(__file__).with_name("test_attend.py"))
-    pages = str(Path(__file__).parents[1] / "progressive" / "kv" / "test_attention.py")
+    pages = str(Path(__file__).parents[1] / "progressive" / "kv" / "test_page_attention.py")
     command = [sys.executable, "-m", "pytest", "-q", __file__, attention, pages]
     command += ["-k", "few_rows or not_finite or operators or test_attend or softmax_does"]
     command += ["-p", "no:cacheprovider"]
