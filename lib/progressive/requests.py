@@ -24,25 +24,33 @@ _LENGTHENED = ("dynamic", "longrope")
 
 def check_can_draft(model: Any) -> None:
     """Raise InputError, naming the class, for a model whose text can't be drafted."""
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if config is None or not getattr(model, "can_generate", bool)():
-        raise InputError(f"a {name} has no exact output, it doesn't generate text")
-    taken = inspect.signature(model.forward).parameters
-    text = config.get_text_config(decoder=True)
-    reason = None
-    if config.is_encoder_decoder:
-        reason = "it is an encoder-decoder"
-    elif getattr(model, "_is_stateful", False):
-        reason = "its layers have a state that can't be taken back"
-    elif not {"position_ids", "past_key_values"} <= taken.keys():
-        reason = "it takes no position_ids, or no cache"
-    elif getattr(text, "alibi", False):
-        reason = "its attention goes by distances that its masks must say (ALiBi)"
-    elif hasattr(text, "attention_types"):
-        reason = "its attention layers make masks of their own"
+    reason = why_unfit(model, {"position_ids", "past_key_values"})
     if reason is not None:
-        raise InputError(f"a {name} has no exact output, {reason}: attach without exact")
-    Masks(config, 1, [0], torch.device("cpu"))
+        raise InputError(
+            f"a {type(model).__name__} has no exact output, {reason}: attach without exact"
+        )
+    Masks(model.config, 1, [0], torch.device("cpu"))
+
+
+def why_unfit(model: Any, needed: set[str]) -> str | None:
+    """Return why a model's tokens can't be computed at places that are given and taken back; None:
+    they can. ``needed``: what its ``forward`` has to take.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not getattr(model, "can_generate", bool)():
+        return "it doesn't generate text"
+    text = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if getattr(model, "_is_stateful", False):
+        return "its layers have a state that can't be taken back"
+    if missing := sorted(needed - inspect.signature(model.forward).parameters.keys()):
+        return f"it takes no {', no '.join(missing)}"
+    if getattr(text, "alibi", False):
+        return "its attention goes by distances that its masks must say (ALiBi)"
+    if hasattr(text, "attention_types"):
+        return "its attention layers make masks of their own"
+    return None
 
 
 def check_length(config: Any, max_length: int) -> None:

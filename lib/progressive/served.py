@@ -1,6 +1,5 @@
 """A model that is served: whether it can be, what a token leaves in its cache, and its steps."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from .batch import NAME, AttentionKind, Batch, Rows, Slot, attending, register
 from .bounds import RequestError
 from .generation import GenerationRequest
 from .ladder import KvShape
-from .requests import fixed_positions
+from .requests import fixed_positions, why_unfit
 
 _PROBED = 4
 """Tokens that tell how a model attends; one alone needs no mask."""
@@ -120,27 +119,22 @@ class ServedModel:
 
 def check_can_serve(model: Any) -> None:
     """Raise InputError, naming the class, for a model that can't be served by request."""
-    name = type(model).__name__
-    config = getattr(model, "config", None)
-    if config is None or not getattr(model, "can_generate", bool)():
-        raise InputError(f"a {name} can't be served: it doesn't generate text")
-    taken = inspect.signature(model.forward).parameters
-    text = config.get_text_config(decoder=True)
-    reason = None
-    if config.is_encoder_decoder:
-        reason = "it is an encoder-decoder"
-    elif getattr(model, "_is_stateful", False):
-        reason = "its layers have a state other than keys and values"
-    elif not {"position_ids", "logits_to_keep"} <= taken.keys():
-        reason = "it takes no position_ids, or no logits_to_keep"
-    elif not getattr(model, "_supports_attention_backend", False):
+    reason = why_unfit(model, {"position_ids", "logits_to_keep"})
+    if reason is None and not getattr(model, "_supports_attention_backend", False):
         reason = "its attention isn't on transformers' attention interface"
-    elif getattr(text, "alibi", False) or getattr(text, "attention_chunk_size", None):
+    elif reason is None and _chunk_size(model):
         reason = "its attention goes by more than causal order and a window"
-    elif model.device.type != "cpu":
+    elif reason is None and model.device.type != "cpu":
         reason = f"it is on {model.device}, and states of requests are in the host's memory so far"
     if reason is not None:
-        raise InputError(f"a {name} can't be served: {reason}")
+        raise InputError(f"a {type(model).__name__} can't be served: {reason}")
+
+
+def _chunk_size(model: Any) -> int | None:
+    size: int | None = getattr(
+        model.config.get_text_config(decoder=True), "attention_chunk_size", None
+    )
+    return size
 
 
 def check_positions(config: Any, context: int) -> None:

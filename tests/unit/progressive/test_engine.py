@@ -242,11 +242,11 @@ def test_a_disk_that_fails_fails_the_request_alone(
     model: Any, alone: Any, what: str, done: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = getattr(Originals, f"_{what}")
-    calls: list[int] = []
+    calls: list[Originals] = []
 
     def failing(self: Originals, view: memoryview, offset: int) -> None:
-        calls.append(self._file)
-        if self._file == calls[0]:
+        calls.append(self)
+        if self is calls[0]:
             raise OSError(errno.ENOSPC if what == "write" else errno.EIO, "it fails")
         real(self, view, offset)
 
