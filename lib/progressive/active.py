@@ -21,7 +21,7 @@ from .bounds import Kind, Metric, Quality, QualityBound
 from .generation import Event, Finish, GenerationRequest, Outcome, Token
 from .kv.originals import Originals
 from .kv.pages import RequestStates
-from .verify import describe, divergences_of, make_chooser
+from .verify import Scored, divergences_of, make_chooser
 
 LONGEST_WINDOW = 16
 """Drafted tokens that a pass checks at most."""
@@ -116,26 +116,26 @@ class Active:
             return None
         return self._rows([self.drafted[-1] if self.drafted else self.tokens[-1]], start, False)
 
-    def take(self, logits: Tensor) -> None:
-        """Go on with the logits (kept, V) of the rows that were asked for. Raises PlacementError
-        for logits that no token can be chosen from.
+    def take(self, scored: Scored) -> None:
+        """Go on with the logits of the rows that were asked for. Raises PlacementError for logits
+        that no token can be chosen from.
         """
-        if not bool(logits.isfinite().all()):
+        if not scored.are_finite:
             raise PlacementError("the model's logits aren't finite")
         if self.phase is Phase.PROMPT:
             if self.states.length < len(self.tokens):
                 return
-            self._release(logits[-1:], [self._choose(logits[-1])])
+            self._release(scored, [self._choose(scored, 0)])
             self._go_on()
         elif self.phase is Phase.DRAFT:
-            self.drafted.append(self._choose(logits[-1]))
-            self._drafts.append(logits[-1].clone())
+            self.drafted.append(self._choose(scored, 0))
+            self._drafts.append(scored.logits_TV[0].clone())
             if len(self.drafted) >= self._longest or self.drafted[-1] in self.request.stop_ids:
                 self.phase = Phase.CHECK
         elif self.phase is Phase.CHECK:
-            self._check(logits)
+            self._check(scored)
         else:
-            self._release(logits[-1:], [self._choose(logits[-1])])
+            self._release(scored, [self._choose(scored, 0)])
         if self.phase is not Phase.PROMPT:
             self._settle()
 
@@ -241,25 +241,25 @@ class Active:
         else:
             self.states.settle(length=length)
 
-    def _choose(self, logits_V: Tensor) -> int:
+    def _choose(self, scored: Scored, row: int) -> int:
         if self._chooser is None:
-            return int(logits_V.argmax())
+            return scored.largest[row]
         ids = torch.tensor([*self.tokens, *self.drafted])
         number = len(self.tokens) + len(self.drafted) - len(self.request.prompt)
-        return self._chooser.choose(ids, logits_V, sequence=0, number=number)[0]
+        return self._chooser.choose(ids, scored.logits_TV[row], sequence=0, number=number)[0]
 
-    def _check(self, logits: Tensor) -> None:
-        """Accept drafted tokens by the full state's logits (drafted + 1, V)."""
+    def _check(self, scored: Scored) -> None:
+        """Accept drafted tokens by the full state's logits, of them and of what comes next."""
         bound = self.request.bound
         assert bound is not None
         drafted, self.drafted = self.drafted, []
         drafts, self._drafts = self._drafts, []
         accepted: list[int] = []
-        divergences = divergences_of(logits[:-1], torch.stack(drafts))
+        divergences = divergences_of(scored.logits_TV[:-1], torch.stack(drafts))
         for token, divergence in zip(drafted, divergences, strict=True):
             if bound.metric is Metric.EXACT:
                 # What is chosen goes by the tokens before, which are accepted.
-                if self._choose(logits[len(accepted)]) != token:
+                if self._choose(scored, len(accepted)) != token:
                     break
             elif (self.kl_total + divergence) > bound.epsilon * (self.num_new + len(accepted) + 1):
                 break
@@ -274,39 +274,36 @@ class Active:
         self.states.crop(len(self.tokens) + count)
         self._recent = [*self._recent, *[1] * count, *[0] * (count < len(drafted))][-_SEEN:]
         self._window = min(2 * self._window, LONGEST_WINDOW) if count == len(drafted) else count + 1
-        self._release(logits[: count + 1], accepted, drafts, then_own=logits[count])
+        self._release(scored, accepted, drafts, then_own=True)
         self.phase = Phase.DRAFT
         if len(self._recent) >= _SEEN and sum(self._recent) < _FEW * len(self._recent):
             self.phase = Phase.CLIMB
 
     def _release(
         self,
-        logits: Tensor,
+        scored: Scored,
         ids: Sequence[int],
         drafts: Sequence[Tensor] = (),
-        then_own: Tensor | None = None,
+        then_own: bool = False,
     ) -> None:
-        """Take tokens into the text, each with the logits that it has its log-probability from:
-        then the full state's own choice, if the text hasn't ended. ``drafts``: the logits that
-        ``ids`` were chosen from, where those are others.
+        """Take tokens into the text, each with its row of logits, then perhaps what the next row
+        itself chooses, if the text hasn't ended. ``drafts``: the logits that ``ids`` were chosen
+        from, where those are others.
         """
         told: list[Token] = []
-        for place in range(len(logits)):
+        for place in range(len(ids) + then_own):
             if self.finish is not None:
                 break
-            if place < len(ids):
-                token = ids[place]
-            else:
-                assert then_own is not None
-                token = self._choose(then_own)
+            token = ids[place] if place < len(ids) else self._choose(scored, place)
             if self.kept_logits is not None:
                 is_draft = place < min(len(ids), len(drafts))
-                self.kept_logits.append((drafts if is_draft else logits)[place].clone())
+                logits_TV = drafts if is_draft else scored.logits_TV
+                self.kept_logits.append(logits_TV[place].clone())
             if token in self.request.stop_ids:
                 self.finish = Finish.STOP
                 break
             self.tokens.append(token)
-            told.append(describe(token, logits[place], self.request.top_logprobs))
+            told.append(scored.describe(place, token, self.request.top_logprobs))
             if self.num_new >= self.request.max_new_tokens:
                 self.finish = Finish.LENGTH
         if told:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..errors import PlacementError
 from .active import Active, Phase
@@ -18,7 +17,7 @@ from .bounds import Quality
 from .generation import Event, Finish, GenerationRequest, Outcome
 from .kv.originals import Originals
 from .kv.pages import RequestStates
-from .verify import divergences_of
+from .verify import Scored, divergences_of
 
 LayerErrors = Sequence[tuple[float, float]]
 """Of each layer the sums of squared errors that its compact keys and values have."""
@@ -102,12 +101,12 @@ class AuditPass(Active):
         kept = max(0, end - max(start, self._start))
         return self._rows(self.tokens[start:end], start, True, settles=True, kept=kept)
 
-    def take(self, logits: Tensor) -> None:
-        """Compare the full model's logits (kept, V) with those that tokens were chosen from."""
-        if len(logits):
+    def take(self, scored: Scored) -> None:
+        """Compare the full model's logits with those that tokens were chosen from."""
+        if len(scored):
             done = len(self._divergences)
-            others = torch.stack(self._logits[done : done + len(logits)])
-            self._divergences += divergences_of(logits, others)
+            others = torch.stack(self._logits[done : done + len(scored)])
+            self._divergences += divergences_of(scored.logits_TV, others)
         if self.states.length == len(self.tokens):
             self.finish = Finish.LENGTH
 

@@ -14,6 +14,7 @@ from .bounds import RequestError
 from .generation import GenerationRequest
 from .ladder import KvShape
 from .requests import fixed_positions, why_unfit
+from .verify import Scored, score
 
 _PROBED = 4
 """Tokens that tell how a model attends; one alone needs no mask."""
@@ -47,8 +48,8 @@ class ServedModel:
             raise
         self._reader = ThreadPoolExecutor(1, "originals")
 
-    def run(self, rows: Sequence[Rows]) -> list[Tensor]:
-        """Compute a step, decoded tokens first; return each request's kept logits, (kept, V)."""
+    def run(self, rows: Sequence[Rows]) -> list[Scored]:
+        """Compute a step, decoded tokens first; return each request's kept logits."""
         device = self._model.device
         ids = torch.tensor([[token for each in rows for token in each.ids]], device=device)
         places = [range(each.start, each.start + len(each.ids)) for each in rows]
@@ -70,8 +71,7 @@ class ServedModel:
                 )
         finally:
             batch.close()
-        logits: Tensor = output.logits[0]
-        return list(torch.split(logits, [each.kept for each in rows]))
+        return score(output.logits[0], [each.kept for each in rows])
 
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError for a request that this model can't answer."""

@@ -7,6 +7,8 @@ draft adds the same noise, so it mostly draws the same token (Daliri et al. 2024
 and the text is the full model's sample of that seed, whatever the draft.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,47 @@ class Chooser:
         return int(self.noisy(scores_V, sequence=sequence, number=number).argmax()), scores_V
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Rows of logits (T, V) of one request, with what a step computes for all of its rows at once:
+    the largest of each, and the logarithm of the sum of exponentials, in fp32.
+    """
+
+    logits_TV: Tensor
+    largest: Sequence[int]
+    normalizers: Sequence[float]
+
+    def __len__(self) -> int:
+        return len(self.largest)
+
+    @property
+    def are_finite(self) -> bool:
+        """Whether a token can be chosen from each row."""
+        return all(map(math.isfinite, self.normalizers))
+
+    def describe(self, row: int, token: int, alternatives: int) -> Token:
+        """Return a token with its log-probability, and its most likely alternatives'."""
+        logits_V, normalizer = self.logits_TV[row], self.normalizers[row]
+        top: tuple[tuple[int, float], ...] = ()
+        if alternatives:
+            values, ids = logits_V.float().topk(min(alternatives, len(logits_V)))
+            logprobs = [value - normalizer for value in values.tolist()]
+            top = tuple(zip(ids.tolist(), logprobs, strict=True))
+        return Token(id=token, logprob=float(logits_V[token]) - normalizer, top=top)
+
+
+def score(logits_RV: Tensor, counts: Sequence[int]) -> list[Scored]:
+    """Return the logits of a step by request; ``counts``: rows of each."""
+    largest = logits_RV.argmax(-1).tolist()
+    normalizers = logits_RV.float().logsumexp(-1).tolist()
+    found, start = [], 0
+    for rows_TV in torch.split(logits_RV, list(counts)):
+        end = start + len(rows_TV)
+        found.append(Scored(rows_TV, largest[start:end], normalizers[start:end]))
+        start = end
+    return found
+
+
 def top_gap(scores_V: Tensor) -> float:
     """Return by how much the largest score is above the second."""
     first, second = scores_V.topk(2).values.tolist()
@@ -62,16 +105,6 @@ def divergences_of(full_TV: Tensor, other_TV: Tensor) -> list[float]:
     p, q = (logits.float().log_softmax(-1) for logits in (full_TV, other_TV))
     found: list[float] = (p.exp() * (p - q)).sum(-1, dtype=torch.float64).clamp(min=0).tolist()
     return found
-
-
-def describe(token: int, logits_V: Tensor, alternatives: int) -> Token:
-    """Return a token with its log-probability, and its most likely alternatives'."""
-    logprobs_V = logits_V.float().log_softmax(-1)
-    top: tuple[tuple[int, float], ...] = ()
-    if alternatives:
-        values, ids = logprobs_V.topk(min(alternatives, len(logprobs_V)))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Token(id=token, logprob=float(logprobs_V[token]), top=top)
 
 
 def make_chooser(request: GenerationRequest) -> Chooser | None:

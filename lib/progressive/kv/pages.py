@@ -43,7 +43,6 @@ class LayerStates:
     def __init__(
         self, shape: KvShape, formats: tuple[PageFormat, PageFormat], device: torch.device
     ) -> None:
-        self.formats = formats
         self.pages: list[Page] = []
         self.length = 0
         """Tokens."""
@@ -56,11 +55,8 @@ class LayerStates:
         )
         self._blocks: list[Tensor] = []
         self._table: Tensor | None = None
-
-    @property
-    def fits_kernel(self) -> bool:
-        """Whether the kernel attends to these states."""
-        return self._sinks.is_cpu and all(of.fits_kernel for of in self.formats)
+        self._num_bytes = 0
+        self._use(formats)
 
     @property
     def table(self) -> Tensor:
@@ -96,8 +92,11 @@ class LayerStates:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        full = self._sinks.nbytes + sum(block.nbytes for block in self._blocks)
-        return full + sum(keys.nbytes + values.nbytes for keys, values in self.pages)
+        if self._num_bytes == 0:
+            full = self._sinks.nbytes + sum(block.nbytes for block in self._blocks)
+            paged = sum(keys.nbytes + values.nbytes for keys, values in self.pages)
+            self._num_bytes = full + paged
+        return self._num_bytes
 
     def resize(self, length: int) -> None:
         """Make room for so many tokens, or take away those behind them."""
@@ -105,7 +104,7 @@ class LayerStates:
         needed = -(-max(0, length - self.tail_start) // BLOCK_TOKENS)
         if needed == len(self._blocks):
             return
-        self._table = None
+        self._forget()
         del self._blocks[needed:]
         while len(self._blocks) < needed:
             self._blocks.append(self._sinks.new_empty(self._block_shape))
@@ -137,6 +136,7 @@ class LayerStates:
             on_page(first, keys.transpose(0, 1), values.transpose(0, 1))
             self._add_pages(keys, values)
             del self._blocks[: count * PAGE_TOKENS // BLOCK_TOKENS]
+            self._forget()
 
     def fill(
         self, keys: Tensor, values: Tensor, on_page: Callable[[int, Tensor, Tensor], None]
@@ -171,7 +171,8 @@ class LayerStates:
         """Make all pages anew from the originals of their tokens (T, heads, dim)."""
         count = len(self.pages)
         assert len(keys) == len(values) == PAGE_TOKENS * count, "originals of all pages are needed"
-        self.pages, self.formats, self.errors, self._table = [], formats, [0.0, 0.0], None
+        self.pages, self.errors = [], [0.0, 0.0]
+        self._use(formats)
         if count:
             self._add_pages(keys.transpose(0, 1), values.transpose(0, 1))
 
@@ -189,7 +190,17 @@ class LayerStates:
                 lost += squared_error(old.decode(page[side]), new.decode(lowered))
                 self.pages[index] = (lowered, page[1]) if side == 0 else (page[0], lowered)
             self.errors[side] = (self.errors[side] ** 0.5 + lost**0.5) ** 2
-        self.formats, self._table = formats, None
+        self._use(formats)
+
+    def _use(self, formats: tuple[PageFormat, PageFormat]) -> None:
+        self.formats = formats
+        self.fits_kernel = self._sinks.is_cpu and all(of.fits_kernel for of in formats)
+        """Whether the kernel attends to these states."""
+        self._forget()
+
+    def _forget(self) -> None:
+        """Pieces have come or gone: describe them anew when asked."""
+        self._table, self._num_bytes = None, 0
 
     def _add_pages(self, *states: Tensor) -> None:
         """Encode keys and values (heads, whole pages of tokens, dim), and note their errors."""
@@ -201,7 +212,7 @@ class LayerStates:
             sides.append(pages)
             self.errors[side] += error
         self.pages += zip(*sides, strict=True)
-        self._table = None
+        self._forget()
 
     def read_full(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return keys and values (heads, T, dim) of tokens that are full: copies."""
