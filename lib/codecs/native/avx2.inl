@@ -90,14 +90,16 @@ INLINE void store_codes(const Codes& codes, uint8_t* to) {
   }
 }
 
-INLINE void store_as_floats(const Codes& codes, float* to) {
-  for (int half = 0; half < 2; ++half, to += 32) {
+INLINE void to_floats(const Codes& codes, Lanes* floats) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
     const __m256i even = codes.part[2 * half], odd = codes.part[2 * half + 1];
     const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
     const __m128i eight[4] = {_mm256_castsi256_si128(low), _mm256_castsi256_si128(high),
                               _mm256_extracti128_si256(low, 1), _mm256_extracti128_si256(high, 1)};
+#pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      _mm256_storeu_ps(to + 8 * k, _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(eight[k])));
+      floats[4 * half + k] = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(eight[k]));
     }
   }
 }

@@ -56,12 +56,11 @@ INLINE Codes unpack(const uint8_t* const* plane) {
 
 INLINE void store_codes(const Codes& codes, uint8_t* to) { _mm512_storeu_si512(to, codes); }
 
-INLINE void store_as_floats(const Codes& codes, float* to) {
+INLINE void to_floats(const Codes& codes, Lanes* floats) {
   const __m128i part[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
                            _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
-  for (int k = 0; k < 4; ++k) {
-    _mm512_storeu_ps(to + 16 * k, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part[k])));
-  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) floats[k] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part[k]));
 }
 
 // How the codes of half a block of activations lie: their high bytes, and what is left, as signed

@@ -3,8 +3,8 @@
 //
 //   q . k = sum_d (q_d s_d) c_d + sum_d q_d (z_d - s_d middle)
 //
-// and of values each token, whose weight they go to. A piece's codes become floats that stay in the
-// nearest cache, for all queries of its head.
+// and of values each token, whose weight they go to. Codes become floats in registers, for all
+// queries of their head.
 
 // Queries that share what is loaded: their sums have to fit into registers.
 constexpr int kQueryTile = kLanes == 16 ? 4 : 2;
@@ -15,42 +15,19 @@ struct FloatRows {
   int64_t stride;
 };
 
-template <int kBits>
-INLINE void expand_codes(const Record record, int64_t first, int64_t count, float* to) {
-  for (int64_t row = first; row < first + count; ++row) {
-    const Row<kBits> codes(record, row);
-    for (int64_t column = 0; column < record.layout.padded_cols; column += kBlockCodes) {
-      store_as_floats(codes.at(column), to);
-      to += kBlockCodes;
-    }
-  }
-}
-
-// Rows of a piece's keys or values, codes and not what they stand for: where they lie, or in `tile`.
+// Rows of a full piece's keys or values: where they lie, or in `tile`.
 FloatRows open_rows(const StateRows& of, const uint8_t* data, int64_t first, int64_t count,
                     float* tile) {
   if (of.bits == 32) {
     return {reinterpret_cast<const float*>(data) + first * of.stride, of.stride};
   }
-  if (of.bits == 16) {
-    const auto* from = reinterpret_cast<const uint16_t*>(data) + first * of.stride;
-    for (int64_t row = 0; row < count; ++row) {
-      for (int64_t d = 0; d < of.size; d += kLanes) {
-        store_floats(tile + row * of.size + d, load_parameters(from + row * of.stride + d));
-      }
+  const auto* from = reinterpret_cast<const uint16_t*>(data) + first * of.stride;
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t d = 0; d < of.size; d += kLanes) {
+      store_floats(tile + row * of.size + d, load_parameters(from + row * of.stride + d));
     }
-    return {tile, of.size};
   }
-  const Record record{of.layout, data};
-  switch (of.bits) {
-    case 2: expand_codes<2>(record, first, count, tile); break;
-    case 3: expand_codes<3>(record, first, count, tile); break;
-    case 4: expand_codes<4>(record, first, count, tile); break;
-    case 5: expand_codes<5>(record, first, count, tile); break;
-    case 6: expand_codes<6>(record, first, count, tile); break;
-    default: expand_codes<8>(record, first, count, tile); break;
-  }
-  return {tile, of.layout.padded_cols};
+  return {tile, of.size};
 }
 
 // Scale and value of code 0 of the rows of codes that lie from `row` on, one in each lane.
@@ -132,6 +109,43 @@ void weigh_rows(const float* weights, const FloatRows& rows, int64_t size, int64
   }
 }
 
+// Adds to kRows outputs, of `size` columns, the codes of `count` rows, weighted; kPart registers
+// into a block at the first column.
+template <int kBits, int kRows, int kPart>
+INLINE void add_codes(const Record& record, int64_t first, int64_t count, int64_t column,
+                      int64_t size, const float* weights, float* out, const Strides& strides) {
+  constexpr int kCount = 4;
+  out += column + kPart * kLanes;
+  const int64_t there = (size - column) / kLanes - kPart;
+  if (there <= 0) return;
+  Lanes sums[kRows][kCount];
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+      sums[m][k] = k < there ? load_floats(out + m * strides.out + k * kLanes) : Lanes{};
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    Lanes floats[kBlockCodes / kLanes];
+    to_floats(Row<kBits>(record, first + j).at(column), floats);
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        sums[m][k] = multiply_add(floats[kPart + k], weights[m * strides.weights + j], sums[m][k]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+      if (k < there) store_floats(out + m * strides.out + k * kLanes, sums[m][k]);
+    }
+  }
+}
+
 // Calls `of` with numbers of queries that are multiplied together, and the first of them.
 template <typename Function>
 INLINE void in_tiles(int64_t rows, const Function& of) {
@@ -144,6 +158,37 @@ INLINE void in_tiles(int64_t rows, const Function& of) {
     if (rows - row == 2) of(std::integral_constant<int, 2>(), row);
   }
   if (rows - row == 1) of(std::integral_constant<int, 1>(), row);
+}
+
+template <int kBits>
+void weigh_codes(const Record& record, int64_t first, int64_t count, int64_t size, int64_t rows,
+                 const float* weights, float* out, const Strides& strides) {
+  for (int64_t column = 0; column < size; column += kBlockCodes) {
+    in_tiles(rows, [&](auto tile_rows, int64_t row) FORCED {
+      constexpr int kRows = decltype(tile_rows)::value;
+      const float* const given = weights + row * strides.weights;
+      float* const to = out + row * strides.out;
+      add_codes<kBits, kRows, 0>(record, first, count, column, size, given, to, strides);
+      if constexpr (kBlockCodes > 4 * kLanes) {
+        add_codes<kBits, kRows, 4>(record, first, count, column, size, given, to, strides);
+      }
+    });
+  }
+}
+
+// Adds to outputs of `size` numbers, of so many queries, the codes of `count` rows of a page's keys
+// or values, weighted.
+void weigh_page(const StateRows& of, const uint8_t* data, int64_t first, int64_t count,
+                int64_t size, int64_t rows, const float* weights, float* out,
+                const Strides& strides) {
+  const Record record{of.layout, data};
+  const auto weigh = of.bits == 2   ? weigh_codes<2>
+                     : of.bits == 3 ? weigh_codes<3>
+                     : of.bits == 4 ? weigh_codes<4>
+                     : of.bits == 5 ? weigh_codes<5>
+                     : of.bits == 6 ? weigh_codes<6>
+                                    : weigh_codes<8>;
+  weigh(record, first, count, size, rows, weights, out, strides);
 }
 
 INLINE Lanes cap_scores(Lanes scores, float softcap) {
@@ -162,10 +207,9 @@ INLINE float total(Lanes lanes) {
 
 // Scores at the codes of a page's keys; `folded` has room for a query each.
 INLINE void score_codes(const PageSpan& span, const Piece& piece, const StateRows& of,
-                        float* folded, float* scores, float* tile) {
+                        float* folded, float* scores) {
   const int64_t first = span.group * of.size;
   const Record record{of.layout, piece.keys};
-  const FloatRows codes = open_rows(of, piece.keys, first, of.size, tile);
   for (int64_t row = 0; row < span.rows; ++row) {
     Lanes common = {};
     for (int64_t d = 0; d < of.size; d += kLanes) {
@@ -176,10 +220,8 @@ INLINE void score_codes(const PageSpan& span, const Piece& piece, const StateRow
     }
     std::fill_n(scores + row * kSpanScores, piece.rows, total(common));
   }
-  in_tiles(span.rows, [&](auto tile_rows, int64_t row) FORCED {
-    weigh_rows<decltype(tile_rows)::value>(folded + row * of.size, codes, piece.rows, of.size,
-                                           scores + row * kSpanScores, {of.size, kSpanScores});
-  });
+  weigh_page(of, piece.keys, first, of.size, piece.rows, span.rows, folded, scores,
+             {of.size, kSpanScores});
 }
 
 // Scores of all queries at the tokens of a piece: -infinity at what is hidden, and behind the last
@@ -187,7 +229,7 @@ INLINE void score_codes(const PageSpan& span, const Piece& piece, const StateRow
 INLINE void score_piece(const PageSpan& span, const Piece& piece, const StateRows& of,
                         float* folded, float* scores, float* tile) {
   if (of.has_codes()) {
-    score_codes(span, piece, of, folded, scores, tile);
+    score_codes(span, piece, of, folded, scores);
   } else {
     const FloatRows keys =
         open_rows(of, piece.keys, span.group * piece.rows, piece.count, tile);
@@ -212,7 +254,6 @@ INLINE void score_piece(const PageSpan& span, const Piece& piece, const StateRow
 INLINE void weigh_piece(const PageSpan& span, const Piece& piece, const StateRows& of,
                         float* weights, float* common, float* values, float* tile) {
   const int64_t first = span.group * piece.rows, count = piece.count;
-  const FloatRows rows = open_rows(of, piece.values, first, count, tile);
   if (of.has_codes()) {
     const Record record{of.layout, piece.values};
     for (int64_t j = 0; j < count; j += kLanes) {
@@ -225,7 +266,11 @@ INLINE void weigh_piece(const PageSpan& span, const Piece& piece, const StateRow
         store_floats(at, given * means.scale);
       }
     }
+    weigh_page(of, piece.values, first, count, of.size, span.rows, weights, values,
+               {kSpanScores, of.size});
+    return;
   }
+  const FloatRows rows = open_rows(of, piece.values, first, count, tile);
   in_tiles(span.rows, [&](auto tile_rows, int64_t row) FORCED {
     weigh_rows<decltype(tile_rows)::value>(weights + row * kSpanScores, rows, of.size, count,
                                            values + row * of.size, {kSpanScores, of.size});

@@ -38,8 +38,8 @@ INLINE void store_codes(const Codes& codes, uint8_t* to) {
   std::memcpy(to, codes.bytes, sizeof codes.bytes);
 }
 
-INLINE void store_as_floats(const Codes& codes, float* to) {
-  for (int64_t k = 0; k < kBlockCodes; ++k) to[k] = codes.bytes[k];
+INLINE void to_floats(const Codes& codes, Lanes* floats) {
+  for (int64_t k = 0; k < kBlockCodes; ++k) floats[k / kLanes][k % kLanes] = codes.bytes[k];
 }
 
 // How the codes of half a block of activations lie: int16 in order.
