@@ -51,6 +51,7 @@ from scripts.experiments.progressive.workload import KINDS, load_or_train, make_
 DELTA = 0.05
 RATES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5)
 STATIC = ("K4V4", "K6V5")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SYSTEMS = ("full", "static K6V5", "static K4V4", "calibrated", "verified")
 _AT_ONCE = 24
 """Answers that are measured at a time."""
@@ -140,7 +141,7 @@ def prepare(args: argparse.Namespace) -> Study:
     static = make_ladder(compact.shape).restrict(" ".join(STATIC))
     print(f"measuring {len(pooled)} requests", file=sys.stderr)
     rows = []
-    for ladder in (compact, static):
+    for ladder in (compact, static)[: 1 + any(name.startswith("static") for name in args.systems)]:
         with Engine(
             model, kv_budget=room, ladder=ladder, context=longest, prefix_bytes=0
         ) as engine:
@@ -148,10 +149,11 @@ def prepare(args: argparse.Namespace) -> Study:
             rows.append(measure_requests(engine, pooled, ladder.full, at_once=_AT_ONCE))
     factor = calibration.factor(DELTA)
     pool = []
-    for request, own, others in zip(pooled, *rows, strict=True):
+    for request, own, *others in zip(pooled, *rows, strict=True):
         predicted = predict_damage(calibration.information, own.errors[0], own.prompt_tokens)
-        measured = dict(zip((f"static {name}" for name in STATIC), others.measured, strict=True))
-        measured["compact"] = own.measured[0]
+        measured = {"compact": own.measured[0]}
+        for each in others:
+            measured.update(zip((f"static {name}" for name in STATIC), each.measured, strict=True))
         pool.append(Pooled(request=request, measured=measured, bound=factor * predicted))
     epsilon = args.epsilon or median(each.bound for each in pool)
     full = compact.num_bytes(compact.full, longest)
@@ -207,7 +209,7 @@ def draw_documents(args: argparse.Namespace) -> tuple[Any, list[GenerationReques
     from lib.text.held_out import load_tokenizer
     from scripts.experiments.progressive.first_adequate_tier import read_documents
 
-    model = load_model(args.chat_model).eval()
+    model = load_model(args.chat_model).eval().to(DTYPES[args.dtype])
     tokenizer = load_tokenizer(str(args.chat_model))
     documents = read_documents(tokenizer, args.calibration + args.pool, seed=1)
     requests = [
@@ -232,15 +234,9 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     for rate in args.rates:
         mix = draw_mix(study, rate)
         for system in args.systems:
-            print(f"p {rate}: {system}", file=sys.stderr)
-            points.append(
-                {
-                    "p": rate,
-                    "system": system,
-                    **run_system(study, system, mix, rate),
-                    "identity": 0.0,
-                }
-            )
+            point = run_system(study, system, mix, rate)
+            print(f"p {rate}: {system} {json.dumps(point)}", file=sys.stderr, flush=True)
+            points.append({"p": rate, "system": system, **point, "identity": 0.0})
     base = {p["p"]: p["concurrency"] for p in points if p["system"] == "full"}
     for point in points:
         point["identity"] = expected_concurrency(share, point["p"])
@@ -249,6 +245,7 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "compact_fraction": share,
         "compact_tier": study.compact.names[0],
+        "dtype": str(study.model.dtype).removeprefix("torch."),
         "epsilon": study.epsilon,
         "delta": DELTA,
         "kv_budget": study.budget,
@@ -398,6 +395,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--chat-model", type=Path, metavar="DIR", help="asked about documents, in its place"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="fp32",
+        help=f"of the chat model, and of its keys and values in full {default}",
     )
     for name, value, what in (
         ("--prompt-tokens", 320, "of a prompt about a document, at most"),

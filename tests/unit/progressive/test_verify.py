@@ -1,9 +1,10 @@
 """The choice of tokens: greedy, and sampled with noise that depends on nothing but its place."""
 
+import pytest
 import torch
 from transformers import LogitsProcessorList, TopKLogitsWarper
 
-from lib.progressive.verify import Chooser, top_gap
+from lib.progressive.verify import Chooser, score, top_gap
 
 IDS = torch.arange(3)
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5])
@@ -49,3 +50,18 @@ def test_processors_come_first() -> None:
 
 def test_the_gap_of_the_two_largest() -> None:
     assert top_gap(LOGITS) == 0.5
+
+
+def test_logits_of_a_step_are_scored_by_request() -> None:
+    logits_RV = torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
+    logits_RV[4, 7] = torch.nan
+    first, none, second = score(logits_RV.bfloat16(), [3, 0, 2])
+    assert (len(first), len(none), len(second)) == (3, 0, 2)
+    assert first.largest == logits_RV[:3].bfloat16().argmax(-1).tolist()
+    assert first.are_finite and none.are_finite and not second.are_finite
+    told = first.describe(2, 5, alternatives=3)
+    expected_V = logits_RV[2].bfloat16().float().log_softmax(-1)
+    assert (told.id, told.logprob) == (5, pytest.approx(float(expected_V[5]), abs=1e-5))
+    values, ids = expected_V.topk(3)
+    assert [id for id, _ in told.top] == ids.tolist()
+    assert [logprob for _, logprob in told.top] == pytest.approx(values.tolist(), abs=1e-5)
