@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..tiering.stores.base import aligned_buffer
-from .kv.attention import append_tokens, attend
+from .kv.attention import append_rows, append_tokens, attend, read_rows
 from .kv.originals import Originals
 from .kv.pages import RequestStates
-from .ladder import PAGE_TOKENS, KvShape, KvTier
+from .ladder import PAGE_TOKENS, SINK_TOKENS, KvShape, KvTier
 
 NAME = "tierhints_requests"
 """Of the attention function."""
@@ -95,16 +95,21 @@ def pages_of(buffer: Tensor, pages: int) -> Tensor:
     return buffer[PAGE_TOKENS : PAGE_TOKENS * (1 + pages)]
 
 
-def assemble(buffer: Tensor, pages: int, first: Tensor, latest: Tensor, new: Tensor) -> Tensor:
-    """Put a text's first tokens before the pages, its latest and new ones behind them; return all
-    of it.
+def assemble(
+    buffers: Sequence[Tensor], pages: int, states: RequestStates, layer: int, new: Sequence[Tensor]
+) -> list[Tensor]:
+    """Put a text's first tokens before the pages that lie in a slot's buffers, its latest and new
+    ones (keys, values) behind them; return all keys and all values.
     """
-    start, end = PAGE_TOKENS - len(first), PAGE_TOKENS * (1 + pages)
-    buffer[start:PAGE_TOKENS] = first
-    for piece in (latest, new):
-        buffer[end : end + len(piece)] = piece
-        end += len(piece)
-    return buffer[start:end]
+    length, tail_start = states.layers[layer].length, states.layers[layer].tail_start
+    start, end = PAGE_TOKENS - SINK_TOKENS, PAGE_TOKENS * (1 + pages)
+    middle = end + length - tail_start
+    last = middle + len(new[0])
+    read_rows(states, layer, 0, *(buffer[start:PAGE_TOKENS] for buffer in buffers))
+    read_rows(states, layer, tail_start, *(buffer[end:middle] for buffer in buffers))
+    for buffer, added in zip(buffers, new, strict=True):
+        buffer[middle:last] = added
+    return [buffer[start:last] for buffer in buffers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +135,8 @@ class Batch:
         readers = [each for each in self._passes if each.originals and each.originals.pages]
         self._reads = iter([(layer, each) for layer in range(shape.layers) for each in readers])
         self._next: tuple[int, Rows, Future[list[Tensor]]] | None = None
+        self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+        """By numbers of queries and of keys, and window: layers share them."""
         self._read_ahead()
 
     def attend(
@@ -180,16 +187,17 @@ class Batch:
             return query.new_zeros((*query.shape[:2], value.shape[2]))
         states = rows.states
         if buffers is not None:
-            sinks, tail = states.read_sinks(layer), states.read_tail(layer)
-            keys = assemble(buffers[0], pages, sinks[0], tail[0], key)
-            values = assemble(buffers[1], pages, sinks[1], tail[1], value)
+            keys, values = assemble(buffers, pages, states, layer, (key, value))
         elif rows.start:
             keys, values = map(torch.cat, zip(states.read(layer), (key, value), strict=True))
         else:
             keys, values = key, value
-        found = attend_causal(query, keys, values, kind)
+        seen = len(query), len(keys), kind.window
+        if seen not in self._masks:
+            self._masks[seen] = causal_mask(*seen, device=query.device)
+        found = attend_causal(query, keys, values, kind, self._masks[seen])
         if not rows.settles:
-            states.append(layer, key, value)
+            append_rows(states, layer, key, value)
         elif rows.originals is None:
             states.fill(layer, key, value)
         else:
@@ -225,9 +233,23 @@ class Batch:
         self._next = (layer, rows, self._reader.submit(read))
 
 
-def attend_causal(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind) -> Tensor:
+def causal_mask(
+    count: int, length: int, window: int | None, *, device: torch.device
+) -> Tensor | None:
+    """Return what each of a text's last tokens sees, (count, length); None: all that is there."""
+    if count == 1 and window is None:
+        return None
+    places_K = torch.arange(length, device=device)
+    places_T1 = torch.arange(length - count, length, device=device)[:, None]
+    mask = places_K <= places_T1
+    return mask if window is None else mask & (places_K > places_T1 - window)
+
+
+def attend_causal(
+    query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKind, mask: Tensor | None
+) -> Tensor:
     """Return the attention of the last tokens of a text: queries (T, query heads, key_dim), keys
-    and values (tokens, heads, dim) of all of it.
+    and values (tokens, heads, dim) of all of it, ``mask`` as ``causal_mask`` makes it.
     """
     count, length = len(query), len(keys)
     q, k, v = (states.transpose(0, 1)[None] for states in (query, keys, values))
@@ -235,19 +257,12 @@ def attend_causal(query: Tensor, keys: Tensor, values: Tensor, kind: AttentionKi
     if count > _FEW_ROWS or kind.softcap is not None:  # else torch's fast ways don't take groups
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     is_square = count == length and kind.window is None and kind.softcap is None
-    mask = None
-    if not is_square and (count > 1 or kind.window is not None):
-        places_K = torch.arange(length, device=query.device)
-        places_T1 = torch.arange(length - count, length, device=query.device)[:, None]
-        mask = places_K <= places_T1
-        if kind.window is not None:
-            mask &= places_K > places_T1 - kind.window
     if kind.softcap is None:
         found = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=mask,
+            attn_mask=None if is_square else mask,
             is_causal=is_square,
             scale=kind.scale,
             enable_gqa=k.shape[1] < q.shape[1],
@@ -286,9 +301,7 @@ def attention_function(
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks: (1, heads, R, dim) each; returns (1, R, heads, value_dim)."""
     attend_layer = _current.get()
-    unknown = [
-        name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None
-    ]
+    unknown = [name for name in _UNKNOWN if others.get(name) is not None]
     if unknown:
         raise InputError(f"attention with {unknown[0]} can't be served by request")
     if attention_mask is not None:

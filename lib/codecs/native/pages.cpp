@@ -1,4 +1,4 @@
-// The operators tierhints::attend_pages and tierhints::append_states, which
+// The operators tierhints::attend_pages, append_states and read_states, which
 // lib/progressive/kv/attention.py calls: states of several requests, of which tables say the places.
 //
 // A table is of a layer of a request, int64:
@@ -229,6 +229,36 @@ void append_states(const Tensor& keys, const Tensor& values, at::TensorList tabl
   }
 }
 
+// Copies full tokens from `start` on to keys and values (tokens, heads, size), as many as those have.
+void read_states(const Tensor& given, int64_t start, const Tensor& keys, const Tensor& values) {
+  const Table table(given);
+  const int64_t item = table.full_bits() / 8, count = keys.size(0);
+  const int64_t key_bytes = table.key_size() * item, value_bytes = table.value_size() * item;
+  for (const Tensor* side : {&keys, &values}) {
+    const int64_t size = side == &keys ? table.key_size() : table.value_size();
+    TORCH_CHECK(side->dim() == 3 && side->is_cpu() && side->is_contiguous() &&
+                    side->size(0) == count && side->size(1) == table.heads() &&
+                    side->size(2) == size && side->element_size() == item,
+                "room for tokens of ", table.heads(), " heads was expected, not ", side->sizes());
+  }
+  auto* to_key = static_cast<uint8_t*>(keys.mutable_data_ptr());
+  auto* to_value = static_cast<uint8_t*>(values.mutable_data_ptr());
+  int64_t piece = 0, row = start;
+  for (int64_t token = 0; token < count; ++token, ++row) {
+    while (piece < table.num_pieces && row >= table.piece(piece)[0]) row -= table.piece(piece++)[0];
+    TORCH_CHECK(row >= 0 && piece < table.num_pieces && !table.is_page(piece), "token ",
+                start + token, " isn't full");
+    const int64_t* const place = table.piece(piece);
+    const auto* from = reinterpret_cast<const uint8_t*>(place[1]) + row * (key_bytes + value_bytes);
+    for (int64_t head = 0; head < table.heads(); ++head) {
+      std::memcpy(to_key, from, key_bytes);
+      std::memcpy(to_value, from + key_bytes, value_bytes);
+      to_key += key_bytes, to_value += value_bytes;
+      from += place[0] * (key_bytes + value_bytes);
+    }
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tierhints, library) {
@@ -237,11 +267,14 @@ TORCH_LIBRARY_FRAGMENT(tierhints, library) {
       "int window) -> Tensor");
   library.def(
       "append_states(Tensor keys, Tensor values, Tensor[] tables, int[] tokens) -> ()");
+  library.def(
+      "read_states(Tensor table, int start, Tensor(a!) keys, Tensor(b!) values) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(tierhints, CPU, library) {
   library.impl("attend_pages", attend_pages);
   library.impl("append_states", append_states);
+  library.impl("read_states", read_states);
 }
 
 }  // namespace tierhints

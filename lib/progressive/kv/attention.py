@@ -30,6 +30,29 @@ def append_tokens(
     torch.ops.tierhints.append_states(keys, values, [one.table for one in layers], tokens)
 
 
+def append_rows(states: RequestStates, layer: int, keys: Tensor, values: Tensor) -> None:
+    """Add successive tokens of one request to its tail: keys and values (T, heads, dim)."""
+    one = states.layers[layer]
+    if not _fit_kernel([one]):
+        states.append(layer, keys, values)
+        return
+    start = one.length
+    one.resize(start + len(keys))
+    tokens = range(start, start + len(keys))
+    torch.ops.tierhints.append_states(keys, values, [one.table] * len(keys), tokens)
+
+
+def read_rows(states: RequestStates, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+    """Copy full tokens from ``start`` on to keys and values (T, heads, dim), contiguous."""
+    one = states.layers[layer]
+    if _fit_kernel([one]):
+        torch.ops.tierhints.read_states(one.table, start, keys, values)
+        return
+    found = one.read_full(start, start + len(keys))
+    for to, side in zip((keys, values), found, strict=True):
+        to.copy_(side.transpose(0, 1))
+
+
 def attend(
     queries: Tensor,
     states: Sequence[RequestStates],

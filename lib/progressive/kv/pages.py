@@ -60,9 +60,7 @@ class LayerStates:
 
     @property
     def table(self) -> Tensor:
-        """Where all lies, as the kernel takes it (codecs/native/pages.cpp): int64. Another one
-        is made when pieces come or go.
-        """
+        """Where all lies, as the kernel takes it (codecs/native/pages.cpp), int64."""
         if self._table is None:
             keys, values = self.formats
             heads, _, width = self._block_shape
@@ -93,21 +91,18 @@ class LayerStates:
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         if self._num_bytes == 0:
-            full = self._sinks.nbytes + sum(block.nbytes for block in self._blocks)
             paged = sum(keys.nbytes + values.nbytes for keys, values in self.pages)
+            full = self._sinks.nbytes + sum(block.nbytes for block in self._blocks)
             self._num_bytes = full + paged
         return self._num_bytes
 
     def resize(self, length: int) -> None:
-        """Make room for so many tokens, or take away those behind them."""
+        """Make room for so many tokens, or take back those behind them: ``settle`` frees room."""
         self.length = length
-        needed = -(-max(0, length - self.tail_start) // BLOCK_TOKENS)
-        if needed == len(self._blocks):
-            return
-        self._forget()
-        del self._blocks[needed:]
-        while len(self._blocks) < needed:
-            self._blocks.append(self._sinks.new_empty(self._block_shape))
+        missing = self._needed_blocks - len(self._blocks)
+        if missing > 0:
+            self._forget()
+            self._blocks += [self._sinks.new_empty(self._block_shape) for _ in range(missing)]
 
     def write(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Put the states of tokens from ``start`` on where they are full."""
@@ -127,8 +122,17 @@ class LayerStates:
         keys, values = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
         return keys, values
 
+    @property
+    def _needed_blocks(self) -> int:
+        return -(-max(0, self.length - self.tail_start) // BLOCK_TOKENS)
+
     def settle(self, length: int, on_page: Callable[[int, Tensor, Tensor], None]) -> None:
-        """Make pages of what has become whole ones of the first ``length`` tokens."""
+        """Make pages of what has become whole ones of the first ``length`` tokens, and free the
+        room behind the last.
+        """
+        if len(self._blocks) > self._needed_blocks:
+            del self._blocks[self._needed_blocks :]
+            self._forget()
         first = len(self.pages)
         count = num_pages(length) - first
         if count > 0:
@@ -288,9 +292,14 @@ class RequestStates:
         self.layers[layer].fill(keys, values, functools.partial(on_page, layer))
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` tokens of all layers. Raises InputError where pages go on."""
-        for layer in self.layers:
-            self._check_open(layer, length)
+        """Keep the first ``length`` tokens of all layers: their room is free once they settle.
+
+        Raises InputError where pages go on.
+        """
+        first_open = max(layer.first_open for layer in self.layers)
+        if length < first_open:
+            told = f"tokens from {length} on can't be taken back"
+            raise InputError(f"{told}: those before {first_open} are in pages")
         for layer in self.layers:
             layer.resize(min(layer.length, length))
 
@@ -316,17 +325,6 @@ class RequestStates:
         keys, values = self.layers[layer].read()
         return keys.transpose(0, 1), values.transpose(0, 1)
 
-    def read_sinks(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values (T, heads, dim) of a layer's tokens before the pages."""
-        keys, values = self.layers[layer].read_full(0, SINK_TOKENS)
-        return keys.transpose(0, 1), values.transpose(0, 1)
-
-    def read_tail(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values (T, heads, dim) of a layer's tokens behind the pages."""
-        states = self.layers[layer]
-        keys, values = states.read_full(states.tail_start, states.length)
-        return keys.transpose(0, 1), values.transpose(0, 1)
-
     def rebuild(self, layer: int, tier: KvTier, keys: Tensor, values: Tensor) -> None:
         """Make a layer's pages anew at another tier, from the originals (T, heads, dim) of all of
         their tokens: those from ``SINK_TOKENS`` on. ``tier`` is the new one from the first on.
@@ -343,18 +341,9 @@ class RequestStates:
         """
         formats = []
         for index, layer in enumerate(self.layers):
-            (keys, values), wanted = (
-                layer.formats,
-                layer_formats(self.shape, tier, index, self.dtype),
-            )
+            keys, values = layer.formats
+            wanted = layer_formats(self.shape, tier, index, self.dtype)
             formats.append((keys.lowered(wanted[0].precision), values.lowered(wanted[1].precision)))
         for layer, lowered in zip(self.layers, formats, strict=True):
             layer.demote(lowered)
         self.tier = tier
-
-    def _check_open(self, layer: LayerStates, start: int) -> None:
-        if start < layer.first_open:
-            raise InputError(
-                f"tokens from {start} on can't be taken back: those before {layer.first_open} are "
-                "in pages"
-            )

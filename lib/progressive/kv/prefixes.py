@@ -95,9 +95,9 @@ class Prefixes:
             originals.close()
             return
         sinks = []
-        for layer in range(states.shape.layers):
-            keys, values = states.read_sinks(layer)
-            sinks.append((keys.clone(), values.clone()))
+        for layer in states.layers:
+            keys, values = layer.read_full(0, SINK_TOKENS)
+            sinks.append((keys.transpose(0, 1).clone(), values.transpose(0, 1).clone()))
         key = digests[-1]
         kept = list(tokens[: SINK_TOKENS + pages * PAGE_TOKENS])
         self._entries[key] = _Entry(kept, originals, sinks)

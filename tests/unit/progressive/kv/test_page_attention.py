@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lib.codecs import ops
-from lib.progressive.kv.attention import append_tokens, attend, attend_reference
+from lib.progressive.kv.attention import (
+    append_rows,
+    append_tokens,
+    attend,
+    attend_reference,
+    read_rows,
+)
 from lib.progressive.kv.pages import RequestStates
 from lib.progressive.ladder import KvShape, KvTier
 from lib.vocabulary import Precision as P
@@ -106,6 +112,34 @@ def test_tokens_are_appended_and_seen(requests: list[tuple[str, int]], more: int
     if more:
         tail = states[0].layers[0].read()[0][:, -1]
         assert torch.equal(tail, keys[-1, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [3, 100, 300])
+def test_rows_are_added_and_read_where_they_are_full(length: int, dtype: torch.dtype) -> None:
+    states = make(length, dtype=dtype)
+    torch.manual_seed(0)
+    others = make(length, dtype=dtype)
+    added = [torch.randn(37, 3, 64, dtype=dtype) for _ in range(2)]
+    append_rows(states, 0, *added)
+    others.append(0, *added)
+    for start, end in ((0, min(4, length)), (states.layers[0].tail_start, length + 37)):
+        found = [torch.empty(max(0, end - start), 3, 64, dtype=dtype) for _ in range(2)]
+        read_rows(states, 0, start, *found)
+        for one, side in zip(found, others.layers[0].read_full(start, end), strict=True):
+            assert torch.equal(one, side.transpose(0, 1))
+
+
+@pytest.mark.usefixtures("native")
+def test_only_full_rows_are_read() -> None:
+    states = make(300)
+    room = torch.empty(8, 3, 64)
+    with pytest.raises(RuntimeError, match="token 4 isn't full"):
+        read_rows(states, 0, 0, room, room.clone())
+    with pytest.raises(RuntimeError, match="token 308 isn't full"):
+        read_rows(states, 0, 304, room, room.clone())
+    with pytest.raises(RuntimeError, match="room for tokens of 3 heads"):
+        read_rows(states, 0, 0, room[:2], room[:2, :1])
 
 
 def test_pages_that_dropped_planes_are_attended_to() -> None:

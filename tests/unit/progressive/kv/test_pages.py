@@ -156,6 +156,7 @@ def test_what_is_in_pages_cannot_be_taken_back() -> None:
     with pytest.raises(InputError, match="those before 68 are in pages"):
         states.crop(67)
     states.crop(68)
+    states.settle()
     assert states.length == 68 and states.num_bytes < K4V4.num_bytes(SHAPE, 140)
 
 
