@@ -19,6 +19,7 @@ from ..errors import PlacementError
 from .batch import Rows
 from .bounds import Kind, Metric, Quality, QualityBound
 from .generation import Event, Finish, GenerationRequest, Outcome, Token
+from .kept_logits import KeptLogits
 from .kv.originals import Originals
 from .kv.pages import RequestStates
 from .verify import describe, divergences_of, make_chooser
@@ -69,7 +70,7 @@ class Active:
         self.drafted: list[int] = []
         self._drafts: list[Tensor] = []
         """The logits (V,) that each drafted token was chosen from."""
-        self.kept_logits: list[Tensor] | None = None
+        self.kept_logits: KeptLogits | None = None
         """Those of all tokens, and of the end, where the answer is to be measured."""
         self.prompt_errors: list[tuple[float, float]] = []
         """Of each layer the sums of squared errors of the prompt's pages, at this tier."""
@@ -301,7 +302,7 @@ class Active:
                 token = self._choose(then_own)
             if self.kept_logits is not None:
                 is_draft = place < min(len(ids), len(drafts))
-                self.kept_logits.append((drafts if is_draft else logits)[place].clone())
+                self.kept_logits.append((drafts if is_draft else logits)[place])
             if token in self.request.stop_ids:
                 self.finish = Finish.STOP
                 break

@@ -8,7 +8,6 @@ and an audit now and then.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..errors import PlacementError
@@ -18,6 +17,7 @@ from .bounds import Quality
 from .generation import Event, Finish, GenerationRequest, Outcome
 from .kv.originals import Originals
 from .kv.pages import RequestStates
+from .ladder import PAGE_TOKENS
 from .verify import divergences_of
 
 LayerErrors = Sequence[tuple[float, float]]
@@ -76,9 +76,9 @@ class AuditPass(Active):
         states: RequestStates,
         originals: Originals | None,
     ) -> None:
-        logits = answer.kept_logits or []
+        assert answer.kept_logits is not None
         start = len(answer.request.prompt) - 1
-        tokens = answer.tokens[: start + len(logits)]
+        tokens = answer.tokens[: start + len(answer.kept_logits)]
         super().__init__(
             number,
             GenerationRequest(prompt=tokens, max_new_tokens=1),
@@ -88,7 +88,7 @@ class AuditPass(Active):
             tier=0,
             top=0,
         )
-        self._start, self._logits = start, logits
+        self._start, self._kept = start, answer.kept_logits
         self._answer, self._on_measured, self._name = answer, on_measured, name
         self._divergences: list[float] = []
 
@@ -99,19 +99,21 @@ class AuditPass(Active):
         end = min(len(self.tokens), start + room)
         if end == start:
             return None
-        kept = max(0, end - max(start, self._start))
+        compared = max(0, end - max(start, self._start))
+        kept = min(compared, PAGE_TOKENS)  # so few logits are in memory at a time
+        end -= compared - kept
         return self._rows(self.tokens[start:end], start, True, settles=True, kept=kept)
 
     def take(self, logits: Tensor) -> None:
         """Compare the full model's logits (kept, V) with those that tokens were chosen from."""
         if len(logits):
             done = len(self._divergences)
-            others = torch.stack(self._logits[done : done + len(logits)])
-            self._divergences += divergences_of(logits, others)
+            self._divergences += divergences_of(logits, self._kept.read(done, len(logits)))
         if self.states.length == len(self.tokens):
             self.finish = Finish.LENGTH
 
     def _tell(self, event: Event) -> None:
+        self._kept.close()
         if self.finish is Finish.LENGTH:
             self._on_measured(describe_answer(self._answer, self._divergences, self._name))
         else:

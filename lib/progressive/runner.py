@@ -16,6 +16,7 @@ from .batch import Rows
 from .bounds import Kind, RequestError
 from .calibrated import CalibratedBounds
 from .generation import Event, Finish, GenerationRequest
+from .kept_logits import KeptLogits
 from .kv.originals import Originals, OriginalsFolder
 from .kv.pages import RequestStates
 from .kv.prefixes import Prefixes, adopt, write_originals
@@ -165,7 +166,7 @@ class Runner:
         if active.kind is Kind.CALIBRATED and waiting.on_measured is None:
             waiting.on_measured = self.calibrated.draw(waiting.number, waiting.request)
         if waiting.on_measured is not None:
-            active.kept_logits = []
+            active.kept_logits = KeptLogits(self.folder)
         return active
 
     def _allocate(self, waiting: Waiting, tier: int) -> tuple[RequestStates, Originals | None, int]:
