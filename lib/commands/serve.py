@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..checkpoint.load import load
     from ..checkpoint.models import quiet_transformers
     from ..evaluation.calibrate_requests import calibration_keys
+    from ..progressive.audit_file import AuditFile
     from ..progressive.calibration import load_calibration
     from ..progressive.engine import Engine
     from ..serving.app import make_app
@@ -99,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         epsilon=args.epsilon,
         device=device,
     ):
-        calibration = None
+        calibration = audit_file = None
         if args.calibration is not None:
             calibration = load_calibration(args.calibration, calibration_keys(model))
+            audit_file = AuditFile(args.calibration, calibration.digest)
         with Engine(
             model,
             kv_budget=kv_budget,
@@ -109,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder=args.spill_dir,
             context=args.context,
             calibration=calibration,
+            audit_file=audit_file,
             max_queue=args.max_queue,
         ) as engine:
             gate = make_app(engine, tokenizer, settings)
@@ -143,7 +146,7 @@ def _table(document: dict[str, Any]) -> str:
 
 def _check_calibrated_weights(args: argparse.Namespace) -> None:
     """Raise InputError for a calibration beside weights that are compressed: it is of the model's
-    own.
+    own, and KL divergences don't add up (docs/serving.md).
     """
     precision = planned_precision(args.precision)
     compressed = precision not in (None, Precision.FP32) or (
@@ -152,8 +155,9 @@ def _check_calibrated_weights(args: argparse.Namespace) -> None:
     if args.calibration is not None and compressed:
         flag = f"--epsilon {args.epsilon}" if precision is None else f"--precision {precision}"
         raise InputError(
-            f"--calibration is of the model's own weights, and {flag} makes others of them: leave "
-            "one of the two out"
+            f"--calibration bounds the distance from the model's own weights, and {flag} makes "
+            "others of them: what they cost isn't in its bounds, and can't be added to them (KL "
+            "has no triangle inequality); leave one of the two out"
         )
 
 

@@ -301,14 +301,12 @@ class Runner:
     def _leave(self, active: Active, last: Event) -> None:
         whole = active.finish in (Finish.STOP, Finish.LENGTH)
         self._keep(active, whole)
+        if active.kept_logits and active.finish not in (None, Finish.CANCELLED):
+            self._measure(active, self._entries[active.number])
         with self.lock:
-            del self.active[active.number]
-            entry = self._entries.pop(active.number)
+            del self.active[active.number], self._entries[active.number]
             self.scheduler.finish(active.number, cancelled=not whole)
             self._count_bytes()
-        if active.kept_logits and active.finish not in (None, Finish.CANCELLED):
-            self._measure(active, entry)
-        with self.lock:
             self.lock.notify_all()
         tell(active.on_event, last)
 

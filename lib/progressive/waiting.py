@@ -39,6 +39,8 @@ class EngineStats:
     """Of answers under a calibrated bound."""
     broken_bounds: int = 0
     """Found by audits."""
+    failed_audits: int = 0
+    """Answers that were to be audited, and couldn't be measured."""
     stopped_bounds: int = 0
     """Deltas of which nothing is released below full any more."""
 
