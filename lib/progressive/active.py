@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import PlacementError
 from .batch import Rows
-from .bounds import Kind, Metric, Quality, QualityBound
+from .bounds import Kind, Metric, kind_of, quality_of
 from .generation import Event, Finish, GenerationRequest, Outcome, Token
 from .kept_logits import KeptLogits
 from .kv.originals import Originals
@@ -67,6 +67,8 @@ class Active:
         self.phase = Phase.PROMPT
         self.tokens: list[int] = list(request.prompt)
         """The prompt, and the tokens that are released or decided."""
+        self.passed = len(self.tokens)
+        """Of them, the first ones, that a pass computes."""
         self.drafted: list[int] = []
         self._drafts: list[Tensor] = []
         """The logits (V,) that each drafted token was chosen from."""
@@ -103,11 +105,11 @@ class Active:
         """Return what to compute next, at most ``room`` tokens of a prompt; None: nothing."""
         start = self.states.length
         if self.phase is Phase.PROMPT:
-            end = min(len(self.tokens), start + room)
+            end = min(self.passed, start + room)
             if end == start:
                 return None
             return self._rows(
-                self.tokens[start:end], start, True, settles=True, kept=int(end == len(self.tokens))
+                self.tokens[start:end], start, True, settles=True, kept=int(end == self.passed)
             )
         if self.phase is Phase.CHECK:
             self.states.crop(len(self.tokens) - 1)
@@ -115,7 +117,7 @@ class Active:
             return self._rows(ids, len(self.tokens) - 1, True, kept=len(ids))
         if self.phase in (Phase.JUDGE, Phase.CLIMB):
             return None
-        return self._rows([self.drafted[-1] if self.drafted else self.tokens[-1]], start, False)
+        return self._rows([self.drafted[-1] if self.drafted else self.tokens[start]], start, False)
 
     def take(self, logits: Tensor) -> None:
         """Go on with the logits (kept, V) of the rows that were asked for. Raises PlacementError
@@ -124,9 +126,9 @@ class Active:
         if not bool(logits.isfinite().all()):
             raise PlacementError("the model's logits aren't finite")
         if self.phase is Phase.PROMPT:
-            if self.states.length < len(self.tokens):
+            if self.states.length < self.passed:
                 return
-            self._release(logits[-1:], [self._choose(logits[-1])])
+            self._release_next(logits)
             self._go_on()
         elif self.phase is Phase.DRAFT:
             self.drafted.append(self._choose(logits[-1]))
@@ -136,7 +138,7 @@ class Active:
         elif self.phase is Phase.CHECK:
             self._check(logits)
         else:
-            self._release(logits[-1:], [self._choose(logits[-1])])
+            self._release_next(logits)
         if self.phase is not Phase.PROMPT:
             self._settle()
 
@@ -167,7 +169,11 @@ class Active:
         self.phase = Phase.DECODE if self.is_decided else Phase.CLIMB
 
     def begin_again(self, states: RequestStates, originals: Originals | None, tier: int) -> None:
-        """Compute the text so far anew, after all that was held of it was given away."""
+        """Compute the text so far anew, after all that was held of it was given away: by a pass
+        what full states made, else each token as it was, so that what follows is the same.
+        """
+        if self.kind in (Kind.FULL, Kind.VERIFIED):
+            self.passed = len(self.tokens)
         self.states, self.originals, self.tier = states, originals, tier
         self.rejected += len(self.drafted)
         self.drafted.clear()
@@ -176,7 +182,10 @@ class Active:
         self.phase = Phase.PROMPT
 
     def give_up_states(self) -> None:
-        """Hold no keys and values any more."""
+        """Hold no keys and values any more, and no originals."""
+        if self.originals is not None:
+            self.originals.close()
+            self.originals = None
         self.states = RequestStates(self.states.shape, self.states.tier, dtype=self.states.dtype)
 
     def count_bytes(self) -> int:
@@ -249,6 +258,11 @@ class Active:
         number = len(self.tokens) + len(self.drafted) - len(self.request.prompt)
         return self._chooser.choose(ids, logits_V, sequence=0, number=number)[0]
 
+    def _release_next(self, logits: Tensor) -> None:
+        """Choose the next token, unless that has been done before all was computed anew."""
+        if self.states.length == len(self.tokens):
+            self._release(logits[-1:], [self._choose(logits[-1])])
+
     def _check(self, logits: Tensor) -> None:
         """Accept drafted tokens by the full state's logits (drafted + 1, V)."""
         bound = self.request.bound
@@ -312,33 +326,3 @@ class Active:
                 self.finish = Finish.LENGTH
         if told:
             self.on_event(tuple(told))
-
-
-def kind_of(bound: QualityBound | None) -> Kind:
-    """Say how a declared bound is kept."""
-    if bound is None:
-        return Kind.FULL
-    return Kind.CALIBRATED if bound.delta else Kind.VERIFIED
-
-
-def quality_of(
-    bound: QualityBound | None,
-    tier: str,
-    *,
-    value: float = 0.0,
-    kind: Kind | None = None,
-    escalations: int = 0,
-    kv_bytes: int = 0,
-    total_bytes: int = 0,
-) -> Quality:
-    """Return what is known of an answer under a declared bound."""
-    return Quality(
-        tier=tier,
-        bound=value,
-        metric=bound.metric if bound else Metric.KL,
-        kind=kind or kind_of(bound),
-        delta=bound.delta if bound else 0.0,
-        escalations=escalations,
-        kv_bytes=kv_bytes,
-        total_bytes=total_bytes,
-    )

@@ -193,6 +193,27 @@ class Engine:
             self._stopped.add(number)
             self._lock.notify_all()
 
+    def resize(self, kv_budget: int) -> None:
+        """Change the budget. A smaller one is kept when this returns: verified requests step down,
+        then the youngest give back all, wait, and are computed anew; answers stay as they were.
+
+        Raises InputError, and nothing has changed, for a budget that a request which is here could
+        never fit into.
+        """
+        with self._lock:
+            self._check_open()
+            scheduler, stats = self._runner.scheduler, self._runner.stats
+            scheduler.resize(kv_budget)
+            stats.kv_budget = kv_budget
+            self._lock.notify_all()
+            self._lock.wait_for(
+                lambda: (
+                    not self.is_alive
+                    # Of what is promised, and of what a step before has come to.
+                    or max(scheduler.bytes_held() + self.fixed_bytes, stats.kv_bytes) <= kv_budget
+                )
+            )
+
     @property
     def is_alive(self) -> bool:
         """Whether it takes requests: it hasn't been closed, and no bug has ended it."""

@@ -7,6 +7,8 @@ and an audit now and then.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -61,6 +63,19 @@ def describe_answer(answer: Active, divergences: Sequence[float], name: str) -> 
 OnMeasured = Callable[[Measurement | Exception], None]
 
 
+def pass_over(answer: Active, on_measured: OnMeasured) -> dict[str, Any]:
+    """Return the request (of ``waiting.Waiting``) for the pass that measures an answer."""
+    assert answer.kept_logits is not None
+    tokens = answer.tokens[: len(answer.request.prompt) - 1 + len(answer.kept_logits)]
+    return {
+        "request": GenerationRequest(prompt=tokens, max_new_tokens=1),
+        "on_event": partial(tell_unmeasured, on_measured),
+        "tier": 0,
+        "on_measured": on_measured,
+        "answer": answer,
+    }
+
+
 class AuditPass(Active):
     """A pass over an answer that compares it with the full model. Its events go nowhere; its last
     is told with the measurement. ``name``: of the answer's tier.
@@ -91,6 +106,11 @@ class AuditPass(Active):
         self._start, self._kept = start, answer.kept_logits
         self._answer, self._on_measured, self._name = answer, on_measured, name
         self._divergences: list[float] = []
+
+    def begin_again(self, states: RequestStates, originals: Originals | None, tier: int) -> None:
+        """Compare from the first token on."""
+        self._divergences.clear()
+        super().begin_again(states, originals, tier)
 
     def next_rows(self, room: int) -> Rows | None:
         """Return the next tokens of the text."""

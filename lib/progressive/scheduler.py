@@ -218,7 +218,7 @@ class Scheduler:
         if budget_bytes - self._slot < largest:
             raise InputError(
                 f"a budget of {budget_bytes} bytes for keys and values is too small for a request "
-                f"that is here: it may need {largest}, and {self._slot} are shared"
+                f"that is here: give {largest + self._slot} or more"
             )
         self._budget = budget_bytes - self._slot
 
