@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..progressive.calibration import load_calibration
     from ..progressive.engine import Engine
     from ..serving.app import make_app
+    from ..serving.control import watched_budget
     from ..serving.serve import (
         describe_model,
         ignored_settings,
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.calibration is not None:
             calibration = load_calibration(args.calibration, calibration_keys(model))
             audit_file = AuditFile(args.calibration, calibration.digest)
-        with Engine(
+        engine = Engine(
             model,
             kv_budget=kv_budget,
             ladder=args.ladder,
@@ -113,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             calibration=calibration,
             audit_file=audit_file,
             max_queue=args.max_queue,
-        ) as engine:
+        )
+        with engine, watched_budget(engine, args.control):
             gate = make_app(engine, tokenizer, settings)
             document: dict[str, Any] = {
                 "url": listener.url,
@@ -201,6 +203,12 @@ def _parser() -> argparse.ArgumentParser:
         default="1GiB",
         metavar="SIZE",
         help=f"fast memory for those of all requests together {default}",
+    )
+    states.add_argument(
+        "--control",
+        type=Path,
+        metavar="FILE",
+        help="control file, by which tierhints monitor changes that while it runs (default: none)",
     )
     states.add_argument(
         "--ladder",
