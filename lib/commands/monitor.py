@@ -3,8 +3,9 @@
     tierhints monitor budget.json
     tierhints monitor budget.json --budget 400MiB
 
-The model's process has a controller with this control file (Runtime.control(file=)). The picture is
-that of its status, twice a second; elsewhere than on a terminal it is given once.
+The model's process has a controller with this control file (Runtime.control(file=)), or serves with
+it (tierhints serve --control). The picture is that of its status, twice a second; elsewhere than on
+a terminal it is given once.
 """
 
 import argparse
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = status_path(args.file)
     if not path.is_file():
         raise InputError(
-            f"{path} isn't there: no controller watches {args.file}; start one with "
-            "runtime.control(file=)"
+            f"{path} isn't there: nobody watches {args.file}; start a controller with "
+            "runtime.control(file=), or tierhints serve with --control"
         )
     if args.budget is not None:
         _ask(args.file, size)
@@ -81,7 +82,7 @@ def _ask(file: Path, size: str | None) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     status = parse_json(path.read_text(encoding="utf-8"))
-    if not isinstance(status, dict) or "fast_bytes" not in status:
+    if not isinstance(status, dict) or not {"fast_bytes", "kv_bytes"} & status.keys():
         raise InputError(f"{path} is no controller's status: give the control file")
     return status
 

@@ -57,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..checkpoint.load import load
     from ..checkpoint.models import quiet_transformers
     from ..evaluation.calibrate_requests import calibration_keys
+    from ..progressive.audit_file import AuditFile
     from ..progressive.calibration import load_calibration
     from ..progressive.engine import Engine
     from ..serving.app import make_app
+    from ..serving.control import watched_budget
     from ..serving.serve import (
         describe_model,
         ignored_settings,
@@ -99,18 +101,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         epsilon=args.epsilon,
         device=device,
     ):
-        calibration = None
+        calibration = audit_file = None
         if args.calibration is not None:
             calibration = load_calibration(args.calibration, calibration_keys(model))
-        with Engine(
+            audit_file = AuditFile(args.calibration, calibration.digest)
+        engine = Engine(
             model,
             kv_budget=kv_budget,
             ladder=args.ladder,
             folder=args.spill_dir,
             context=args.context,
             calibration=calibration,
+            audit_file=audit_file,
             max_queue=args.max_queue,
-        ) as engine:
+        )
+        with engine, watched_budget(engine, args.control):
             gate = make_app(engine, tokenizer, settings)
             document: dict[str, Any] = {
                 "url": listener.url,
@@ -143,7 +148,7 @@ def _table(document: dict[str, Any]) -> str:
 
 def _check_calibrated_weights(args: argparse.Namespace) -> None:
     """Raise InputError for a calibration beside weights that are compressed: it is of the model's
-    own.
+    own, and KL divergences don't add up (docs/serving.md).
     """
     precision = planned_precision(args.precision)
     compressed = precision not in (None, Precision.FP32) or (
@@ -152,8 +157,9 @@ def _check_calibrated_weights(args: argparse.Namespace) -> None:
     if args.calibration is not None and compressed:
         flag = f"--epsilon {args.epsilon}" if precision is None else f"--precision {precision}"
         raise InputError(
-            f"--calibration is of the model's own weights, and {flag} makes others of them: leave "
-            "one of the two out"
+            f"--calibration bounds the distance from the model's own weights, and {flag} makes "
+            "others of them: what they cost isn't in its bounds, and can't be added to them (KL "
+            "has no triangle inequality); leave one of the two out"
         )
 
 
@@ -197,6 +203,12 @@ def _parser() -> argparse.ArgumentParser:
         default="1GiB",
         metavar="SIZE",
         help=f"fast memory for those of all requests together {default}",
+    )
+    states.add_argument(
+        "--control",
+        type=Path,
+        metavar="FILE",
+        help="control file, by which tierhints monitor changes that while it runs (default: none)",
     )
     states.add_argument(
         "--ladder",

@@ -29,7 +29,7 @@ _INFORMING = 16
 """Requests that Fisher information is measured on."""
 _PRECISIONS = sorted({precision for pair in UNIFORM.values() for precision in pair})
 _TOGETHER = 16
-"""Answers on their way: the logits of each are kept until it is measured."""
+"""Answers on their way: the logits of each are on disk until it is measured."""
 
 
 def calibration_keys(model: Any) -> dict[str, str]:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import PlacementError
 from .batch import Rows
-from .bounds import Kind, Metric, Quality, QualityBound
+from .bounds import Kind, Metric, kind_of, quality_of
 from .generation import Event, Finish, GenerationRequest, Outcome, Token
+from .kept_logits import KeptLogits
 from .kv.originals import Originals
 from .kv.pages import RequestStates
 from .verify import Scored, divergences_of, make_chooser
@@ -66,10 +67,12 @@ class Active:
         self.phase = Phase.PROMPT
         self.tokens: list[int] = list(request.prompt)
         """The prompt, and the tokens that are released or decided."""
+        self.passed = len(self.tokens)
+        """Of them, the first ones, that a pass computes."""
         self.drafted: list[int] = []
         self._drafts: list[Tensor] = []
         """The logits (V,) that each drafted token was chosen from."""
-        self.kept_logits: list[Tensor] | None = None
+        self.kept_logits: KeptLogits | None = None
         """Those of all tokens, and of the end, where the answer is to be measured."""
         self.prompt_errors: list[tuple[float, float]] = []
         """Of each layer the sums of squared errors of the prompt's pages, at this tier."""
@@ -102,11 +105,11 @@ class Active:
         """Return what to compute next, at most ``room`` tokens of a prompt; None: nothing."""
         start = self.states.length
         if self.phase is Phase.PROMPT:
-            end = min(len(self.tokens), start + room)
+            end = min(self.passed, start + room)
             if end == start:
                 return None
             return self._rows(
-                self.tokens[start:end], start, True, settles=True, kept=int(end == len(self.tokens))
+                self.tokens[start:end], start, True, settles=True, kept=int(end == self.passed)
             )
         if self.phase is Phase.CHECK:
             self.states.crop(len(self.tokens) - 1)
@@ -114,7 +117,7 @@ class Active:
             return self._rows(ids, len(self.tokens) - 1, True, kept=len(ids))
         if self.phase in (Phase.JUDGE, Phase.CLIMB):
             return None
-        return self._rows([self.drafted[-1] if self.drafted else self.tokens[-1]], start, False)
+        return self._rows([self.drafted[-1] if self.drafted else self.tokens[start]], start, False)
 
     def take(self, scored: Scored) -> None:
         """Go on with the logits of the rows that were asked for. Raises PlacementError for logits
@@ -123,9 +126,9 @@ class Active:
         if not scored.are_finite:
             raise PlacementError("the model's logits aren't finite")
         if self.phase is Phase.PROMPT:
-            if self.states.length < len(self.tokens):
+            if self.states.length < self.passed:
                 return
-            self._release(scored, [self._choose(scored, 0)])
+            self._release_next(scored)
             self._go_on()
         elif self.phase is Phase.DRAFT:
             self.drafted.append(self._choose(scored, 0))
@@ -135,7 +138,7 @@ class Active:
         elif self.phase is Phase.CHECK:
             self._check(scored)
         else:
-            self._release(scored, [self._choose(scored, 0)])
+            self._release_next(scored)
         if self.phase is not Phase.PROMPT:
             self._settle()
 
@@ -166,7 +169,11 @@ class Active:
         self.phase = Phase.DECODE if self.is_decided else Phase.CLIMB
 
     def begin_again(self, states: RequestStates, originals: Originals | None, tier: int) -> None:
-        """Compute the text so far anew, after all that was held of it was given away."""
+        """Compute the text so far anew, after all that was held of it was given away: by a pass
+        what full states made, else each token as it was, so that what follows is the same.
+        """
+        if self.kind in (Kind.FULL, Kind.VERIFIED):
+            self.passed = len(self.tokens)
         self.states, self.originals, self.tier = states, originals, tier
         self.rejected += len(self.drafted)
         self.drafted.clear()
@@ -175,7 +182,10 @@ class Active:
         self.phase = Phase.PROMPT
 
     def give_up_states(self) -> None:
-        """Hold no keys and values any more."""
+        """Hold no keys and values any more, and no originals."""
+        if self.originals is not None:
+            self.originals.close()
+            self.originals = None
         self.states = RequestStates(self.states.shape, self.states.tier, dtype=self.states.dtype)
 
     def count_bytes(self) -> int:
@@ -248,6 +258,11 @@ class Active:
         number = len(self.tokens) + len(self.drafted) - len(self.request.prompt)
         return self._chooser.choose(ids, scored.logits_TV[row], sequence=0, number=number)[0]
 
+    def _release_next(self, scored: Scored) -> None:
+        """Choose the next token, unless that has been done before all was computed anew."""
+        if self.states.length == len(self.tokens):
+            self._release(scored, [self._choose(scored, 0)])
+
     def _check(self, scored: Scored) -> None:
         """Accept drafted tokens by the full state's logits, of them and of what comes next."""
         bound = self.request.bound
@@ -298,7 +313,7 @@ class Active:
             if self.kept_logits is not None:
                 is_draft = place < min(len(ids), len(drafts))
                 logits_TV = drafts if is_draft else scored.logits_TV
-                self.kept_logits.append(logits_TV[place].clone())
+                self.kept_logits.append(logits_TV[place])
             if token in self.request.stop_ids:
                 self.finish = Finish.STOP
                 break
@@ -308,33 +323,3 @@ class Active:
                 self.finish = Finish.LENGTH
         if told:
             self.on_event(tuple(told))
-
-
-def kind_of(bound: QualityBound | None) -> Kind:
-    """Say how a declared bound is kept."""
-    if bound is None:
-        return Kind.FULL
-    return Kind.CALIBRATED if bound.delta else Kind.VERIFIED
-
-
-def quality_of(
-    bound: QualityBound | None,
-    tier: str,
-    *,
-    value: float = 0.0,
-    kind: Kind | None = None,
-    escalations: int = 0,
-    kv_bytes: int = 0,
-    total_bytes: int = 0,
-) -> Quality:
-    """Return what is known of an answer under a declared bound."""
-    return Quality(
-        tier=tier,
-        bound=value,
-        metric=bound.metric if bound else Metric.KL,
-        kind=kind or kind_of(bound),
-        delta=bound.delta if bound else 0.0,
-        escalations=escalations,
-        kv_bytes=kv_bytes,
-        total_bytes=total_bytes,
-    )

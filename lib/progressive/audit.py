@@ -26,12 +26,13 @@ divide by s for requests):
     0.01     0.1                      54          103
 
 A rate between delta and 1.45 delta breaks the promise, and may never be caught. Which requests
-are audited is drawn beforehand, by number: it can't depend on how they go. No torch.
+are audited is drawn beforehand, by number: it can't depend on how they go. As the bet is always the
+same, E depends on two counts alone, and not on their order: ``audit_file.py`` keeps them. No torch.
 """
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import xxhash
 
@@ -41,6 +42,27 @@ STOP_AT = 20.0
 """E at which releasing stops: 1 over the chance of stopping for nothing."""
 _HORIZON = 20_000
 """Audits after which a workload that wasn't caught counts as never caught."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditCounts:
+    """What the test of one delta has come to: all that its evidence depends on."""
+
+    audits: int = 0
+    broken: int = 0
+    stopped: bool = False
+    """Whether its evidence has ever reached ``STOP_AT``."""
+
+    def add(self, delta: float, *, broken: bool) -> "AuditCounts":
+        """Return what one audit more makes of it."""
+        more = AuditCounts(audits=self.audits + 1, broken=self.broken + broken)
+        stopped = self.stopped or more.log_evidence(delta) >= math.log(STOP_AT)
+        return replace(more, stopped=stopped)
+
+    def log_evidence(self, delta: float) -> float:
+        """Return log E: 0 at first."""
+        won, lost = _log_factors(delta)
+        return self.broken * won + (self.audits - self.broken) * lost
 
 
 class RequestAudit:
@@ -58,16 +80,18 @@ class RequestAudit:
             )
         self.delta = delta
         self.share = share
-        self.num_audits = 0
-        self.num_broken = 0
-        self.stopped = False
+        self.counts = AuditCounts()
         self._seed = seed
-        self._log_evidence = 0.0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing is released below full any more."""
+        return self.counts.stopped
 
     @property
     def evidence(self) -> float:
         """E: 1 at first."""
-        return math.exp(min(self._log_evidence, 700.0))
+        return math.exp(min(self.counts.log_evidence(self.delta), 700.0))
 
     def is_chosen(self, number: int) -> bool:
         """Say whether a request is audited, by its number alone."""
@@ -76,11 +100,7 @@ class RequestAudit:
 
     def record(self, *, broken: bool) -> None:
         """Take an audit into account; once stopped it stays so."""
-        self.num_audits += 1
-        self.num_broken += broken
-        won, lost = _log_factors(self.delta)
-        self._log_evidence += won if broken else lost
-        self.stopped |= self._log_evidence >= math.log(STOP_AT)
+        self.counts = self.counts.add(self.delta, broken=broken)
 
 
 @dataclass(frozen=True, slots=True)

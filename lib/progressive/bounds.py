@@ -84,3 +84,33 @@ class Quality:
     """The most that its keys and values took of fast memory."""
     total_bytes: int
     """With the originals, below: the most at one time."""
+
+
+def kind_of(bound: QualityBound | None) -> Kind:
+    """Say how a declared bound is kept."""
+    if bound is None:
+        return Kind.FULL
+    return Kind.CALIBRATED if bound.delta else Kind.VERIFIED
+
+
+def quality_of(
+    bound: QualityBound | None,
+    tier: str,
+    *,
+    value: float = 0.0,
+    kind: Kind | None = None,
+    escalations: int = 0,
+    kv_bytes: int = 0,
+    total_bytes: int = 0,
+) -> Quality:
+    """Return what is known of an answer under a declared bound."""
+    return Quality(
+        tier=tier,
+        bound=value,
+        metric=bound.metric if bound else Metric.KL,
+        kind=kind or kind_of(bound),
+        delta=bound.delta if bound else 0.0,
+        escalations=escalations,
+        kv_bytes=kv_bytes,
+        total_bytes=total_bytes,
+    )

@@ -1,10 +1,16 @@
 """Bounds of a calibration in an engine: what a tier's is, and which answers are audited."""
 
 import math
+import secrets
 import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 
+from ..errors import InputError
 from .active import Active
-from .audit import RequestAudit
+from .audit import AuditCounts, RequestAudit
+from .audit_file import AuditFile
 from .bounds import RequestError
 from .calibration import Calibration
 from .estimators import Calibrated, Evidence, choose_estimator
@@ -23,16 +29,27 @@ class CalibratedBounds:
     """The bounds of one calibration, or of none; each of ``DELTAS`` has an audit of its own, and
     one that has stopped stops those of smaller deltas as well.
 
-    ``full``: index of the full tier. Bounds are asked for in the engine's thread; requests are
-    checked, and audits told, in any.
+    ``full``: index of the full tier. ``audit_file``: what audits have found so far, and where it is
+    kept; None: with this object. Bounds are asked for in the engine's thread; requests are checked,
+    and audits told, in any.
     """
 
     def __init__(
-        self, calibration: Calibration | None, full: int, *, audited_share: float = AUDITED_SHARE
+        self,
+        calibration: Calibration | None,
+        full: int,
+        *,
+        audited_share: float = AUDITED_SHARE,
+        audit_file: AuditFile | None = None,
     ) -> None:
         self._calibration, self._full, self._share = calibration, full, audited_share
-        self._lock = threading.Lock()
+        self._file = audit_file
+        self._seed = secrets.randbits(63)  # else each restart would draw the same few again
+        self._lock = threading.RLock()
         self._audits: dict[float, RequestAudit] = {}
+        self._failed = 0
+        if audit_file is not None:
+            self._take(audit_file.found)
 
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError for a bound that this calibration can't keep, and for answers other
@@ -77,23 +94,44 @@ class CalibratedBounds:
             return None
 
         def tell(found: Measurement | Exception) -> None:
-            if isinstance(found, Measurement):  # else it wasn't measured, and says nothing
-                with self._lock:
-                    audit.record(broken=found.tier < self._full and found.mean > declared.epsilon)
+            with self._lock:
+                if isinstance(found, Exception):  # it wasn't measured, and says nothing
+                    self._failed += 1
+                    return
+                broken = found.tier < self._full and found.mean > declared.epsilon
+                audit.record(broken=broken)
+                self._keep(audit.delta, broken)
 
         return tell
 
-    def counts(self) -> tuple[int, int, int]:
-        """Return how many answers were audited, how many were above their bounds, and of how many
-        deltas nothing is released below full any more.
+    def counts(self) -> dict[str, int]:
+        """Return how many answers were audited, how many were above their bounds, how many could
+        not be measured, and of how many deltas nothing is released below full any more.
         """
         with self._lock:
-            audits = list(self._audits.values())
-        return (
-            sum(each.num_audits for each in audits),
-            sum(each.num_broken for each in audits),
-            sum(each.stopped for each in audits),
-        )
+            counts = [each.counts for each in self._audits.values()]
+            return {
+                "audits": sum(each.audits for each in counts),
+                "broken_bounds": sum(each.broken for each in counts),
+                "failed_audits": self._failed,
+                "stopped_bounds": sum(each.stopped for each in counts),
+            }
+
+    def _keep(self, delta: float, broken: bool) -> None:
+        """Add an audit to the file, and take over what other servers have added."""
+        if self._file is None:
+            return
+        try:
+            self._file.add(delta, broken=broken)
+        except (InputError, OSError) as error:
+            warnings.warn(f"an audit isn't kept yet: {error}", RuntimeWarning, stacklevel=2)
+            return
+        self._take(self._file.found)
+
+    def _take(self, found: Mapping[float, AuditCounts]) -> None:
+        for delta, counts in found.items():
+            audit = self._audit(delta)
+            audit.counts = replace(counts, stopped=counts.stopped or audit.stopped)
 
     def _is_stopped(self, delta: float) -> bool:
         with self._lock:
@@ -102,7 +140,7 @@ class CalibratedBounds:
     def _audit(self, delta: float) -> RequestAudit:
         with self._lock:
             if delta not in self._audits:
-                self._audits[delta] = RequestAudit(delta, share=self._share)
+                self._audits[delta] = RequestAudit(delta, share=self._share, seed=self._seed)
             return self._audits[delta]
 
 

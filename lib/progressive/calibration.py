@@ -5,11 +5,14 @@ workload and policy (how a tier is chosen, and tokens). The ladder is in the fil
 digest there, and a file of others isn't loaded. No torch.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from ..errors import InputError
 from ..files import parse_json, write_json
@@ -81,19 +84,24 @@ class Calibration:
             )
         return sorted(self.scores)[rank - 1]
 
+    @property
+    def digest(self) -> str:
+        """What tells it from any other."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(self._to_document(), sort_keys=True).encode())
+
     def save(self, path: str | Path) -> None:
         """Write a JSON file, at once or not at all."""
-        write_json(
-            {
-                "format": FORMAT,
-                "keys": dict(self.keys),
-                "ladder": self.ladder.to_dict(),
-                "information": [list(pair) for pair in self.information],
-                "scores": list(self.scores),
-                "tokens": list(self.tokens),
-            },
-            path,
-        )
+        write_json(self._to_document(), path)
+
+    def _to_document(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "keys": dict(self.keys),
+            "ladder": self.ladder.to_dict(),
+            "information": [list(pair) for pair in self.information],
+            "scores": list(self.scores),
+            "tokens": list(self.tokens),
+        }
 
 
 def load_calibration(path: str | Path, expected: Mapping[str, str]) -> Calibration:

@@ -19,6 +19,7 @@ import torch
 
 from ..errors import InputError, PlacementError
 from .active import LONGEST_WINDOW
+from .audit_file import AuditFile
 from .bounds import RequestError
 from .calibrated import AUDITED_SHARE, CalibratedBounds
 from .calibration import Calibration
@@ -51,7 +52,8 @@ class Engine:
     ``kv_budget``: bytes of fast memory for keys and values, the room for one layer of originals
     included. ``ladder``: or names of tiers. ``folder``: on a disk, where originals go.
     ``context``: tokens of a text at most. ``calibration``: of this model and ladder, for bounds
-    with a delta, of which a share is audited. ``prefix_bytes``: of disk, for originals that later
+    with a delta, of which a share is audited; ``audit_file``: where what audits find is kept, else
+    it is forgotten with the engine. ``prefix_bytes``: of disk, for originals that later
     requests that begin alike take over; 0: none are kept. ``history``: kind of bound -> how many of
     earlier requests climbed, and how many there were; without it all are taken to climb at first.
     Raises InputError for a model whose attention can't be served by request, and for a budget
@@ -68,6 +70,7 @@ class Engine:
         context: int | None = None,
         calibration: Calibration | None = None,
         audited_share: float = AUDITED_SHARE,
+        audit_file: AuditFile | None = None,
         prefix_bytes: int = PREFIX_BYTES,
         history: Mapping[str, tuple[int, int]] | None = None,
         max_queue: int = 256,
@@ -88,7 +91,7 @@ class Engine:
                 calibration.check_covers(ladder)
             self.ladder = ladder
             self._calibrated = CalibratedBounds(
-                calibration, ladder.full, audited_share=audited_share
+                calibration, ladder.full, audited_share=audited_share, audit_file=audit_file
             )
             layer_bytes = STEP_TOKENS * self.shape.token_bytes // self.shape.layers
             self.fixed_bytes = fixed_bytes = self._served.slot.num_bytes + layer_bytes
@@ -190,6 +193,27 @@ class Engine:
             self._stopped.add(number)
             self._lock.notify_all()
 
+    def resize(self, kv_budget: int) -> None:
+        """Change the budget. A smaller one is kept when this returns: verified requests step down,
+        then the youngest give back all, wait, and are computed anew; answers stay as they were.
+
+        Raises InputError, and nothing has changed, for a budget that a request which is here could
+        never fit into.
+        """
+        with self._lock:
+            self._check_open()
+            scheduler, stats = self._runner.scheduler, self._runner.stats
+            scheduler.resize(kv_budget)
+            stats.kv_budget = kv_budget
+            self._lock.notify_all()
+            self._lock.wait_for(
+                lambda: (
+                    not self.is_alive
+                    # Of what is promised, and of what a step before has come to.
+                    or max(scheduler.bytes_held() + self.fixed_bytes, stats.kv_bytes) <= kv_budget
+                )
+            )
+
     @property
     def is_alive(self) -> bool:
         """Whether it takes requests: it hasn't been closed, and no bug has ended it."""
@@ -198,13 +222,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return a copy of what was counted so far."""
         runner = self._runner
-        audits, broken, stopped = self._calibrated.counts()
+        audits = self._calibrated.counts()
         with self._lock:
             return replace(
                 runner.stats,
-                audits=audits,
-                broken_bounds=broken,
-                stopped_bounds=stopped,
+                **audits,
                 waiting=len(runner.waiting),
                 running=len(runner.active),
                 tiers=dict(runner.stats.tiers),

@@ -7,8 +7,8 @@ and an audit now and then.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
+from functools import partial
+from typing import Any
 
 from ..errors import PlacementError
 from .active import Active, Phase
@@ -17,6 +17,7 @@ from .bounds import Quality
 from .generation import Event, Finish, GenerationRequest, Outcome
 from .kv.originals import Originals
 from .kv.pages import RequestStates
+from .ladder import PAGE_TOKENS
 from .verify import Scored, divergences_of
 
 LayerErrors = Sequence[tuple[float, float]]
@@ -60,6 +61,19 @@ def describe_answer(answer: Active, divergences: Sequence[float], name: str) -> 
 OnMeasured = Callable[[Measurement | Exception], None]
 
 
+def pass_over(answer: Active, on_measured: OnMeasured) -> dict[str, Any]:
+    """Return the request (of ``waiting.Waiting``) for the pass that measures an answer."""
+    assert answer.kept_logits is not None
+    tokens = answer.tokens[: len(answer.request.prompt) - 1 + len(answer.kept_logits)]
+    return {
+        "request": GenerationRequest(prompt=tokens, max_new_tokens=1),
+        "on_event": partial(tell_unmeasured, on_measured),
+        "tier": 0,
+        "on_measured": on_measured,
+        "answer": answer,
+    }
+
+
 class AuditPass(Active):
     """A pass over an answer that compares it with the full model. Its events go nowhere; its last
     is told with the measurement. ``name``: of the answer's tier.
@@ -75,9 +89,9 @@ class AuditPass(Active):
         states: RequestStates,
         originals: Originals | None,
     ) -> None:
-        logits = answer.kept_logits or []
+        assert answer.kept_logits is not None
         start = len(answer.request.prompt) - 1
-        tokens = answer.tokens[: start + len(logits)]
+        tokens = answer.tokens[: start + len(answer.kept_logits)]
         super().__init__(
             number,
             GenerationRequest(prompt=tokens, max_new_tokens=1),
@@ -87,9 +101,14 @@ class AuditPass(Active):
             tier=0,
             top=0,
         )
-        self._start, self._logits = start, logits
+        self._start, self._kept = start, answer.kept_logits
         self._answer, self._on_measured, self._name = answer, on_measured, name
         self._divergences: list[float] = []
+
+    def begin_again(self, states: RequestStates, originals: Originals | None, tier: int) -> None:
+        """Compare from the first token on."""
+        self._divergences.clear()
+        super().begin_again(states, originals, tier)
 
     def next_rows(self, room: int) -> Rows | None:
         """Return the next tokens of the text."""
@@ -98,19 +117,22 @@ class AuditPass(Active):
         end = min(len(self.tokens), start + room)
         if end == start:
             return None
-        kept = max(0, end - max(start, self._start))
+        compared = max(0, end - max(start, self._start))
+        kept = min(compared, PAGE_TOKENS)  # so few logits are in memory at a time
+        end -= compared - kept
         return self._rows(self.tokens[start:end], start, True, settles=True, kept=kept)
 
     def take(self, scored: Scored) -> None:
         """Compare the full model's logits with those that tokens were chosen from."""
         if len(scored):
             done = len(self._divergences)
-            others = torch.stack(self._logits[done : done + len(scored)])
+            others = self._kept.read(done, len(scored))
             self._divergences += divergences_of(scored.logits_TV, others)
         if self.states.length == len(self.tokens):
             self.finish = Finish.LENGTH
 
     def _tell(self, event: Event) -> None:
+        self._kept.close()
         if self.finish is Finish.LENGTH:
             self._on_measured(describe_answer(self._answer, self._divergences, self._name))
         else:

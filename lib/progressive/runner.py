@@ -5,22 +5,22 @@ All of it happens in the engine's thread. What callers also look at is guarded b
 
 import threading
 import time
-from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import InputError, PlacementError
-from .active import Active, Phase, kind_of
+from .active import Active, Phase
 from .batch import Rows
-from .bounds import Kind, RequestError
+from .bounds import Kind, RequestError, kind_of
 from .calibrated import CalibratedBounds
-from .generation import Event, Finish, GenerationRequest
+from .generation import Event, Finish
+from .kept_logits import KeptLogits
 from .kv.originals import Originals, OriginalsFolder
 from .kv.pages import RequestStates
 from .kv.prefixes import Prefixes, adopt, write_originals
 from .ladder import Ladder, num_pages
-from .measuring import AuditPass, describe_answer, tell_unmeasured
+from .measuring import AuditPass, describe_answer, pass_over
 from .scheduler import Scheduler
 from .served import ServedModel
 from .waiting import EngineStats, Waiting, tell, unstarted
@@ -85,9 +85,13 @@ class Runner:
         """Make a step; False if nobody can go on."""
         with self.lock:
             preemptions = self.scheduler.preemptions()
-            admitted = [self.waiting.pop(each) for each in self.scheduler.admit(time.monotonic())]
         for preemption in preemptions:
             self._preempt(self.active[preemption.id], preemption.tier)
+        with self.lock:
+            if preemptions:
+                self._count_bytes()
+                self.lock.notify_all()
+            admitted = [self.waiting.pop(each) for each in self.scheduler.admit(time.monotonic())]
         for waiting in admitted:
             self._start(waiting)
         self._judge()
@@ -105,13 +109,15 @@ class Runner:
             waiting = [self.waiting.pop(each) for each in ended if each in self.waiting]
             for each in waiting:
                 self.scheduler.finish(each.number, cancelled=True)
+                if each.before is not None:  # it was evicted, and has an answer so far
+                    self.active[each.number], self._entries[each.number] = each.before, each
         for number in sorted(ended & self.active.keys()):
             active = self.active[number]
             active.finish = Finish.DEADLINE if number in late else Finish.CANCELLED
             if number in stopped:
                 active.finish = Finish.STOP
             self._end(active)
-        for each in waiting:
+        for each in (one for one in waiting if one.before is None):
             finish = Finish.DEADLINE if each.number in late else Finish.CANCELLED
             self.stats.cancelled += 1
             tell(each.on_event, unstarted(each.request, finish, self.ladder.names[0]))
@@ -165,7 +171,7 @@ class Runner:
         if active.kind is Kind.CALIBRATED and waiting.on_measured is None:
             waiting.on_measured = self.calibrated.draw(waiting.number, waiting.request)
         if waiting.on_measured is not None:
-            active.kept_logits = []
+            active.kept_logits = KeptLogits(self.folder)
         return active
 
     def _allocate(self, waiting: Waiting, tier: int) -> tuple[RequestStates, Originals | None, int]:
@@ -173,7 +179,8 @@ class Runner:
         those of a beginning that is known.
         """
         request, shape = waiting.request, self.served.shape
-        tokens = waiting.before.tokens if waiting.before else request.prompt
+        before = waiting.before
+        tokens = before.tokens[: before.passed] if before else request.prompt
         found = self.prefixes.find(tokens) if waiting.answer is None else None
         if found is not None:
             states = RequestStates(shape, self.ladder.tiers[tier], dtype=self.served.dtype)
@@ -198,8 +205,8 @@ class Runner:
     def _preempt(self, active: Active, tier: int | None) -> None:
         """Have a request step down to a tier; None: give all back, and wait."""
         if tier is None:
-            if active.originals is not None:
-                active.originals.close()
+            active.give_up_states()
+            self.stats.evictions += 1
             with self.lock:
                 del self.active[active.number]
                 waiting = self._entries.pop(active.number)
@@ -212,6 +219,7 @@ class Runner:
             except InputError:  # somewhere the lower tier has more bits
                 self.served.slot.rebuild(active.states, self.ladder.tiers[tier], active.originals)
             active.has_stepped_down(tier)
+            self.stats.step_downs += 1
         except Exception as error:
             self._fail(active, error)
 
@@ -300,20 +308,19 @@ class Runner:
     def _leave(self, active: Active, last: Event) -> None:
         whole = active.finish in (Finish.STOP, Finish.LENGTH)
         self._keep(active, whole)
+        if active.kept_logits and active.finish not in (None, Finish.CANCELLED):
+            self._measure(active, self._entries[active.number])
         with self.lock:
-            del self.active[active.number]
-            entry = self._entries.pop(active.number)
+            del self.active[active.number], self._entries[active.number]
             self.scheduler.finish(active.number, cancelled=not whole)
             self._count_bytes()
-        if active.kept_logits and active.finish not in (None, Finish.CANCELLED):
-            self._measure(active, entry)
-        with self.lock:
             self.lock.notify_all()
         tell(active.on_event, last)
 
     def _keep(self, active: Active, whole: bool) -> None:
         """Keep what was computed of a text's beginning, or throw it away."""
-        originals, tokens = active.originals, list(active.request.prompt)
+        originals, active.originals = active.originals, None
+        tokens = list(active.request.prompt)
         if not whole or isinstance(active, AuditPass):
             if originals is not None:
                 originals.close()
@@ -335,16 +342,9 @@ class Runner:
         if active.kind is Kind.CALIBRATED and active.tier == self.ladder.full:  # there is no error
             tell(on_measured, describe_answer(active, (), self.ladder.names[-1]))
             return
-        tokens = active.tokens[: len(active.request.prompt) - 1 + len(active.kept_logits or [])]
         active.give_up_states()  # while it waits, others have the memory
         try:
             with self.lock:
-                self.enqueue(
-                    request=GenerationRequest(prompt=tokens, max_new_tokens=1),
-                    on_event=partial(tell_unmeasured, on_measured),
-                    tier=0,
-                    on_measured=on_measured,
-                    answer=active,
-                )
+                self.enqueue(**pass_over(active, on_measured))
         except RequestError as error:
             tell(on_measured, error)

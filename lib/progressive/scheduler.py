@@ -217,8 +217,8 @@ class Scheduler:
         largest = max((each.claim for each in self._all()), default=1)
         if budget_bytes - self._slot < largest:
             raise InputError(
-                f"a budget of {budget_bytes} bytes for keys and values is too small for a request "
-                f"that is here: it may need {largest}, and {self._slot} are shared"
+                f"a budget of {budget_bytes} bytes for keys and values is too small for what is "
+                f"here: give {largest + self._slot} or more"
             )
         self._budget = budget_bytes - self._slot
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .active import Active, kind_of, quality_of
-from .bounds import Kind
+from .active import Active
+from .bounds import Kind, kind_of, quality_of
 from .generation import Event, Finish, GenerationRequest, Outcome
 from .measuring import OnMeasured
 
@@ -26,6 +26,10 @@ class EngineStats:
     new_tokens: int = 0
     rejected_tokens: int = 0
     escalations: int = 0
+    step_downs: int = 0
+    """Of verified requests to their lowest tier, for the sake of others."""
+    evictions: int = 0
+    """Requests that gave all back for a lower budget, to be computed again."""
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
@@ -39,6 +43,8 @@ class EngineStats:
     """Of answers under a calibrated bound."""
     broken_bounds: int = 0
     """Found by audits."""
+    failed_audits: int = 0
+    """Answers that were to be audited, and couldn't be measured."""
     stopped_bounds: int = 0
     """Deltas of which nothing is released below full any more."""
 
@@ -78,6 +84,8 @@ class Waiting:
         """Return the tier that it starts at; ``full``: index of the full one."""
         if self.tier is not None:
             return self.tier
+        if self.before is not None and self.before.kind is Kind.CALIBRATED:
+            return self.before.tier if self.before.is_decided else 0  # as the scheduler has it
         return full if kind_of(self.request.bound) is Kind.FULL else 0
 
 

@@ -1,6 +1,6 @@
 """What a running model does, as a picture in a terminal: tiers, states, bandwidth, hits, refusals.
 
-It is drawn from the status that a controller writes beside its control file
+It is drawn from the status that a controller, or a server, writes beside its control file
 (``tiering.control.file``), so the model may run in another process.
 """
 
@@ -31,10 +31,25 @@ _MEANINGS = {
 def draw_status(status: Mapping[str, Any], *, age_seconds: float) -> RenderableType:
     """Return one picture of a status; ``age_seconds``: how old it is."""
     title = "tierhints" if age_seconds < 2 else f"tierhints, last heard {age_seconds:.0f} s ago"
-    parts: list[RenderableType] = [_budget(status), _states(status), _speed(status)]
+    if "kv_budget" in status:
+        parts: list[RenderableType] = [_served(status)]
+    else:
+        parts = [_budget(status), _states(status), _speed(status)]
     if status.get("error"):
         parts.append(Text(f"refused: {status['error']}", style="red"))
     return Panel(Group(*parts), title=title, title_align="left")
+
+
+def _served(status: Mapping[str, Any]) -> RenderableType:
+    """Draw what keys and values take, and what an engine does and did."""
+    table = Table.grid(padding=(0, 2))
+    limit, held = status["kv_budget"], status["kv_bytes"]
+    said = f"{format_bytes(held)} of {format_bytes(limit)}"
+    table.add_row("keys and values", Bar(max(limit, held), 0, held, width=_WIDTH), said)
+    table.add_row("requests", f"{status['running']} running, {status['waiting']} waiting")
+    for name in ("finished", "cancelled", "failed", "escalations", "step_downs", "evictions"):
+        table.add_row(name.replace("_", " "), str(status[name]))
+    return table
 
 
 def _budget(status: Mapping[str, Any]) -> RenderableType:

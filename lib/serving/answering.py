@@ -65,7 +65,7 @@ class Preparing:
                 stops=body.stops,
                 keep_tokens=bool(body.logprobs),
                 raw=isinstance(reader, TemplateReader),
-                one_call=bool(body.must_call) or body.parallel_tool_calls is False,
+                one_call=body.parallel_tool_calls is False and not body.must_call,
             )
             constraint = self._constraint(body)
             request = self._request(

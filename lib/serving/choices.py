@@ -30,6 +30,8 @@ class Piece:
     content: str = ""
     reasoning: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    arguments: str = ""
+    """More of the last call's, of this piece or an earlier one."""
     tokens: list[TokenText] = field(default_factory=list)
 
     def add(self, reading: Reading) -> None:
@@ -37,9 +39,11 @@ class Piece:
         self.content += reading.content
         self.reasoning += reading.reasoning
         self.calls += reading.calls
+        self.arguments += reading.arguments
 
     def __bool__(self) -> bool:
-        return bool(self.content or self.reasoning or self.calls or self.tokens)
+        own = self.content or self.reasoning or self.calls or self.arguments or self.tokens
+        return bool(own)
 
 
 class Choice:
@@ -103,10 +107,13 @@ class Choice:
         if not self.has_enough:
             self._read(self._stops.put(self._text.end()) + self._stops.end(), piece)
         complete = outcome.finish is Finish.STOP or self.has_enough
+        is_cut = False
         if not (self._one_call and self._called):
-            self._add(self._reader.end(complete=complete), piece)
+            reading = self._reader.end(complete=complete)
+            is_cut = reading.is_cut
+            self._add(reading, piece)
         self.finish_reason = "stop" if complete else "length"
-        if self._called and complete:
+        if self._called and complete and not is_cut:
             self.finish_reason = "tool_calls"
         return piece
 

@@ -53,17 +53,17 @@ def json_response(
 
 
 def as_api_error(error: BaseException, *, retry_seconds: int = 1) -> ApiError:
-    """Return what a client is told of an exception; one that nobody expected goes to the log."""
+    """Return what a client is told of an exception. A RequestError describes what was asked; every
+    other is the server's own fault, and goes to its log.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
         status = _LATER.get(error.code or "", 400)
         headers = {"Retry-After": str(retry_seconds)} if status in _LATER.values() else {}
         return ApiError(status, str(error), param=error.param, code=error.code, headers=headers)
-    if isinstance(error, InputError):
-        return ApiError(400, str(error))
     _LOG.error("a request failed", exc_info=error)
-    if isinstance(error, (PlacementError, OSError, MemoryError)):
+    if isinstance(error, InputError | PlacementError | OSError | MemoryError):
         return ApiError(500, f"{type(error).__name__}: {error}", code="engine_failure")
     return ApiError(500, "the server failed at this request: its log says why")
 
@@ -82,7 +82,7 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return validation_error(error.errors()).response()
 
-    for kind in (ApiError, InputError, Exception):
+    for kind in (ApiError, Exception):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(HTTPError, http)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -120,23 +120,32 @@ class ChatReply(Reply):
             more["content"] = piece.content
         if piece.reasoning:
             more["reasoning_content"] = piece.reasoning
-        if piece.calls:
-            before = self._num_calls.get(choice.index, 0)
-            self._num_calls[choice.index] = before + len(piece.calls)
-            more["tool_calls"] = [
-                ChoiceDeltaToolCall(
-                    index=before + number,
-                    id=_call_id(),
-                    type="function",
-                    function=ChoiceDeltaToolCallFunction(name=call.name, arguments=call.arguments),
-                )
-                for number, call in enumerate(piece.calls)
-            ]
+        if piece.calls or piece.arguments:
+            more["tool_calls"] = self._call_deltas(choice, piece)
         return self._choice(choice, ChoiceDelta(**more), logprobs=self._logprobs(piece.tokens))
 
     def end(self, choice: Choice) -> Document:
         """Return why a choice has ended."""
         return self._choice(choice, ChoiceDelta(), finish_reason=choice.finish_reason)
+
+    def _call_deltas(self, choice: Choice, piece: Piece) -> list[ChoiceDeltaToolCall]:
+        """Return calls with their names and ids; then more of the arguments of one that was begun
+        earlier.
+        """
+        before = self._num_calls.get(choice.index, 0)
+        self._num_calls[choice.index] = before + len(piece.calls)
+        if not piece.calls:
+            function = ChoiceDeltaToolCallFunction(arguments=piece.arguments)
+            return [ChoiceDeltaToolCall(index=before - 1, function=function)]
+        return [
+            ChoiceDeltaToolCall(
+                index=before + number,
+                id=_call_id(),
+                type="function",
+                function=ChoiceDeltaToolCallFunction(name=call.name, arguments=call.arguments),
+            )
+            for number, call in enumerate(_calls([piece]))
+        ]
 
     def _choice(
         self,
@@ -271,7 +280,7 @@ def _own_quality(choice: Choice, choices: Sequence[Choice]) -> Document:
 
 def _message(pieces: Sequence[Piece]) -> ChatCompletionMessage:
     content = "".join(piece.content for piece in pieces)
-    calls = [_message_call(call) for piece in pieces for call in piece.calls]
+    calls = [_message_call(call) for call in _calls(pieces)]
     reasoning = "".join(piece.reasoning for piece in pieces)
     more: Mapping[str, Any] = {
         **({"tool_calls": calls} if calls else {}),
@@ -284,6 +293,16 @@ def _message(pieces: Sequence[Piece]) -> ChatCompletionMessage:
         annotations=[],
         **more,
     )
+
+
+def _calls(pieces: Sequence[Piece]) -> list[ToolCall]:
+    """Return the calls of pieces with all of their arguments."""
+    calls: list[ToolCall] = []
+    for piece in pieces:
+        calls += piece.calls
+        if piece.arguments:
+            calls[-1] = ToolCall(calls[-1].name, calls[-1].arguments + piece.arguments)
+    return calls
 
 
 def _message_call(call: ToolCall) -> ChatCompletionMessageFunctionToolCall:

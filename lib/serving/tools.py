@@ -6,6 +6,7 @@ Calls are read by transformers' parser, from the form that the model's tokenizer
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -33,6 +34,8 @@ To call one, answer with its name and arguments as JSON, and nothing else:
 <tool_call>
 {{"name": <function-name>, "arguments": <arguments-object>}}
 </tool_call>"""
+_OPENING = re.compile(r'\s*\{"name":("[a-zA-Z0-9_-]+"),"arguments":')
+"""Of a call, as its grammar has it."""
 Document = dict[str, Any]
 
 
@@ -51,6 +54,10 @@ class Reading:
     content: str = ""
     reasoning: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    arguments: str = ""
+    """More of the arguments of the last call, of this reading or an earlier one."""
+    is_cut: bool = False
+    """Whether the last call's arguments are none that could be read: the answer was cut off."""
 
 
 class Reader(Protocol):
@@ -76,22 +83,39 @@ class PlainReader:
 
 
 class CallReader:
-    """The text is one call, since a grammar holds it to that; one that was cut off is content."""
+    """The text is one call, since a grammar holds it to that (``Grammars.call``): as soon as its
+    name is there, its arguments are passed on as they come. One without a name is content.
+    """
 
     def __init__(self) -> None:
         self._text = ""
+        self._shown: int | None = None
+        """How much of the text was passed on; None: its name isn't there yet."""
 
     def put(self, text: str) -> Reading:
         """Take a piece of text."""
         self._text += text
-        return Reading()
+        reading = Reading()
+        if self._shown is None:
+            opening = _OPENING.match(self._text)
+            if opening is None:
+                return reading
+            self._shown = opening.end()
+            reading.calls.append(ToolCall(json.loads(opening[1]), ""))
+        end = len(self._text.removesuffix("}"))  # it may be the call's own brace
+        reading.arguments = self._text[self._shown : max(end, self._shown)]
+        self._shown += len(reading.arguments)
+        return reading
 
     def end(self, *, complete: bool) -> Reading:
-        """Return the call."""
-        if not complete:
+        """Return what was held back."""
+        if self._shown is None:
             return Reading(self._text)
-        call = json.loads(self._text)
-        return Reading(calls=[_tool_call(call)])
+        try:
+            json.loads(self._text)
+        except ValueError:
+            return Reading(arguments=self._text[self._shown :], is_cut=True)
+        return Reading()
 
 
 class TemplateReader:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib.commands import calibrate_requests
+from lib.commands import calibrate_requests, monitor
 from tests.integration.test_collect_fisher import byte_tokenizer
 from tests.integration.tiny_run import ROOT
 
@@ -201,6 +201,25 @@ class TestOfficialClient:
         with pytest.raises(openai.BadRequestError) as long:
             client.completions.create(model="tiny", prompt="a" * (CONTEXT + 1))
         assert (long.value.code, long.value.param) == ("context_length_exceeded", "prompt")
+
+
+def test_an_operator_lowers_the_budget_under_a_stream(folder: Path) -> None:
+    control = folder / "kv.json"
+    process, document = start(folder, "--control", str(control))
+    client = openai.OpenAI(base_url=document["url"], api_key="none", max_retries=0)
+    how: dict[str, Any] = {"model": document["model"], "prompt": LONG, "max_tokens": 200}
+    bound = {"quality_bound": {"metric": "exact"}}
+    whole = client.completions.create(**how).choices[0].text
+    streams = [client.completions.create(**how, stream=True, extra_body=bound) for _ in range(3)]
+    firsts = [next(iter(stream)).choices[0].text for stream in streams]
+    assert monitor.main([str(control), "--budget", "1500KiB", "--once"]) == 0
+    for first, stream in zip(firsts, streams, strict=True):
+        assert first + "".join(chunk.choices[0].text for chunk in stream) == whole
+    assert monitor.main([str(control), "--budget", "1KiB", "--once"]) == 1
+    page = httpx.get(document["url"].replace("/v1", "/metrics")).text
+    assert "tierhints_engine_kv_budget 1.536e+06" in page
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
 
 
 def test_one_that_is_told_to_end_finishes_what_it_has(folder: Path) -> None:

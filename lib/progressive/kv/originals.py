@@ -6,6 +6,7 @@ climb. A file is nobody's but its request's: it has no name, so that it is gone 
 and no other run can take it for its own. Each page has a checksum, held in memory.
 """
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +22,9 @@ from ...tiering.stores.folders import accepts_direct_io, default_spill_folder, o
 from ...units import SECTOR_BYTES
 from ..ladder import PAGE_TOKENS, KvShape
 
+_NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+"""What file systems and kernels say that have no files without a name."""
+
 
 class OriginalsFolder:
     """Where originals are written. Raises InputError where the folder can't hold files, or is
@@ -35,17 +39,9 @@ class OriginalsFolder:
         """Return a descriptor of a new file without a name, and whether it is read past the page
         cache, as ``direct`` asks. Raises PlacementError where none can be made.
         """
+        direct = direct and self.direct
         try:
-            descriptor, name = tempfile.mkstemp(prefix="tierhints-kv-", dir=self.path)
-            try:
-                if not (direct and self.direct):
-                    return descriptor, False
-                try:
-                    return os.open(name, os.O_RDWR | os.O_DIRECT), True
-                finally:
-                    os.close(descriptor)
-            finally:
-                os.unlink(name)
+            return _open_nameless(self.path, os.O_DIRECT if direct else 0), direct
         except OSError as error:
             raise PlacementError(
                 f"a file for originals can't be made in {self.path} ({error.strerror})"
@@ -181,6 +177,28 @@ class Originals:
             view, offset = view[read:], offset + read
         if not self._direct:
             drop_cached_pages(self._file)
+
+
+def _open_nameless(folder: Path, flags: int) -> int:
+    """Open a new file that never has a name; where the file system has no such files, it has one
+    for a moment, which a kill in that moment leaves.
+    """
+    if hasattr(os, "O_TMPFILE"):
+        try:
+            return os.open(folder, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | flags, 0o600)
+        except OSError as error:
+            if error.errno not in _NO_NAMELESS:
+                raise
+    descriptor, name = tempfile.mkstemp(prefix="tierhints-kv-", dir=folder)
+    try:
+        if not flags:
+            return descriptor
+        try:
+            return os.open(name, os.O_RDWR | flags)
+        finally:
+            os.close(descriptor)
+    finally:
+        os.unlink(name)
 
 
 def _checksum(data: Tensor) -> int:

@@ -190,20 +190,6 @@ def make_requests(kind: str, difficulty: float, n: int, seed: int) -> list[Item]
     return items
 
 
-def make_mix(hard_share: float, n: int, seed: int) -> list[Item]:
-    """Make requests of all kinds in turn, shuffled: ``hard_share`` of them of difficulty 1, the
-    others 0.
-    """
-    draw = random.Random(seed)
-    hard = round(hard_share * n)
-    items = []
-    for number in range(n):
-        kind = KINDS[number % len(KINDS)]
-        items += make_requests(kind, float(number < hard), 1, draw.randrange(2**31))
-    draw.shuffle(items)
-    return items
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """Steps of training on documents of a length."""

@@ -1,5 +1,7 @@
 """Calibrations of a real model's requests, and the bounds that an engine gives by them."""
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -12,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lib.errors import InputError, PlacementError
 from lib.evaluation.calibrate_requests import calibrate_requests, calibration_keys
 from lib.progressive.active import Active
+from lib.progressive.audit_file import AuditFile
 from lib.progressive.bounds import Kind, QualityBound, RequestError
 from lib.progressive.calibration import Calibration, load_calibration
 from lib.progressive.engine import Engine
@@ -94,23 +97,61 @@ def test_compressed_weights_are_another_model(calibration: Calibration, tmp_path
             load_calibration(tmp_path / "calibration.json", calibration_keys(model))
 
 
-def test_an_audit_stops_what_breaks_its_bounds(model: Any, calibration: Calibration) -> None:
+def test_an_audit_stops_what_breaks_its_bounds_for_good(
+    model: Any, calibration: Calibration, tmp_path: Path
+) -> None:
     # Scores a million times too small: as if another workload came.
-    wrong = Calibration(
-        keys=calibration.keys,
-        ladder=calibration.ladder,
-        information=calibration.information,
-        scores=tuple(score / 1e6 for score in calibration.scores),
-        tokens=calibration.tokens,
-    )
+    wrong = replace(calibration, scores=tuple(score / 1e6 for score in calibration.scores))
+    path = tmp_path / "calibration.json"
+    wrong.save(path)
     bound = QualityBound(epsilon=1e-7, delta=0.05)
-    with Engine(model, kv_budget=BUDGET, calibration=wrong, audited_share=1.0) as engine:
-        outcomes = [answer(engine, request(seed, bound))[0] for seed in range(12)]
+
+    def serve(calibration: Calibration, bound: QualityBound, count: int) -> list[str]:
+        audit_file = AuditFile(path, calibration.digest)
+        with Engine(
+            model,
+            kv_budget=BUDGET,
+            calibration=calibration,
+            audited_share=1.0,
+            audit_file=audit_file,
+        ) as engine:
+            found = [answer(engine, request(seed, bound))[0] for seed in range(count)]
+            assert engine.drain(30)
+        stopped.append(engine.stats().stopped_bounds)
+        audits.append(engine.stats().audits)
+        return [outcome.quality.tier for outcome in found]
+
+    stopped: list[int] = []
+    audits: list[int] = []
+    assert "full" not in serve(wrong, bound, 2)  # not stopped yet: the second one goes on with it
+    tiers = serve(wrong, bound, 10)
+    assert "full" not in tiers[:2] and set(tiers[-5:]) == {"full"}
+    assert serve(wrong, bound, 2) == ["full", "full"]
+    assert stopped == [0, 1, 1] and audits == [2, 12, 14]
+    # Another calibration is another promise.
+    calibration.save(path)
+    assert serve(calibration, QualityBound(epsilon=100.0, delta=0.05), 1) == ["K3V2"]
+
+
+def test_without_room_for_its_logits_an_answer_isnt_audited(
+    model: Any, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.pwrite, []
+
+    def full(descriptor: int, data: memoryview, offset: int) -> int:
+        if len(data) == SIZES["vocab_size"] * 4 and not calls:
+            calls.append(offset)
+            raise OSError(errno.ENOSPC, "no room")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr("os.pwrite", full)
+    bound = QualityBound(epsilon=100.0, delta=0.05)
+    with Engine(model, kv_budget=BUDGET, calibration=calibration, audited_share=1.0) as engine:
+        for seed in range(2):
+            assert answer(engine, request(seed, bound))[0].new_tokens == 3
         assert engine.drain(30)
-        tiers = [outcome.quality.tier for outcome in outcomes]
-        assert "full" not in tiers[:5] and set(tiers[-5:]) == {"full"}
-        stats = engine.stats()
-    assert stats.stopped_bounds == 1 and stats.broken_bounds >= 5 and stats.audits >= 5
+    stats = engine.stats()
+    assert calls and (stats.audits, stats.failed_audits, stats.failed) == (1, 1, 1)
 
 
 def test_an_answer_that_nothing_can_be_said_of_fails_alone(

@@ -15,7 +15,7 @@ from lib.evaluation.measured_requests import (
     measure_requests,
     try_calibration,
 )
-from lib.progressive.active import quality_of
+from lib.progressive.bounds import quality_of
 from lib.progressive.calibration import KEYS
 from lib.progressive.generation import GenerationRequest
 from lib.progressive.ladder import KvShape, make_ladder

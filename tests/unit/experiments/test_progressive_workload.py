@@ -14,7 +14,6 @@ from scripts.experiments.progressive.workload import (
     PHASES,
     QUERY,
     batches,
-    make_mix,
     make_requests,
 )
 
@@ -41,13 +40,6 @@ def test_answers_stand_in_the_document(kind: str, difficulty: float) -> None:
 def test_requests_are_those_of_their_seed() -> None:
     assert make_requests("text", 0.5, 3, 7) == make_requests("text", 0.5, 3, 7)
     assert make_requests("text", 0.5, 3, 7) != make_requests("text", 0.5, 3, 8)
-
-
-def test_a_mix_has_its_share_of_hard_ones() -> None:
-    items = make_mix(0.25, 40, 0)
-    assert len(items) == 40
-    assert sum(item.difficulty for item in items) == 10
-    assert {item.kind for item in items} == set(KINDS)
 
 
 @pytest.mark.parametrize("phase", PHASES)

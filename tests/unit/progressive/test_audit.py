@@ -6,7 +6,7 @@ import random
 import pytest
 
 from lib.errors import InputError
-from lib.progressive.audit import STOP_AT, RequestAudit, audits_until_stop
+from lib.progressive.audit import STOP_AT, AuditCounts, RequestAudit, audits_until_stop
 
 
 def run_audit(rate: float, delta: float, *, audits: int, seed: int) -> int | None:
@@ -66,7 +66,7 @@ def test_once_stopped_it_stays_so() -> None:
         audit.record(broken=False)
     assert audit.stopped
     assert audit.evidence < 1
-    assert (audit.num_audits, audit.num_broken) == (105, 5)
+    assert audit.counts == AuditCounts(audits=105, broken=5, stopped=True)
 
 
 def test_who_is_audited_is_drawn_by_number_alone() -> None:

@@ -322,7 +322,7 @@ def test_a_lower_budget_takes_tiers_before_requests_and_the_youngest_first() -> 
         scheduler.finish(each)
     assert scheduler.admit(0) == [4]
     assert scheduler.bytes_held() == size(FULL)
-    with pytest.raises(InputError, match=f"may need {size(FULL)}"):
+    with pytest.raises(InputError, match=f"give {size(FULL)} or more"):
         scheduler.resize(size(FULL) - 1)
 
 

@@ -1,9 +1,11 @@
 """The picture of a running model."""
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 
+from lib.progressive.waiting import EngineStats
 from lib.report.monitor import draw_status
 
 STATUS: dict[str, Any] = {
@@ -61,3 +63,10 @@ def test_what_a_running_model_does() -> None:
 def test_silence_and_refusals_are_said() -> None:
     text = drawn({**STATUS, "error": "too small"}, age_seconds=9)
     assert "last heard 9 s ago" in text and "refused: too small" in text
+
+
+def test_what_a_server_does() -> None:
+    figures = asdict(EngineStats(kv_budget=2**20, kv_bytes=2**19, running=3, evictions=7))
+    text = drawn({"request": None, "error": "too small", "answers": 1, **figures})
+    for part in ("512.0 KiB of 1.0 MiB", "3 running, 0 waiting", "evictions", "refused: too small"):
+        assert part in text, part

@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from lib.errors import InputError
 from lib.progressive.bounds import Metric, QualityBound
 from lib.progressive.generation import GenerationRequest
 from lib.serving.app import make_app
@@ -309,6 +310,10 @@ class TestFailures:
     ) -> None:
         engine.broken = OSError("a page can't be read")
         assert "a page can't be read" in refused(client, 500)["message"]
+        engine.broken = InputError("errors of keys add up to nan")  # what was asked is right
+        error = refused(client, 500)
+        assert (error["type"], error["code"]) == ("server_error", "engine_failure")
+        assert "add up to nan" in error["message"]
         engine.broken = RuntimeError("hush")
         assert "hush" not in refused(client, 500)["message"]
         engine.broken = None

@@ -123,7 +123,7 @@ def test_without_a_file_more_what_needs_none_is_answered(
         card = ModelCard(name="tiny", vocab_size=258, stop_ids=frozenset())
         client = TestClient(make_app(engine, tokenizer, Settings(model=card)))
         with monkeypatch.context() as context:
-            context.setattr("tempfile.mkstemp", failing)
+            context.setattr("lib.progressive.kv.originals._open_nameless", failing)
             status, error = ask(client, *REQUESTS[0])
             assert status == 500 and "(Too many open files)" in error["message"]
             status, text = ask(client, REQUESTS[0][0], None)

@@ -85,3 +85,45 @@ def test_json_keeps_its_schema(client: TestClient) -> None:
 def test_one_that_is_cut_off_has_no_call(client: TestClient) -> None:
     (choice,) = ask(client, tools=TOOLS, tool_choice="required", max_tokens=4)
     assert choice["finish_reason"] == "length" and "tool_calls" not in choice["message"]
+
+
+def streamed(client: TestClient, **fields: Any) -> tuple[list[dict[str, Any]], str]:
+    """Return the deltas of calls, and why it ended."""
+    body = {"model": "tiny", "messages": MESSAGES, "temperature": 1.5, "stream": True, **fields}
+    *events, _, _ = client.post("/v1/chat/completions", json=body).text.split("\n\n")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    deltas = [each for choice in choices for each in choice["delta"].get("tool_calls", ())]
+    return deltas, choices[-1]["finish_reason"]
+
+
+def test_a_calls_arguments_are_streamed_as_they_are_written(client: TestClient) -> None:
+    for seed in range(4):
+        how: dict[str, Any] = {"tools": TOOLS[:1], "tool_choice": "required", "seed": seed}
+        (choice,) = ask(client, **how)
+        (call,) = choice["message"]["tool_calls"]
+        (first, *others), finish = streamed(client, **how)
+        assert finish == "tool_calls" and len(others) > 5
+        assert first["type"] == "function" and first["id"].startswith("call_")
+        assert all(each.keys() == {"index", "function"} and each["index"] == 0 for each in others)
+        assert first["function"]["name"] == call["function"]["name"]
+        assert all(each["function"].keys() == {"arguments"} for each in others)
+        arguments = "".join(each["function"]["arguments"] for each in (first, *others))
+        assert arguments == call["function"]["arguments"]
+
+
+@pytest.mark.parametrize(
+    ("more", "finish"), [({"max_tokens": 32}, "length"), ({"stop": "age"}, "stop")]
+)
+def test_a_call_that_is_cut_off_has_the_arguments_so_far(
+    client: TestClient, more: dict[str, Any], finish: str
+) -> None:
+    how: dict[str, Any] = {"tools": TOOLS[:1], "tool_choice": "required", "seed": 3, **more}
+    (choice,) = ask(client, **how)
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == finish
+    assert '{"name":'.startswith(call["function"]["arguments"][:8])
+    deltas, ended = streamed(client, **how)
+    assert ended == finish
+    arguments = "".join(each["function"]["arguments"] for each in deltas)
+    assert arguments == call["function"]["arguments"]
