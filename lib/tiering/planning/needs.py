@@ -4,6 +4,7 @@ needs.
 Works on a model on the meta device, so a plan costs no memory.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -70,8 +71,18 @@ def block_needs(
     residents = _must_reside(payloads)
     for demand in demands:
         residents |= demand.residents(payloads)
+    groups = [payload.group for payload in payloads.values()]
+    experts = Counter(group.experts for group in groups if group.expert is not None)
     return [
-        _need(model, payload, hints, device, machine, must_reside=name in residents)
+        _need(
+            model,
+            payload,
+            hints,
+            device,
+            machine,
+            must_reside=name in residents,
+            num_experts=experts[payload.group.experts],
+        )
         for name, payload in payloads.items()
     ]
 
@@ -101,7 +112,9 @@ def _need(
     machine: MachineProfile,
     *,
     must_reside: bool,
+    num_experts: int,
 ) -> BlockNeed:
+    """Return what a group asks for; ``num_experts``: those of its layer."""
     group = payload.group
     resident = payload.data_bytes
     if payload.lossy:
@@ -125,9 +138,7 @@ def _need(
     lookup = lookup_moved(payload)
     routed = 0
     if group.expert is not None:
-        experts = model.get_submodule(group.modules[0])
-        num_experts = next(experts.parameters()).shape[0]
-        routed = routed_experts(experts, num_experts)
+        routed = routed_experts(model, group.experts, num_experts)
         share = routed / num_experts
         lookup, compute_seconds = max(int(share * payload.num_bytes), 1), share * compute_seconds
     return BlockNeed(

@@ -386,7 +386,7 @@ def _measure_experts(model: Any, hints: Path | None) -> tuple[int, int, int]:
     with attach(
         model, hints, budget={"HBM": None, "SSD": None}, mode="emulated", emulation=make_spec(1e9)
     ) as runtime:
-        packed = list(runtime._keeper.residency.packed.values())
+        packed = runtime._keeper.residency.packed
         sizes = {each.payload.num_bytes for layer in packed for each in layer.experts}
     if len(sizes) != 1:
         raise InputError(
