@@ -17,7 +17,7 @@ from ...hints import Hints
 from ...machine import MachineProfile
 from ...policy.plan import BlockNeed
 from ...vocabulary import Precision, most_precise
-from ..payload.groups import group_blocks
+from ..payload.groups import Group, group_blocks
 from ..payload.layout import Payload, codec_scratch_bytes, lookup_bytes, lookup_moved, make_payload
 from .demands import Demand
 
@@ -42,13 +42,15 @@ def make_payloads(
 
     Raises InputError for a precision or a block that doesn't exist.
     """
-    blocks = tuple(blocks)
     shapes = dict(unique_parameters(model))
-    wanted = _wanted_precisions(precision, blocks)
+    groups = group_blocks(model, blocks)
+    wanted = _wanted_precisions(precision, groups)
     payloads = {}
-    for group in group_blocks(model, blocks):
+    for group in groups:
         choices = [wanted.get(group.name)]
         choices += [wanted.get(block.name) for block in group.blocks]
+        if group.expert is not None and not any(choices):
+            choices = [wanted.get(group.experts)]  # of all of a layer
         chosen = most_precise([choice for choice in choices if choice is not None])
         if chosen is not None and group.name in floors:
             chosen = most_precise([chosen, floors[group.name]])
@@ -184,11 +186,10 @@ def _inside(inner: str, outer: str) -> bool:
     return outer == "" or inner.startswith(f"{outer}.")
 
 
-def _wanted_precisions(precision: PrecisionChoice, blocks: Sequence[Block]) -> dict[str, Precision]:
-    names = {block.name for block in blocks}
-    names |= {
-        block.name.rsplit(".", 1)[0] for block in blocks if block.pieces[0].expert is not None
-    }
+def _wanted_precisions(precision: PrecisionChoice, groups: Sequence[Group]) -> dict[str, Precision]:
+    names = {block.name for group in groups for block in group.blocks}
+    names |= {group.name for group in groups}
+    names |= {group.experts for group in groups if group.expert is not None}
     if precision is None:
         return {}
     if isinstance(precision, str):

@@ -19,7 +19,7 @@ from expert_budgets import (
     slots_of,
 )
 from safetensors.torch import save_file
-from tiny_models import ListedMoe, tiny_listed_moe
+from tiny_models import ListedMoe, tiny_listed_moe, tiny_qwen_moe
 from torch import nn
 
 from lib.blocks import BlockKind, partition_model
@@ -154,6 +154,18 @@ def test_each_expert_has_a_precision_and_a_floor_of_its_own() -> None:
         assert held[names[0]] == "fp32"
         assert held[names[1]] == "int8"  # its floor
         assert [held[name] for name in names[2:4]] == ["int8", "int4"]
+
+
+@pytest.mark.parametrize("make", [tiny_listed_moe, tiny_qwen_moe])
+def test_a_layer_s_experts_have_a_precision_by_their_common_name(make: Any) -> None:
+    model = make().eval()
+    experts = "model.layers.0.mlp.experts"
+    precision = {experts: "int8", f"{experts}.3": "int4"}
+    placements = plan(model, budget=budget_for(model, 2.0), precision=precision).plan.placements
+    held = {name: str(place.precision) for name, place in placements.items()}
+    assert {held.pop(f"{experts}.{number}") for number in (0, 1, 2, 4, 5, 6, 7)} == {"int8"}
+    assert held.pop(f"{experts}.3") == "int4"
+    assert set(held.values()) == {"fp32"}
 
 
 def test_a_budget_changes_while_attached_and_while_it_runs() -> None:
