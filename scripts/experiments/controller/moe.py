@@ -91,7 +91,7 @@ def run_moe(
     ``ratios`` those of all. Raises InputError for a model whose experts don't move one by one.
     """
     reference = decode(model, given).logits
-    bench = _Bench(model, given, hints, reference, rounds)
+    bench = Bench(model, given, hints, reference, rounds)
     main = _MAIN_RATIO if _MAIN_RATIO in ratios else ratios[0]
     found: dict[str, Any] = {
         "x_over_c": main,
@@ -130,13 +130,13 @@ def run_share(
     model: Any, given: Given, *, hints: Path | None, share: float, rounds: int
 ) -> dict[str, Any]:
     """Return and print what each policy does with one share of experts at x/c = 1."""
-    bench = _Bench(model, given, hints, decode(model, given).logits, rounds)
+    bench = Bench(model, given, hints, decode(model, given).logits, rounds)
     figures = bench.run_share(share, [_MAIN_RATIO])[_MAIN_RATIO]
     print(_lines(share, _MAIN_RATIO, figures))
     return {**figures, "outputs_equal": bench.outputs_equal}
 
 
-class _Bench:
+class Bench:
     """A model, its text, and what was measured of it before anything moves."""
 
     def __init__(
@@ -148,7 +148,7 @@ class _Bench:
         self._reference = reference
         self._rounds = rounds
         self.outputs_equal = True
-        self.expert_bytes, self._experts, self._layers = _measure_experts(model, hints)
+        self.expert_bytes, self._experts, self._layers = measure_experts(model, hints)
         self.layer_seconds = 1.0
         self.layer_seconds, self.recording = self._measure_compute()
 
@@ -173,7 +173,7 @@ class _Bench:
         rates = {}
         with mock.patch("lib.tiering.payload.groups.takes_single_experts", return_value=False):
             # Two layers' experts must fit beside the rest, or no plan streams them.
-            smallest = _smallest_budget(self._model, self._hints, self._spec(ratio))
+            smallest = smallest_budget(self._model, self._hints, self._spec(ratio))
             budget = max(budget, smallest)
             with self._attach(budget, self._spec(ratio)) as runtime:
                 self._use_clock(runtime)
@@ -381,7 +381,7 @@ def make_plan(model: nn.Module, hints: Path | None, budget: int, spec: Emulation
     return plan(model, hints, budget=budgets, mode="emulated", emulation=spec).plan
 
 
-def _measure_experts(model: Any, hints: Path | None) -> tuple[int, int, int]:
+def measure_experts(model: Any, hints: Path | None) -> tuple[int, int, int]:
     """Return the bytes of an expert, their number, and that of the layers that have them."""
     with attach(
         model, hints, budget={"HBM": None, "SSD": None}, mode="emulated", emulation=make_spec(1e9)
@@ -396,7 +396,7 @@ def _measure_experts(model: Any, hints: Path | None) -> tuple[int, int, int]:
     return sizes.pop(), sum(len(layer.experts) for layer in packed), len(packed)
 
 
-def _smallest_budget(model: nn.Module, hints: Path | None, spec: EmulationSpec) -> int:
+def smallest_budget(model: nn.Module, hints: Path | None, spec: EmulationSpec) -> int:
     """Return a budget with which a plan is found, within 2 %."""
     low, high = 0, sum(each.numel() * each.element_size() for each in model.parameters()) * 2
     while high - low > 0.02 * high:
