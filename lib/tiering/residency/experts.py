@@ -16,6 +16,7 @@ from ...policy.plan import Plan
 from ...units import format_bytes
 from ..payload.layout import Payload
 from ..transfer.transport import Ticket, Unit
+from .cache_shape import CacheShape, shape_cache
 from .fast_memory import FastMemory
 from .foresight import Foresight
 from .held_expert import ExpertWeight, HeldExpert
@@ -66,9 +67,7 @@ class ExpertSlots:
         self._counters = Counters()
         self.foresight = Foresight()
         """What is read ahead, and whether that pays."""
-        self._aside = 0
-        """Bytes that are no cache's: one or two of the largest experts pass through them."""
-        self._passes_two = False
+        self._shape: CacheShape | None = None
         self._plan: Plan | None = None
         self._has_warned = False
         self.is_busy = False
@@ -103,8 +102,8 @@ class ExpertSlots:
             self.free()
 
     def _resize(self, num_bytes: int) -> None:
-        assert self.cache is not None
-        self._evict(self.cache.set_capacity(num_bytes - self._aside))
+        assert self.cache is not None and self._shape is not None
+        self._evict(self.cache.set_capacity(num_bytes - self._shape.aside_bytes))
         self.pool.resize(num_bytes)
 
     def adopt(self, plan: Plan) -> None:
@@ -114,35 +113,15 @@ class ExpertSlots:
             self._resize(plan.cache_bytes)
             return
         self.pool.resize(plan.cache_bytes)
-        layers = {
-            number: layer.experts
-            for number, layer in enumerate(self._layers)
-            if any(each.units for each in layer.experts)
-        }
-        if not layers:
+        shape = self._shape = shape_cache(self._layers, self._router_counts, plan.cache_bytes)
+        if shape is None:
             return
-        sizes = {
-            layer: [_unit(each).num_bytes for each in experts] for layer, experts in layers.items()
-        }
-        per_token = {layer: self._layers[layer].routed for layer in layers}
-        largest = max(max(each) for each in sizes.values())
-        needed = max(
-            sum(sorted(each, reverse=True)[: per_token[layer]]) for layer, each in sizes.items()
-        )
-        self._passes_two = needed + 2 * largest <= plan.cache_bytes
-        self._aside = (2 if self._passes_two else 1) * largest
-        counts = {
-            (layer, each.number): self._router_counts[each.name]
-            for layer, experts in layers.items()
-            for each in experts
-            if each.name in self._router_counts
-        }
         self.cache = ExpertCache(
-            sizes,
-            plan.cache_bytes - self._aside,
-            per_token=per_token,
+            shape.sizes,
+            plan.cache_bytes - shape.aside_bytes,
+            per_token=shape.per_token,
             policy=self.policy,
-            counts=counts,
+            counts=shape.counts,
             spare=self.policy == "ours",
         )
         self.cache.counters = self._counters
@@ -176,8 +155,9 @@ class ExpertSlots:
             yield number, self._weights(layer, experts[number])
             self.transport.done_with(self._slots[experts[number]][0].slot, shared=False)
         passing = admission.passing
+        ahead = 2 if self._shape is not None and self._shape.passes_two else 1
         for place, number in enumerate(passing):
-            for each in passing[place : place + 1 + self._passes_two]:
+            for each in passing[place : place + ahead]:
                 self._submit(experts[each], urgent=True)
             yield number, self._weights(layer, experts[number])
             self._release(experts[number])
