@@ -79,9 +79,11 @@ class ExpertSlots:
 
     def free(self) -> None:
         """Have no slots until ``adopt``."""
-        for ticket, _ in self._slots.values():
+        for expert, (ticket, weights) in self._slots.items():
             if not self.transport.withdraw(ticket):
                 ticket.arrived.wait()
+            if weights is not None:
+                self._memory.transitions.leave(expert.name)
         self._slots.clear()
         self.pool.free()
         self.cache = None
@@ -136,6 +138,18 @@ class ExpertSlots:
             )
         for layer, number in self.cache.experts():
             self._submit(self._layers[layer].experts[number], urgent=False)
+
+    @property
+    def in_flight(self) -> set[str]:
+        """The experts that are on their way; from any thread."""
+        slots = list(self._slots.items())
+        return {expert.name for expert, (_, weights) in slots if weights is None}
+
+    @property
+    def in_slots(self) -> set[str]:
+        """Those that somebody has waited for, and are still there; from any thread."""
+        slots = list(self._slots.items())
+        return {expert.name for expert, (_, weights) in slots if weights is not None}
 
     # -- use ---------------------------------------------------------------------------------------
 
@@ -281,6 +295,9 @@ class ExpertSlots:
                 self._forget(layer, expert)
             raise
         self.foresight.judge(layer, expert.number, ticket, self._memory.charges.now() - begun)
+        self._memory.transitions.arrive(
+            expert.name, ticket.asked, ticket.ended, ticket.unit.num_bytes
+        )
         return buffer
 
     # -- slots -------------------------------------------------------------------------------------
@@ -307,7 +324,9 @@ class ExpertSlots:
         held = self._slots.pop(expert, None)
         if held is not None:
             ticket, weights = held
-            if weights is None and not self.transport.withdraw(ticket) and ticket.error is None:
+            if weights is not None:
+                self._memory.transitions.leave(expert.name)
+            elif not self.transport.withdraw(ticket) and ticket.error is None:
                 # Nobody has waited for it: it was read for nothing.
                 with self._memory.watcher.moving(expert.name) as moved:
                     moved(ticket.unit.data_bytes)

@@ -191,11 +191,8 @@ class Residency:
 
     def held_at_once(self, groups: Iterable[str]) -> set[str]:
         """Return those of the groups that a module's hooks hold as a whole, in slots of a plan."""
-        return {
-            name
-            for name in groups
-            if not (self.groups[name].payload.by_rows or self.groups[name].is_routed)
-        }
+        held = (self.groups[name] for name in groups)
+        return {each.name for each in held if not (each.payload.by_rows or each.is_routed)}
 
     @property
     def trains(self) -> bool:
@@ -251,7 +248,8 @@ class Residency:
     def states(self) -> dict[str, State]:
         """Return the state of each block now, and that of each tied copy; from any thread."""
         log, prefetcher = self.memory.transitions, self.memory.prefetcher
-        in_flight, in_slots = prefetcher.in_flight, prefetcher.in_slots
+        in_flight = prefetcher.in_flight | self.experts.in_flight
+        in_slots = prefetcher.in_slots | self.experts.in_slots
         states: dict[str, State] = {}
         for name, group in self.groups.items():
             state = log.states[name]
