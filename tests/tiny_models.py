@@ -1,6 +1,8 @@
 """Models of a few thousand weights, the same each time, that several test files use."""
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -122,3 +124,56 @@ def tiny_gpt_oss() -> GptOssForCausalLM:
             eos_token_id=None,
         )
     )
+
+
+class ListedMlp(nn.Module):
+    """An expert as the models of remote code have it: Linear modules."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, width, bias=False)
+        self.w2 = nn.Linear(width, width, bias=False)
+        self.w3 = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, width) -> (N, width)."""
+        output: Tensor = self.w2(F.silu(self.w1(hidden)) * self.w3(hidden))
+        return output
+
+
+class ListedMoe(nn.Module):
+    """A router and a list of experts, as Mixtral had them. ``calls_all``: experts without tokens
+    are called as well. ``routed`` keeps the ids (tokens, k) of each call.
+    """
+
+    def __init__(self, width: int, num_experts: int, top_k: int, *, calls_all: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, num_experts, bias=False)
+        self.experts = nn.ModuleList(ListedMlp(width) for _ in range(num_experts))
+        self.top_k = top_k
+        self.calls_all = calls_all
+        self.routed: list[list[list[int]]] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T, width) -> (B, T, width)."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        weights, ids = self.gate(flat).softmax(-1).topk(self.top_k)
+        self.routed.append(ids.tolist())
+        output = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            tokens, rank = (ids == number).nonzero(as_tuple=True)
+            if self.calls_all or len(tokens):
+                output.index_add_(0, tokens, expert(flat[tokens]) * weights[tokens, rank, None])
+        return output.view_as(hidden)
+
+
+def tiny_listed_moe(*, calls_all: bool = False) -> LlamaForCausalLM:
+    """A Llama whose MLPs are mixtures with lists of experts: 2 layers of 8, 2 per token."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp = ListedMoe(32, 8, 2, calls_all=calls_all)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name:
+                parameter.normal_(0, 0.3)
+    return model

@@ -6,7 +6,12 @@ belongs to the block that names it first, and the other modules that compute wit
 ``Block.modules``.
 """
 
-from .experts import EXPERTS_IMPLEMENTATION, routed_experts, takes_single_experts
+from .experts import (
+    EXPERTS_IMPLEMENTATION,
+    is_listed_expert,
+    routed_experts,
+    takes_single_experts,
+)
 from .identity import Run, digest_samples, parameter_digest
 from .parameters import (
     is_sharded,
@@ -24,6 +29,7 @@ __all__ = [
     "Piece",
     "Run",
     "digest_samples",
+    "is_listed_expert",
     "is_sharded",
     "parameter_digest",
     "partition_model",

@@ -1,5 +1,5 @@
-"""Packed experts as transformers has them: who provides their computation, and how many a token
-takes.
+"""Experts that can be taken one by one: packed ones as transformers has them, and lists of modules;
+how many of them a token takes.
 """
 
 from typing import Any
@@ -31,12 +31,31 @@ def takes_single_experts(module: nn.Module) -> bool:
     )
 
 
-def routed_experts(experts: nn.Module, num_experts: int) -> int:
-    """Return how many experts a token takes, by the names that configurations have for it; 2 where
-    they don't say.
+def is_listed_expert(model: nn.Module, name: str) -> bool:
+    """Say whether a module is one of a list of experts, which its layer calls for the tokens that
+    are routed to it.
     """
-    config = getattr(experts, "config", None)
-    found = (getattr(config, name, None) for name in _ROUTED)
+    owner, _, _ = name.rpartition(".")
+    module = model.get_submodule(name)
+    return (
+        owner.endswith("experts")
+        and isinstance(model.get_submodule(owner), nn.ModuleList)
+        and type(module).forward is not nn.Module.forward
+        and all(getattr(each, "max_norm", None) is None for each in module.modules())
+    )
+
+
+def routed_experts(model: nn.Module, experts: str, num_experts: int) -> int:
+    """Return how many experts a token takes of a packed module or a list of that name, by the names
+    that its layer and configurations have for it; 2 where they don't say.
+    """
+    layer = model.get_submodule(experts.rpartition(".")[0])
+    found = (
+        getattr(each, name, None)
+        for place in (model.get_submodule(experts), layer)
+        for each in (getattr(place, "config", None), place)
+        for name in _ROUTED
+    )
     return min(next((count for count in found if type(count) is int and count > 0), 2), num_experts)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import write_text
-from ..report.benchmark_plots import plot_latency, plot_memory
+from ..report.benchmark_plots import plot_latency, plot_memory, plot_stays
 from ..report.frontier import plot_frontier
 from ..report.page import render_page
 from ..report.plots import attention_traces, plot_attention, plot_importance, plot_loss, plot_tiers
@@ -60,6 +60,8 @@ def draw_pictures(run: Run) -> dict[str, Path]:
         # Emulation moves nothing: its flat line is drawn only where there is no other.
         moving = [document for document in run.benchmarks if document["mode"] == "real"]
         wanted["memory"] = lambda path: plot_memory(moving or run.benchmarks, path, **style)
+        if any((each["tiered"].get("in_slots") or {}).get("stays") for each in moving):
+            wanted["stays"] = lambda path: plot_stays(moving, path, **style)
     if run.frontier:
         wanted["frontier"] = lambda path: plot_frontier(run.frontier, path, **style)
     pictures = {}

@@ -28,18 +28,15 @@ from ..machine import cpu_name
 from ..policy.control import Settings
 from ..precision.floors import parse_epsilon
 from ..precision.quality import Quality
-from ..tiering import Clock, EmulationSpec, Runtime, Stats, attach, specs_to_json
+from ..tiering import Clock, EmulationSpec, Runtime, attach, specs_to_json
 from ..tiering.planning.budget import Budget
 from ..tiering.planning.needs import PrecisionChoice
 from ..tiering.planning.plans import Mode
-from ..tiering.telemetry import transfer_ms
 from ..vocabulary import Precision
 from .canary import CANARY_SEQUENCES, Canary, measure_kl
 from .decoding import DecodingSettings, check_decoding, measure_decoding
 from .forwards import ForwardBench, fast_memory_note, latency_to_json
-
-_TIMELINE_FORWARDS = 3
-"""Forward passes whose resident bytes are kept in the document; the pattern repeats."""
+from .placed_passes import describe_passes, describe_stays
 
 Fields = dict[str, Any]
 """A part of the JSON document."""
@@ -223,7 +220,8 @@ def _measure(
                 ),
             )
             stats = runtime.stats()
-            tiered: Fields = {**memory, "perplexity": bench.perplexity("tiered")}
+            tiered: Fields = {**memory, "in_slots": describe_stays(runtime, times)}
+            tiered["perplexity"] = bench.perplexity("tiered")
             if baseline is not None:
                 impact = bench.compare_logits(logits)
                 measured = bench.compare_reference(Path(folder)) if compressed else None
@@ -233,7 +231,7 @@ def _measure(
         drift = _percent(statistics.median(after), statistics.median(before)) if after else None
         baseline |= {**_latency(bench, before + after), "drift_pct": drift}
         _add_memory(baseline, baseline_bytes, allocator=allocator)
-    tiered |= {**_latency(bench, times), **_transfer(stats)}
+    tiered |= {**_latency(bench, times), **describe_passes(stats)}
     _add_memory(tiered, stats.peak_resident_bytes, allocator=allocator)
     if baseline is not None and impact is not None:
         impact |= _compare(baseline, tiered, settings.mode)
@@ -315,19 +313,6 @@ def _describe(model: nn.Module, device: torch.device) -> Fields:
 def _latency(bench: ForwardBench, seconds: Sequence[float]) -> Fields:
     rate = bench.tokens_per_second(seconds)
     return {"latency_ms": latency_to_json(seconds), "tokens_per_s": rate}
-
-
-def _transfer(stats: Stats) -> Fields:
-    """Return what the runtime did per pass, and its own figures, the timeline cut to few passes."""
-    document = stats.to_json()
-    timeline = document["timeline"]
-    few = timeline[: math.ceil(len(timeline) / stats.forwards) * _TIMELINE_FORWARDS]
-    changes = [now for last, now in zip([(), *few], few, strict=False) if last[1:] != now[1:]]
-    return {
-        "bytes_moved_per_forward": round(stats.bytes_moved / stats.forwards),
-        "transfer_ms_per_forward": transfer_ms(document),
-        "stats": {**document, "timeline": changes},
-    }
 
 
 def _compare(baseline: Fields, tiered: Fields, mode: Mode) -> Fields:

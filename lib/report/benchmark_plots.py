@@ -4,16 +4,20 @@ Every function writes one PNG file in one step and raises InputError where there
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..units import MIB
 from ..vocabulary import Tier
-from .drawing import BLUE, DPI, INK, TIER_COLORS, TIER_HATCHES, picture
+from .drawing import BLUE, DPI, INK, SKY_BLUE, TIER_COLORS, TIER_HATCHES, picture
 from .tables import Document, format_ms, name_clock, tier_rows
 
 _BASELINE_COLOR, _COMPUTE_COLOR = "#555555", "#AAAAAA"
+_ON_ITS_WAY: dict[str, Any] = {"facecolor": SKY_BLUE, "edgecolor": INK, "lw": 0.3, "hatch": "////"}
+_IN_A_SLOT: dict[str, Any] = {"facecolor": TIER_COLORS[Tier.HBM], "edgecolor": INK, "lw": 0.3}
+_MOST_ROWS = 80
 
 
 class Share(NamedTuple):
@@ -95,6 +99,44 @@ def plot_memory(documents: Sequence[Document], path: Path, *, dpi: int = DPI) ->
             axes.set_title(title, fontsize=9, loc="left")
             axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
             axes.grid(alpha=0.3)
+
+
+def plot_stays(documents: Sequence[Document], path: Path, *, dpi: int = DPI) -> None:
+    """Draw when each block was on its way and in a slot during the last passes of a real run, a row
+    for each block.
+    """
+    runs = [each for each in documents if (each["tiered"].get("in_slots") or {}).get("stays")]
+    if not runs:
+        raise InputError(
+            "no block came into a slot in real mode: all weights stayed where they are"
+        )
+    document = runs[0]
+    window = document["tiered"]["in_slots"]
+    rows = list(window["stays"].items())[:_MOST_ROWS]
+    scale, ends = 1e3, list(accumulate(window["pass_seconds"]))
+    end = ends[-1]
+    with picture(path, (10, 1.3 + 0.17 * max(len(rows), 6)), dpi) as figure:
+        axes = figure.add_subplot()
+        for y, (_, stays) in enumerate(rows):
+            coming, there = [], []
+            for asked, arrived, left in stays:
+                left = end if left is None else left
+                coming.append((scale * asked, scale * (arrived - asked)))
+                there.append((scale * arrived, scale * max(left - arrived, 0.0)))
+            axes.broken_barh(coming, (y - 0.4, 0.8), **_ON_ITS_WAY)
+            axes.broken_barh(there, (y - 0.4, 0.8), **_IN_A_SLOT)
+        for each in ends[:-1]:
+            axes.axvline(scale * each, color=INK, lw=0.8, ls=":")
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(0, scale * end)
+        resident = document["num_blocks"] - len(window["stays"])
+        more = len(window["stays"]) - len(rows)
+        text = f"milliseconds; {resident} other blocks did not move"
+        axes.set_xlabel(text + (f"; {more} more moved" if more else ""))
+        handles = [axes.barh(0, 0, **_ON_ITS_WAY), axes.barh(0, 0, **_IN_A_SLOT)]
+        above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
+        axes.legend(handles, ["on its way (S6)", "in a slot (S1 or S3)"], frameon=False, **above)
 
 
 def latency_shares(document: Document) -> list[Share]:

@@ -57,6 +57,12 @@ CAPTIONS = {
         "Bytes of the weights' storages while a few forward passes run. In real mode each spike is "
         "a block that came for its use and left again.",
     ),
+    "stays": (
+        "Blocks in time",
+        "The last timed passes in real mode, a row for each block that moved, in the order in "
+        "which they came: hatched from when it was asked for until it was there, full until "
+        "its slot was given to another. Dotted lines are the ends of passes.",
+    ),
 }
 _Facts = Mapping[str, Any]
 
@@ -68,7 +74,7 @@ def render_page(run: Run, pictures: Mapping[str, Path]) -> str:
     sections = [
         _missing_section(run),
         _section("Frontier", [_frontier(run), *_pick(figures, "frontier")]),
-        _section("Benchmark", [_benchmark(run), *_pick(figures, "latency", "memory")]),
+        _section("Benchmark", [_benchmark(run), *_pick(figures, "latency", "memory", "stays")]),
         _section("Hints", [_hints(run), *_pick(figures, "importance", "tiers", "attention")]),
         _section("Training", [_training(run), *_pick(figures, "loss")]),
         _section("Make this again", [_commands(run)]),

@@ -21,7 +21,7 @@ from ..vocabulary import Tier
 from .hooks.forwards import Forwards
 from .hooks.progress import placing_bar
 from .payload.groups import Group
-from .payload.layout import Payload
+from .payload.layout import Payload, whole_experts
 from .planning.demands import Demand
 from .planning.planned import Planned
 from .residency.archive import Archive
@@ -187,8 +187,8 @@ class PlanKeeper:
         self._unplanned = False
         if (dtype := autocast_dtype(self.memory.device)) is not None:
             self.leave_room_for_copies(dtype)
-        places = (self.plan.placements[group.name] for group in self.residency.moving)
-        return sum(sum(place.unit_bytes) for place in places)
+        streamed = (group.name for group in self.residency.moving if not group.is_routed)
+        return sum(sum(self.plan.placements[name].unit_bytes) for name in streamed)
 
     def leave_room_for_copies(self, dtype: torch.dtype) -> None:
         """Plan again with room for the copies of weights that autocast computes with.
@@ -312,7 +312,7 @@ class PlanKeeper:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _carry_out_first(self, planned: Planned, originals: Originals) -> None:
-        experts = self.residency.whole_experts
+        experts = whole_experts(self.payloads.values())
         originals.prepare(planned.device, one_expert_at_a_time=experts)
         total = sum(payload.num_bytes for payload in self.payloads.values())
         with placing_bar(total) as progress:

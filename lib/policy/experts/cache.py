@@ -109,23 +109,24 @@ class ExpertCache:
         """Return what is held, in the order it came; before the first call what the counts say."""
         return self._residents.experts()
 
-    def use(self, layer: int, experts: Sequence[int]) -> Admission:
+    def use(self, layer: int, experts: Sequence[int], *, goes_on: bool = False) -> Admission:
         """Admit what one decode step routes to in a layer: afterwards all of it is held.
 
-        But for what is ``passing``: only with spare slots, and below the cycle.
+        But for what is ``passing``: only with spare slots, and below the cycle. ``goes_on``: these
+        are further experts of the layer's last step, of one that names them one after another.
 
         Raises InputError where these experts are more than fit, or named twice.
         """
         self._check_experts(layer, experts)
         self._check_fit(layer, experts)
-        call = self._begin(layer)
+        call = self._calls[layer] if goes_on else self._begin(layer)
         self.values.touch(layer, experts, call)
         self._settle(layer, experts)
         enter = self._residents.offer if self._bypasses else self._residents.admit
         admission = enter(layer, experts, self.values.key)
         self._current = frozenset((layer, index) for index in experts)
         counters = self.counters
-        counters.steps += 1
+        counters.steps += not goes_on
         counters.hits += len(admission.hits)
         read = (*admission.misses, *admission.passing)
         counters.misses += len(read)
@@ -133,18 +134,20 @@ class ExpertCache:
         self._note_evicted(admission.evicted)
         return admission
 
-    def use_many(self, layer: int, tokens: Sequence[Sequence[int]]) -> Admission:
+    def use_many(
+        self, layer: int, tokens: Sequence[Sequence[int]], *, goes_on: bool = False
+    ) -> Admission:
         """Admit what a prompt's tokens route to in a layer; each expert is read once at most.
 
         What is missing stays where there is room or something is worth less; the rest is
-        ``passing``, through slots of the prompt's own. Raises InputError like ``use``.
+        ``passing``, through slots of the prompt's own. ``goes_on`` and InputError as of ``use``.
         """
         if not tokens:
             return Admission(hits=(), misses=(), evicted=())
         for experts in tokens:
             self._check_experts(layer, experts)
         experts = distinct(tokens)
-        call = self._begin(layer)
+        call = self._calls[layer] if goes_on else self._begin(layer)
         self.values.touch_prompt(layer, tokens, call)
         self._settle(layer, experts, decodes=False)
         admission = self._residents.offer(layer, experts, self.values.key)

@@ -27,14 +27,15 @@ def serve_experts(model: nn.Module, residency: Residency, *, look_ahead: bool) -
     """Let modules compute with experts that are held apart, or in slots for a while; returns what
     reads them ahead.
     """
-    packed, slots = residency.packed, residency.experts
-    lookahead = LookAhead(model, packed, slots, enabled=look_ahead)
-    if packed:
+    slots = residency.experts
+    lookahead = LookAhead(model, residency.layers, slots, enabled=look_ahead)
+    if residency.packed:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _forward)
-    for layer, each in enumerate(packed.values()):
-        each.compute = RoutedExperts(layer, each, slots, lookahead)
+    for layer, each in enumerate(residency.layers):
+        if isinstance(each, PackedExperts):
+            each.compute = RoutedExperts(layer, each, slots, lookahead)
     return lookahead
 
 

@@ -109,7 +109,7 @@ class Forwards:
         copies = self._memory.is_limited and bool(self.casts)
         every = residency.emulated or self._watches or copies
         watched = residency.groups.values() if every else residency.moving
-        hooked = [group.name for group in watched if not group.is_routed]
+        hooked = [group.name for group in watched if group.is_hooked]
         self._hooks_changed |= self.around.follow(hooked)
         self.lookahead.follow()
 
@@ -141,15 +141,13 @@ class Forwards:
     @property
     def expected(self) -> tuple[Step, ...]:
         """The uses of the present forward so far, and those of groups that it hasn't used yet."""
-        named = {step.block for step in self.trace}
-        left = [step for step in self.schedule if step.block not in named]
-        return self._in_order(
-            [*self.trace, *(step for step in left if step.block in self.around.hooked)]
-        )
+        left = self.around.traced - {step.block for step in self.trace}
+        expected = (step for step in self.schedule if step.block in left)
+        return self._in_order([*self.trace, *expected])
 
     def _in_order(self, uses: Sequence[Step]) -> tuple[Step, ...]:
         """Return uses that were traced, and between them those that are expected of the others."""
-        traced = {*self.around.hooked, *(step.block for step in uses)}
+        traced = self.around.traced | {step.block for step in uses}
         return replace_uses(self.schedule, uses, traced)
 
     def enter(self, call: object, part: nn.Module | None) -> None:
@@ -244,7 +242,8 @@ class Forwards:
             for group in hook.groups:
                 block, *others = [block.name for block in group.payload.group.blocks]
                 lookup = hook.lookup and group.name in self._looked_up
-                self.trace.append(Step(group.name, lookup=lookup))
+                if not group.is_routed:
+                    self.trace.append(Step(group.name, lookup=lookup))
                 self._recorder.begin_transfer(block)
                 before, moved_bytes = self._memory.charges.virtual_seconds, 0
                 try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..residency.experts import FEW_TOKENS, ExpertSlots
+from ..residency.listed import ListedExperts
 from ..residency.packed import PackedExperts
 from ..residency.stand_ins import plain_tensors
 from ..telemetry import ExpertStats
@@ -40,7 +41,7 @@ class LookAhead:
     def __init__(
         self,
         model: nn.Module,
-        packed: dict[str, PackedExperts],
+        layers: Sequence[PackedExperts | ListedExperts],
         slots: ExpertSlots,
         *,
         enabled: bool = True,
@@ -50,7 +51,10 @@ class LookAhead:
         self._slots = slots
         self._layers = [
             None if layer is None else _Watched(layer)
-            for layer in (find_layer(model, name) for name in packed)
+            for layer in (
+                find_layer(model, each.name) if isinstance(each, PackedExperts) else None
+                for each in layers
+            )
         ]
         self._handles: list[RemovableHandle] = []
         self._learning: list[RemovableHandle] = []

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import PlacementError
 from ..residency.held import HeldGroup
+from ..residency.listed import ListedExpert
 from ..residency.residency import Residency
 from ..residency.stand_ins import NO_GRADIENTS, requires_grad
 from .calls import Calls, Context
@@ -17,6 +18,7 @@ from .direct import DirectForwards
 from .fast_path import EncoderPaths
 from .group_hook import GroupHook
 from .guards import Guards, SaveState
+from .listed import ExpertHook, LayerHook
 from .managed import attached
 from .tracing import raise_compiling, refuse_tracing
 
@@ -39,7 +41,7 @@ class Surroundings:
         generation: Context,
     ) -> None:
         self.hooked: frozenset[str] = frozenset()
-        """The groups whose uses are traced."""
+        """The groups whose modules are surrounded."""
         self.moves = False
         """Weights come and go: a compiled graph would keep them."""
         self.decoding: CompiledDecoding | None = None
@@ -59,6 +61,12 @@ class Surroundings:
         self._guards = Guards(model, save_state, self.refuse_compiling)
         self._surround(generation)
         self._set_hooks()
+
+    @property
+    def traced(self) -> set[str]:
+        """The groups whose uses are traced: not those of what comes by routing."""
+        groups = self._residency.groups
+        return {name for name in self.hooked if not groups[name].is_routed}
 
     def remove(self) -> None:
         """Let the model run as before."""
@@ -128,6 +136,10 @@ class Surroundings:
             if any(group.name in self.hooked for group in hook.groups):
                 self._hook_calls.surround(hook.module, hook)
                 users.add(name)
+        for listed in self._residency.listed:
+            if listed.is_below:
+                layer = self._model.get_submodule(listed.name.rpartition(".")[0])
+                self._hook_calls.surround(layer, LayerHook(listed))
         for name in _containers(users):
             module = self._model.get_submodule(name)
             self._hook_calls.surround(module, _Part(self._forwards, module))
@@ -141,7 +153,8 @@ class Surroundings:
         encoders = EncoderPaths(self._calls, trains=self._residency.trains)
         for module_name, groups in users.items():
             module = self._model.get_submodule(module_name)
-            hook = GroupHook(self._forwards, module, groups)
+            kind = ExpertHook if isinstance(groups[0], ListedExpert) else GroupHook
+            hook = kind(self._forwards, module, groups)
             if isinstance(module, nn.TransformerEncoderLayer):
                 encoders.add_layer(module, hook.hold)
                 self._always.add(module_name)

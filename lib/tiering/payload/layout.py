@@ -110,7 +110,7 @@ def make_payload(
                 offset,
                 packed=packed,
                 plain=plain,
-                expert=group.expert,
+                expert=group.slice,
             )
         )
     lossless = min((native_precision(part.dtype) for part in parts), key=precision_rank)
@@ -192,6 +192,17 @@ def _moves_by_rows(parts: list[Part], modules: list[nn.Module]) -> bool:
         and all(type(module) in (nn.Embedding, nn.Linear) for module in modules)
         and all(module.max_norm is None for module in modules if isinstance(module, nn.Embedding))
     )
+
+
+def whole_experts(payloads: Iterable[Payload]) -> list[str]:
+    """Name the modules whose packed experts are one group, and held compressed."""
+    return [
+        payload.group.modules[0]
+        for payload in payloads
+        if payload.lossy
+        and payload.group.expert is None
+        and payload.group.blocks[0].pieces[0].expert is not None
+    ]
 
 
 def codec_scratch_bytes(payloads: Iterable[Payload]) -> int:

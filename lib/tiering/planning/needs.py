@@ -4,6 +4,7 @@ needs.
 Works on a model on the meta device, so a plan costs no memory.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from ...hints import Hints
 from ...machine import MachineProfile
 from ...policy.plan import BlockNeed
 from ...vocabulary import Precision, most_precise
-from ..payload.groups import group_blocks
+from ..payload.groups import Group, group_blocks
 from ..payload.layout import Payload, codec_scratch_bytes, lookup_bytes, lookup_moved, make_payload
 from .demands import Demand
 
@@ -41,13 +42,15 @@ def make_payloads(
 
     Raises InputError for a precision or a block that doesn't exist.
     """
-    blocks = tuple(blocks)
     shapes = dict(unique_parameters(model))
-    wanted = _wanted_precisions(precision, blocks)
+    groups = group_blocks(model, blocks)
+    wanted = _wanted_precisions(precision, groups)
     payloads = {}
-    for group in group_blocks(model, blocks):
+    for group in groups:
         choices = [wanted.get(group.name)]
         choices += [wanted.get(block.name) for block in group.blocks]
+        if group.expert is not None and not any(choices):
+            choices = [wanted.get(group.experts)]  # of all of a layer
         chosen = most_precise([choice for choice in choices if choice is not None])
         if chosen is not None and group.name in floors:
             chosen = most_precise([chosen, floors[group.name]])
@@ -70,8 +73,18 @@ def block_needs(
     residents = _must_reside(payloads)
     for demand in demands:
         residents |= demand.residents(payloads)
+    groups = [payload.group for payload in payloads.values()]
+    experts = Counter(group.experts for group in groups if group.expert is not None)
     return [
-        _need(model, payload, hints, device, machine, must_reside=name in residents)
+        _need(
+            model,
+            payload,
+            hints,
+            device,
+            machine,
+            must_reside=name in residents,
+            num_experts=experts[payload.group.experts],
+        )
         for name, payload in payloads.items()
     ]
 
@@ -101,7 +114,9 @@ def _need(
     machine: MachineProfile,
     *,
     must_reside: bool,
+    num_experts: int,
 ) -> BlockNeed:
+    """Return what a group asks for; ``num_experts``: those of its layer."""
     group = payload.group
     resident = payload.data_bytes
     if payload.lossy:
@@ -125,9 +140,7 @@ def _need(
     lookup = lookup_moved(payload)
     routed = 0
     if group.expert is not None:
-        experts = model.get_submodule(group.modules[0])
-        num_experts = next(experts.parameters()).shape[0]
-        routed = routed_experts(experts, num_experts)
+        routed = routed_experts(model, group.experts, num_experts)
         share = routed / num_experts
         lookup, compute_seconds = max(int(share * payload.num_bytes), 1), share * compute_seconds
     return BlockNeed(
@@ -173,11 +186,10 @@ def _inside(inner: str, outer: str) -> bool:
     return outer == "" or inner.startswith(f"{outer}.")
 
 
-def _wanted_precisions(precision: PrecisionChoice, blocks: Sequence[Block]) -> dict[str, Precision]:
-    names = {block.name for block in blocks}
-    names |= {
-        block.name.rsplit(".", 1)[0] for block in blocks if block.pieces[0].expert is not None
-    }
+def _wanted_precisions(precision: PrecisionChoice, groups: Sequence[Group]) -> dict[str, Precision]:
+    names = {block.name for group in groups for block in group.blocks}
+    names |= {group.name for group in groups}
+    names |= {group.experts for group in groups if group.expert is not None}
     if precision is None:
         return {}
     if isinstance(precision, str):

@@ -100,7 +100,7 @@ class Archive:
 
     def key(self, payload: Payload) -> str:
         """Return the key of a payload that is made from the originals as they are now."""
-        expert = payload.group.expert
+        expert = payload.group.slice
         names = [part.parameter for part in payload.parts]
         return content_key(
             payload, {name: self._originals.identity(name, expert) for name in names}

@@ -59,7 +59,8 @@ class AwayWeights:
             stack.enter_context(memory.watcher.alone())
             if group.units and not group.by_rows:
                 moved = stack.enter_context(memory.watcher.moving(group.name))
-                memory.watcher.used(group.name)
+                if not group.is_routed:
+                    memory.watcher.used(group.name)
                 moved(group.acquire())
                 stack.callback(group.release)
             if group.weights.is_away(part):
@@ -122,6 +123,7 @@ def look(groups: "Sequence[HeldGroup]", whole: Sequence[AwayWeights]) -> Want:
         max(group.units, key=lambda unit: unit.num_bytes)
         for group in groups
         if group.units
+        and not group.is_routed
         and (group.by_rows or not group.num_holds)
         and (id(group) in in_slot or not reads_apart(group))
     }

@@ -7,20 +7,29 @@ less.
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from ...policy.experts import Admission, Counters, ExpertCache
 from ...policy.plan import Plan
 from ...units import format_bytes
 from ..payload.layout import Payload
 from ..transfer.transport import Ticket, Unit
+from .cache_shape import CacheShape, shape_cache
 from .fast_memory import FastMemory
 from .foresight import Foresight
 from .held_expert import ExpertWeight, HeldExpert
+from .listed import ListedExpert, ListedExperts
 from .packed import PackedExperts
+from .slot_pool import SlotPool
 from .stand_ins import plain_tensors
 
+Expert = HeldExpert | ListedExpert
 Weights = Mapping[str, ExpertWeight]
 """One expert's weights by parameter."""
+Tokens = Sequence[Sequence[int]]
+"""What each token is routed to."""
 FEW_TOKENS = 16
 """More are a prompt's, which must not push out what decoding uses."""
 
@@ -35,7 +44,7 @@ class ExpertSlots:
     def __init__(
         self,
         memory: FastMemory,
-        packed: Sequence[PackedExperts],
+        layers: Sequence[PackedExperts | ListedExperts],
         router_counts: Mapping[str, float],
         *,
         emulated: bool,
@@ -43,63 +52,61 @@ class ExpertSlots:
         self.policy = "ours"
         """What decides which experts stay, of ``POLICIES``; from the next plan on."""
         self._memory = memory
-        self._packed = packed
+        self._layers = layers
         self._router_counts = router_counts
-        self._is_emulated = emulated
         self.transport = memory.transport.another()
+        self.pool = SlotPool(
+            self.transport, (lambda num_bytes: None) if emulated else memory.watcher.took
+        )
         self.cache: ExpertCache | None = None
         """What is cached; None where no experts are below."""
         self.ready = 0
         """Uses in decoding that waited for nothing."""
         self.withdrawn = 0
         """Predictions that were not read, since their layer came before."""
+        self._counters = Counters()
         self.foresight = Foresight()
         """What is read ahead, and whether that pays."""
-        self._num_bytes = 0
-        self._aside = 0
-        """Bytes that are no cache's: one or two of the largest experts pass through them."""
-        self._passes_two = False
+        self._shape: CacheShape | None = None
         self._plan: Plan | None = None
         self._has_warned = False
-        self._taken = 0
-        self._is_busy = False
+        self.is_busy = False
         """A use has begun and not come to its end."""
-        self._spare: dict[int, list[int]] = {}
-        self._slots: dict[HeldExpert, tuple[Ticket, Weights | None]] = {}
+        self._slots: dict[Expert, tuple[Ticket, Weights | None]] = {}
+        """Without weights until somebody has waited for them; those of lists keep none."""
 
     # -- placing -----------------------------------------------------------------------------------
 
     def free(self) -> None:
         """Have no slots until ``adopt``."""
-        for ticket, _ in self._slots.values():
+        for expert, (ticket, weights) in self._slots.items():
             if not self.transport.withdraw(ticket):
                 ticket.arrived.wait()
+            if weights is not None:
+                self._memory.transitions.leave(expert.name)
         self._slots.clear()
-        self._spare.clear()
-        self.transport.make_slots(0, 0)
+        self.pool.free()
         self.cache = None
         self.foresight.clear()
-        self._take(-self._taken)
 
     def begin(self, plan: Plan, payloads: Mapping[str, Payload]) -> None:
         """Take no more than a plan allows from here on, which is to be adopted next. What is cached
         stays as far as it can, unless experts go elsewhere or change their precision.
         """
-        experts = [each for packed in self._packed for each in packed.experts]
+        experts = [each for layer in self._layers for each in layer.experts]
         if self.cache is not None and all(
             each.tier is plan.placements[each.name].tier
             and each.payload.precision is payloads[each.name].precision
             for each in experts
         ):
-            self._resize(min(plan.cache_bytes, self._num_bytes))
+            self._resize(min(plan.cache_bytes, self.pool.num_bytes))
         else:
             self.free()
 
     def _resize(self, num_bytes: int) -> None:
-        assert self.cache is not None
-        self._num_bytes = num_bytes
-        self._evict(self.cache.set_capacity(num_bytes - self._aside))
-        self._make_room(0)
+        assert self.cache is not None and self._shape is not None
+        self._evict(self.cache.set_capacity(num_bytes - self._shape.aside_bytes))
+        self.pool.resize(num_bytes)
 
     def adopt(self, plan: Plan) -> None:
         """Have the slots of a plan; at first what was routed to most in training is read."""
@@ -107,41 +114,19 @@ class ExpertSlots:
         if self.cache is not None:
             self._resize(plan.cache_bytes)
             return
-        self._num_bytes = plan.cache_bytes
-        layers = {
-            layer: packed.experts
-            for layer, packed in enumerate(self._packed)
-            if any(each.units for each in packed.experts)
-        }
-        if not layers:
+        self.pool.resize(plan.cache_bytes)
+        shape = self._shape = shape_cache(self._layers, self._router_counts, plan.cache_bytes)
+        if shape is None:
             return
-        sizes = {
-            layer: [_unit(each).num_bytes for each in experts] for layer, experts in layers.items()
-        }
-        per_token = {
-            layer: min(self._packed[layer].routed, len(experts))
-            for layer, experts in layers.items()
-        }
-        largest = max(max(each) for each in sizes.values())
-        needed = max(
-            sum(sorted(each, reverse=True)[: per_token[layer]]) for layer, each in sizes.items()
-        )
-        self._passes_two = needed + 2 * largest <= self._num_bytes
-        self._aside = (2 if self._passes_two else 1) * largest
-        counts = {
-            (layer, each.number): self._router_counts[each.name]
-            for layer, experts in layers.items()
-            for each in experts
-            if each.name in self._router_counts
-        }
         self.cache = ExpertCache(
-            sizes,
-            self._num_bytes - self._aside,
-            per_token=per_token,
+            shape.sizes,
+            plan.cache_bytes - shape.aside_bytes,
+            per_token=shape.per_token,
             policy=self.policy,
-            counts=counts,
+            counts=shape.counts,
             spare=self.policy == "ours",
         )
+        self.cache.counters = self._counters
         if self.cache.below_cycle and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -152,19 +137,31 @@ class ExpertSlots:
                 stacklevel=2,
             )
         for layer, number in self.cache.experts():
-            self._submit(self._packed[layer].experts[number], urgent=False)
+            self._submit(self._layers[layer].experts[number], urgent=False)
+
+    @property
+    def in_flight(self) -> set[str]:
+        """The experts that are on their way; from any thread."""
+        slots = list(self._slots.items())
+        return {expert.name for expert, (_, weights) in slots if weights is None}
+
+    @property
+    def in_slots(self) -> set[str]:
+        """Those that somebody has waited for, and are still there; from any thread."""
+        slots = list(self._slots.items())
+        return {expert.name for expert, (_, weights) in slots if weights is not None}
 
     # -- use ---------------------------------------------------------------------------------------
 
-    def use(self, layer: int, tokens: Sequence[Sequence[int]]) -> Iterator[tuple[int, Weights]]:
+    def use(self, layer: int, tokens: Tokens) -> Iterator[tuple[int, Weights]]:
         """Yield each expert that the tokens of a layer are routed to with its weights in fast
         memory, those first that are there. What was yielded may go when the next is asked for.
 
         Raises PlacementError where stored bytes are not sound.
         """
-        experts = self._packed[layer].experts
+        experts = self._layers[layer].experts
         experts[0].refuse_written()
-        self._is_busy = True
+        self.is_busy = True
         admission = self._admit(layer, tokens)
         for number in admission.misses:
             self._submit(experts[number], urgent=True)
@@ -172,44 +169,69 @@ class ExpertSlots:
             yield number, self._weights(layer, experts[number])
             self.transport.done_with(self._slots[experts[number]][0].slot, shared=False)
         passing = admission.passing
+        ahead = 2 if self._shape is not None and self._shape.passes_two else 1
         for place, number in enumerate(passing):
-            for each in passing[place : place + 1 + self._passes_two]:
+            for each in passing[place : place + ahead]:
                 self._submit(experts[each], urgent=True)
             yield number, self._weights(layer, experts[number])
             self._release(experts[number])
-        self._is_busy = False
+        self.is_busy = False
+
+    def take(
+        self, layer: int, number: int, tokens: Tokens, *, again: bool, goes_on: bool
+    ) -> tuple[Tensor, int]:
+        """Wait for one expert of a list, whose layer asks for it ``again`` in a call, or after
+        others (``goes_on``); returns its bytes, and how many have moved. They stay until
+        ``let_go``. Raises PlacementError where stored bytes are not sound.
+        """
+        expert = self._layers[layer].experts[number]
+        self.is_busy = True
+        if not (again and expert in self._slots):
+            self._admit(layer, tokens, goes_on=goes_on)
+        self._submit(expert, urgent=True)
+        ticket, known = self._slots[expert]
+        buffer = self._wait(layer, expert) if known is None else self.transport.wait(ticket)
+        self._slots[expert] = ticket, {}
+        moved = ticket.unit.data_bytes if known is None else 0
+        return (expert.shard_in_memory(0) if buffer is None else buffer), moved
+
+    def let_go(self, layer: int, number: int) -> None:
+        """End the use of an expert that was taken."""
+        expert = self._layers[layer].experts[number]
+        self.transport.done_with(self._slots[expert][0].slot, shared=False)
+        if self.cache is None or (layer, number) not in self.cache:  # it only passed through
+            self._release(expert)
+        self.is_busy = False
 
     def expect(self, layer: int, number: int) -> bool:
         """Read an expert that the layer's next call is expected to use, behind what is needed now;
         returns whether it is on its way for that.
         """
         assert self.cache is not None
-        expert = self._packed[layer].experts[number]
-        self._is_busy = True
+        expert = self._layers[layer].experts[number]
+        self.is_busy = True
         evicted = self.cache.admit_predicted(layer, number)
         if evicted is not None:
             self._evict(evicted)
             self._submit(expert, urgent=False)
             self.foresight.guesses.add(layer, number, evicted)
-        self._is_busy = False
+        self.is_busy = False
         return evicted is not None
 
     def reset_counters(self) -> None:
         """Start counting anew."""
         self.ready = self.withdrawn = 0
+        guesses = sum(len(self.foresight.guesses.of(layer)) for layer in range(len(self._layers)))
+        self._counters = Counters(predicted=guesses)
         if self.cache is not None:
-            open_guesses = sum(len(self.foresight.guesses.of(layer)) for layer in self.cache.sizes)
-            self.cache.counters = Counters(predicted=open_guesses)
+            self.cache.counters = self._counters
 
     def wants(self, layer: int) -> bool:
         """Say whether the routing of a layer's next call should be predicted."""
-        return (
-            self.cache is not None
-            and layer in self.cache.sizes
-            and self.foresight.speculation.wants()
-        )
+        known = self.cache is not None and layer in self.cache.sizes
+        return known and self.foresight.speculation.wants()
 
-    def _admit(self, layer: int, tokens: Sequence[Sequence[int]]) -> Admission:
+    def _admit(self, layer: int, tokens: Tokens, *, goes_on: bool = False) -> Admission:
         """Ask the cache, and let go of what it evicts."""
         cache = self.cache
         assert cache is not None
@@ -219,11 +241,11 @@ class ExpertSlots:
         self.foresight.guesses.settle(layer, distinct)
         if len(tokens) <= FEW_TOKENS and needed <= cache.capacity_bytes:
             self.ready += sum(self._is_there(layer, number) for number in distinct)
-            admission = cache.use(layer, distinct)
+            admission = cache.use(layer, distinct, goes_on=goes_on)
             for number in admission.misses:
-                self.foresight.miss(layer, number, _unit(self._packed[layer].experts[number]))
+                self.foresight.miss(layer, number, _unit(self._layers[layer].experts[number]))
         else:
-            admission = cache.use_many(layer, tokens)
+            admission = cache.use_many(layer, tokens, goes_on=goes_on)
         self._evict(admission.evicted)
         return admission
 
@@ -231,24 +253,24 @@ class ExpertSlots:
         """Take back what was to be read ahead for a layer and has not begun."""
         assert self.cache is not None
         for number in self.foresight.guesses.of(layer):
-            held = self._slots.get(expert := self._packed[layer].experts[number])
+            held = self._slots.get(expert := self._layers[layer].experts[number])
             if held is not None and self.transport.withdraw(held[0]):
                 self._forget(layer, expert)
                 self.withdrawn += 1
 
     def mend(self) -> None:
         """Begin anew after a use that was interrupted, perhaps in the midst of a decision."""
-        if self._is_busy:
-            self._is_busy = False
+        if self.is_busy:
+            self.is_busy = False
             self.free()
             if self._plan is not None:
                 self.adopt(self._plan)
 
     def _is_there(self, layer: int, number: int) -> bool:
-        held = self._slots.get(self._packed[layer].experts[number])
+        held = self._slots.get(self._layers[layer].experts[number])
         return held is not None and self.transport.has_arrived(held[0])
 
-    def _weights(self, layer: int, expert: HeldExpert) -> Weights:
+    def _weights(self, layer: int, expert: Any) -> Weights:
         """Wait for an expert; returns its weights."""
         self._submit(expert, urgent=True)  # after an interrupt it may not have been asked for
         ticket, weights = self._slots[expert]
@@ -256,71 +278,62 @@ class ExpertSlots:
         if weights is not None:
             return weights
         with self._memory.watcher.moving(expert.name) as moved, plain_tensors():
-            begun = self._memory.charges.now()
-            try:
-                buffer = self.transport.wait(ticket)
-            except BaseException:
-                if ticket.error is not None:  # not an interrupt: the read has failed
-                    self._forget(layer, expert)
-                raise
+            buffer = self._wait(layer, expert)
             moved(ticket.unit.data_bytes)
+        made: Weights = expert.view(expert.shard_in_memory(0) if buffer is None else buffer)
+        self._slots[expert] = ticket, made
+        return made
+
+    def _wait(self, layer: int, expert: Expert) -> Tensor | None:
+        """Wait for an expert that is on its way, and learn from that."""
+        ticket = self._slots[expert][0]
+        begun = self._memory.charges.now()
+        try:
+            buffer = self.transport.wait(ticket)
+        except BaseException:
+            if ticket.error is not None:  # not an interrupt: the read has failed
+                self._forget(layer, expert)
+            raise
         self.foresight.judge(layer, expert.number, ticket, self._memory.charges.now() - begun)
-        if buffer is None:
-            buffer = expert.shard_in_memory(0)
-        weights = expert.view(buffer)
-        self._slots[expert] = ticket, weights
-        return weights
+        self._memory.transitions.arrive(
+            expert.name, ticket.asked, ticket.ended, ticket.unit.num_bytes
+        )
+        return buffer
 
     # -- slots -------------------------------------------------------------------------------------
 
-    def _submit(self, expert: HeldExpert, *, urgent: bool) -> None:
+    def _submit(self, expert: Expert, *, urgent: bool) -> None:
         """Ask for an expert in a slot, unless it has one."""
         if expert in self._slots:
             return
         unit = _unit(expert)
-        spare = self._spare.get(unit.num_bytes)
-        if spare:
-            slot = spare.pop()
-        else:
-            self._make_room(unit.num_bytes)
-            slot = self.transport.add_slot(unit.num_bytes)
-            self._take(unit.num_bytes)
+        slot = self.pool.take(unit.num_bytes)
         try:
             self._slots[expert] = self.transport.submit(unit, slot, urgent=urgent), None
         except BaseException:
-            self._spare.setdefault(unit.num_bytes, []).append(slot)
+            self.pool.give_back(unit.num_bytes, slot)
             raise
-
-    def _make_room(self, num_bytes: int) -> None:
-        """Free slots of other sizes for one that is still to be made."""
-        for size, slots in self._spare.items():
-            while slots and self._taken + num_bytes > self._num_bytes:
-                self.transport.drop_slot(slots.pop())
-                self._take(-size)
-
-    def _take(self, num_bytes: int) -> None:
-        self._taken += num_bytes
-        if not self._is_emulated:
-            self._memory.watcher.took(num_bytes)
 
     def _evict(self, evicted: Sequence[tuple[int, int]]) -> None:
         for layer, number in evicted:
             self.foresight.guesses.drop(layer, number)
-            self._release(self._packed[layer].experts[number])
+            self._release(self._layers[layer].experts[number])
 
-    def _release(self, expert: HeldExpert) -> None:
-        """Let an expert's slot serve another."""
+    def _release(self, expert: Expert) -> None:
+        """Let an expert's slot serve another; of a list's, callers may have kept views."""
         held = self._slots.pop(expert, None)
         if held is not None:
             ticket, weights = held
-            if weights is None and not self.transport.withdraw(ticket) and ticket.error is None:
+            if weights is not None:
+                self._memory.transitions.leave(expert.name)
+            elif not self.transport.withdraw(ticket) and ticket.error is None:
                 # Nobody has waited for it: it was read for nothing.
                 with self._memory.watcher.moving(expert.name) as moved:
                     moved(ticket.unit.data_bytes)
-            self.transport.done_with(ticket.slot, shared=False)
-            self._spare.setdefault(ticket.unit.num_bytes, []).append(ticket.slot)
+            self.transport.done_with(ticket.slot, shared=not weights)
+            self.pool.give_back(ticket.unit.num_bytes, ticket.slot)
 
-    def _forget(self, layer: int, expert: HeldExpert) -> None:
+    def _forget(self, layer: int, expert: Expert) -> None:
         """Take an admission back of which the bytes didn't come."""
         assert self.cache is not None
         if (layer, expert.number) in self.cache:
@@ -329,6 +342,6 @@ class ExpertSlots:
         self._release(expert)
 
 
-def _unit(expert: HeldExpert) -> Unit:
+def _unit(expert: Expert) -> Unit:
     (unit,) = expert.units
     return unit

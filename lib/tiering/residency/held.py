@@ -62,8 +62,13 @@ class HeldGroup:
 
     @property
     def is_routed(self) -> bool:
-        """It comes when tokens are routed to it, and at no module's hook."""
+        """It comes when tokens are routed to it, into the cache of experts."""
         return False
+
+    @property
+    def is_hooked(self) -> bool:
+        """It comes at its module's hook."""
+        return True
 
     @property
     def _writable(self) -> bool:
@@ -101,7 +106,7 @@ class HeldGroup:
             self.num_holds -= 1
         elif self.num_holds:
             self.end_holds()
-            self.memory.prefetcher.release(self.units[0], shared=True)
+            self._give_back()
 
     def hold_again(self, num_holds: int) -> None:
         """Go on with holds after groups have moved during a forward."""
@@ -145,11 +150,19 @@ class HeldGroup:
         return self.archive.copy(self.stored, self.payload, part, device)
 
     def _fetch(self) -> int:
-        unit = self.units[0]
         with plain_tensors():
-            buffer = self.memory.prefetcher.acquire(unit)
-            self.weights.show(self.shard_in_memory(0) if buffer is None else buffer)
-        return unit.data_bytes
+            buffer, moved_bytes = self._bring()
+            self.weights.show(buffer)
+        return moved_bytes
+
+    def _bring(self) -> tuple[Tensor, int]:
+        """Wait for its bytes in fast memory; returns them, and how many have moved for it."""
+        unit = self.units[0]
+        buffer = self.memory.prefetcher.acquire(unit)
+        return (self.shard_in_memory(0) if buffer is None else buffer), unit.data_bytes
+
+    def _give_back(self) -> None:
+        self.memory.prefetcher.release(self.units[0], shared=True)
 
     def _hide(self) -> None:
         with plain_tensors():

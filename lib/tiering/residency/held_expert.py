@@ -49,8 +49,13 @@ class HeldExpert(HeldGroup):
 
     @property
     def is_routed(self) -> bool:
-        """It comes when tokens are routed to it, and at no module's hook."""
+        """It comes when tokens are routed to it, into the cache of experts."""
         return not self.packed.is_plain
+
+    @property
+    def is_hooked(self) -> bool:
+        """It comes at no module's hook unless all experts of its module are there as they are."""
+        return self.packed.is_plain
 
     def acquire(self) -> int:
         """Bring nothing: what is below comes once it is routed to."""

@@ -39,11 +39,13 @@ PACKED: "weakref.WeakKeyDictionary[nn.Module, PackedExperts]" = weakref.WeakKeyD
 class PackedExperts:
     """The experts of one module. Used by one thread at a time."""
 
-    def __init__(self, module: nn.Module, originals: Originals, memory: FastMemory) -> None:
-        self.module = module
+    def __init__(self, name: str, originals: Originals, memory: FastMemory) -> None:
+        self.name = name
+        module = self.module = originals.model.get_submodule(name)
         self.memory = memory
         self.experts: list[HeldExpert] = []
-        self.routed = routed_experts(module, next(module.parameters()).shape[0])
+        num_experts = next(module.parameters()).shape[0]
+        self.routed = routed_experts(originals.model, name, num_experts)
         """How many experts a token takes."""
         self.is_plain = True
         """The parameters are plain ones."""
@@ -61,9 +63,9 @@ class PackedExperts:
         """Parameters that are being put together, and the experts that they have by now."""
         PACKED[module] = self
 
-    def add(self, payload: Payload, archive: Archive, originals: Originals) -> HeldExpert:
+    def add(self, payload: Payload, archive: Archive) -> HeldExpert:
         """Return the group of the next expert."""
-        expert = HeldExpert(payload, self.memory, archive, originals, self)
+        expert = HeldExpert(payload, self.memory, archive, self._originals, self)
         self.experts.append(expert)
         return expert
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from ...blocks import BlockKind, storage_bytes
+from ...blocks import storage_bytes
 from ...errors import PlacementError
 from ...policy.plan import Plan, Step
 from ...vocabulary import State, Tier
@@ -20,6 +20,7 @@ from .archive import Archive
 from .experts import ExpertSlots
 from .fast_memory import FastMemory, trim_heap
 from .held import HeldGroup
+from .listed import ListedExperts
 from .originals import Originals
 from .packed import PackedExperts, settle
 
@@ -41,23 +42,21 @@ class Residency:
         emulated: bool,
         router_counts: Mapping[str, float],
     ) -> None:
-        self.packed: dict[str, PackedExperts] = {}
-        """The modules whose experts are groups by themselves, by name."""
+        self.layers: list[PackedExperts | ListedExperts] = []
+        """The modules and the lists whose experts are groups by themselves."""
+        self.experts = ExpertSlots(memory, self.layers, router_counts, emulated=emulated)
+        """Those of these experts that are below, in fast memory for a while."""
         self.groups = {
             name: self._make_group(payload, memory, archive, originals)
             for name, payload in payloads.items()
         }
-        self.experts = ExpertSlots(
-            memory, list(self.packed.values()), router_counts, emulated=emulated
-        )
-        """Those of these experts that are below, in fast memory for a while."""
         self.memory = memory
         self._archive = archive
         self._originals = originals
         self.emulated = emulated
         self.moving: list[HeldGroup] = []
-        """The groups that move under the present plan, experts apart; the others reside in fast
-        memory.
+        """The groups that move under the present plan, packed experts apart; the others reside in
+        fast memory.
         """
         self._compressed: list[nn.Parameter] = []
         """The parameters of groups that reside in fast memory compressed."""
@@ -88,7 +87,7 @@ class Residency:
             group.refuse_written()
         self.memory.free_slots()  # what fails below leaves none
         self.experts.begin(plan, payloads)
-        for packed in self.packed.values():
+        for packed in self.packed:
             packed.begin(plan, payloads)
         log = self.memory.transitions
         for name, group in self.groups.items():
@@ -130,13 +129,13 @@ class Residency:
                 log.move(name, place.state, place.reason, began, copied)
                 log.slot_states[name] = State.COMPRESSED if group.payload.lossy else State.FULL
                 progress(size)
-        settle(list(self.packed.values()))
-        moving = {name: group for name, group in self.groups.items() if not group.is_routed}
-        steps = [step.block for step in schedule if not step.lookup and step.block in moving]
-        self.memory.adopt(plan, [unit for name in steps for unit in moving[name].units])
+        settle(self.packed)
+        streamed = {name: group for name, group in self.groups.items() if not group.is_routed}
+        steps = [step.block for step in schedule if not step.lookup and step.block in streamed]
+        self.memory.adopt(plan, [unit for name in steps for unit in streamed[name].units])
         self.experts.adopt(plan)
         self._sweep()
-        self.moving = [group for group in moving.values() if group.units]
+        self.moving = [group for group in self.groups.values() if group.is_hooked and group.units]
         self._compressed = [
             group.weights.parameter(part)
             for group in self.groups.values()
@@ -177,23 +176,23 @@ class Residency:
     @property
     def moves(self) -> bool:
         """Weights come and go under the present plan, or experts are computed one by one."""
-        apart = any(not packed.is_plain for packed in self.packed.values())
+        apart = any(not packed.is_plain for packed in self.packed)
         return bool(self.moving) or apart
 
     @property
-    def whole_experts(self) -> list[str]:
-        """Name the modules whose packed experts are one group, and held compressed."""
-        return [
-            group.payload.group.modules[0]
-            for group in self.groups.values()
-            if group.payload.lossy
-            and group.payload.group.kind is BlockKind.EXPERT
-            and group.payload.group.expert is None
-        ]
+    def packed(self) -> list[PackedExperts]:
+        """The modules with packed experts that are groups by themselves."""
+        return [layer for layer in self.layers if isinstance(layer, PackedExperts)]
+
+    @property
+    def listed(self) -> list[ListedExperts]:
+        """The lists of experts that are groups by themselves."""
+        return [layer for layer in self.layers if isinstance(layer, ListedExperts)]
 
     def held_at_once(self, groups: Iterable[str]) -> set[str]:
-        """Return those of the groups that a module's hooks hold as a whole."""
-        return {name for name in groups if not self.groups[name].payload.by_rows}
+        """Return those of the groups that a module's hooks hold as a whole, in slots of a plan."""
+        held = (self.groups[name] for name in groups)
+        return {each.name for each in held if not (each.payload.by_rows or each.is_routed)}
 
     @property
     def trains(self) -> bool:
@@ -239,7 +238,7 @@ class Residency:
             ]
         slots = self.experts.transport.slots()
         num_bytes = storage_bytes([*there, *memory.buffers(), *slots])
-        num_bytes += sum(packed.resident_bytes() for packed in self.packed.values())
+        num_bytes += sum(packed.resident_bytes() for packed in self.packed)
         num_bytes += memory.scratch.num_bytes if memory.scratch is not None else 0
         num_bytes += sum(group.weights.compressed_bytes for group in self.groups.values())
         if self.emulated:
@@ -249,7 +248,8 @@ class Residency:
     def states(self) -> dict[str, State]:
         """Return the state of each block now, and that of each tied copy; from any thread."""
         log, prefetcher = self.memory.transitions, self.memory.prefetcher
-        in_flight, in_slots = prefetcher.in_flight, prefetcher.in_slots
+        in_flight = prefetcher.in_flight | self.experts.in_flight
+        in_slots = prefetcher.in_slots | self.experts.in_slots
         states: dict[str, State] = {}
         for name, group in self.groups.items():
             state = log.states[name]
@@ -309,7 +309,7 @@ class Residency:
         self.end_holds()
         self.memory.prefetcher.drain()
         self.experts.free()
-        for packed in self.packed.values():
+        for packed in self.packed:
             packed.forbid("its runtime has discarded them")
         for group in self.groups.values():
             group.weights.forbid("its runtime has discarded them")
@@ -320,14 +320,17 @@ class Residency:
     ) -> HeldGroup:
         if payload.group.expert is None:
             return HeldGroup(payload, memory, archive, originals)
-        name = payload.group.modules[0]
-        if name not in self.packed:
-            module = originals.model.get_submodule(name)
-            self.packed[name] = PackedExperts(module, originals, memory)
-        return self.packed[name].add(payload, archive, originals)
+        name = payload.group.experts
+        if not self.layers or self.layers[-1].name != name:  # experts of a layer follow each other
+            if payload.group.slice is None:
+                number = len(self.layers)
+                self.layers.append(ListedExperts(name, originals, memory, self.experts, number))
+            else:
+                self.layers.append(PackedExperts(name, originals, memory))
+        return self.layers[-1].add(payload, archive)
 
     def _close_stores(self) -> None:
-        for packed in self.packed.values():
+        for packed in self.packed:
             packed.leave()
         self.experts.transport.close()
         self.memory.transport.close()

@@ -30,16 +30,9 @@ from lib.errors import InputError
 from lib.files import check_writable, write_json
 from lib.machine import cpu_name
 from lib.units import format_bytes
+from scripts.experiments.controller.decoding import Given, read_given
 from scripts.experiments.controller.dense import run_dense
-from scripts.experiments.controller.moe import (
-    RATIOS,
-    SHARES,
-    Given,
-    read_given,
-    run_moe,
-    run_share,
-    summary,
-)
+from scripts.experiments.controller.moe import RATIOS, SHARES, run_moe, run_share, summary
 from scripts.experiments.controller.pressure import run_pressure
 
 SCENARIOS = ("dense", "moe", "mix", "pressure")

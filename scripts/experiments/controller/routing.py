@@ -51,7 +51,7 @@ def record(runtime: Runtime, decode: Callable[[], Any]) -> Recording:
     named: dict[int, list[int]] = {}
     true: dict[int, list[int]] = {}
     handles = []
-    for number, packed in enumerate(keeper.residency.packed.values()):
+    for number, packed in enumerate(keeper.residency.packed):
         watched = lookahead._layers[number]
         assert watched is not None
         layer = watched.layer

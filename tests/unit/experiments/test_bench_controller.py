@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lib.commands.cli import run_main
-from scripts.experiments.controller import bench_controller, moe
+from scripts.experiments.controller import bench_controller, policies
 from scripts.experiments.controller.bench_controller import main
 
 FIGURES = {"resident_hit", "ready_hit", "bytes", "tokens_per_s", "stall_s"}
@@ -48,7 +48,7 @@ def test_the_last_line_has_what_the_contract_names(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(bench_controller, "_QUICK_SECONDS", 1.0)
-    monkeypatch.setattr(moe, "_GROUP_SHARE", 0.5)
+    monkeypatch.setattr(policies, "_GROUP_SHARE", 0.5)
     written = tmp_path / "out.json"
     options = ["--model", str(checkpoint), "--quick", "--json", str(written)]
     assert main(options) == 0

@@ -105,6 +105,14 @@ def benchmark_document(mode: str) -> dict[str, Any]:
                     [clock, resident + blocks[name]["num_bytes"]],
                     [clock + 2e-5, resident],
                 ]
+    stays: dict[str, Any] = {}
+    for index, name in enumerate(names):
+        if tiers[name] == "SSD":
+            asked = [1e-3 * mean * (turn + (index - 2) / len(names)) for turn in range(3)]
+            step = 1e-3 * mean / len(names)
+            stays[name] = [[start, start + step, start + 2 * step] for start in asked]
+    stays[names[-1]] = [[0.9e-3 * mean, 1e-3 * mean, None]]
+    window = {"pass_seconds": [1e-3 * mean] * 3, "stays": stays}
     common = {"peak_rss_bytes": 612 * 2**20}
     tiered = {
         "latency_ms": {"mean": mean, "median": mean * 0.99, "p95": mean * 1.2, "n": forwards},
@@ -114,6 +122,7 @@ def benchmark_document(mode: str) -> dict[str, Any]:
         "bytes_moved_per_forward": sum(block["bytes_moved"] for block in blocks.values())
         // forwards,
         "perplexity": 31.4159,
+        "in_slots": window if mode == "real" else None,
         "transfer_ms_per_forward": transfer_ms,
         "stats": {
             "mode": mode,

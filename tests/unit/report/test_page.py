@@ -55,7 +55,7 @@ def test_page_of_a_complete_run(sample_run: Path) -> None:
     assert not run.missing
     page = render_page(run, draw_pictures(run))
     text = check(page)
-    assert len(re.findall(r"data:image/png;base64,", page)) == 6
+    assert len(re.findall(r"data:image/png;base64,", page)) == 7
     assert not run.missing
     for phrase in (
         "held-out loss is 3.521 nats per token, below the unigram entropy of 6.210",
@@ -157,7 +157,7 @@ def test_command_writes_page_pictures_and_json(
     assert last == json.loads((tmp_path / "out.json").read_text())
     assert last["missing"] == [] and last["unigram_entropy_nats"] == 6.2104
     check((sample_run / "report.html").read_text())
-    for name in ("loss", "importance", "tiers", "latency", "memory"):
+    for name in ("loss", "importance", "tiers", "latency", "memory", "stays"):
         assert (sample_run / f"{name}.png").is_file()
 
 
@@ -197,4 +197,4 @@ def test_without_matplotlib_the_page_is_written_and_says_so(
     said = check((sample_run / "report.html").read_text())
     assert "picture of loss: this needs matplotlib: pip install 'tierhints[report]'" in said
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert document["pictures"] == {} and len(document["missing"]) == 6
+    assert document["pictures"] == {} and len(document["missing"]) == 7

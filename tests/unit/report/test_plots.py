@@ -9,7 +9,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.hints import BlockHint, Hints, load_hints
-from lib.report.benchmark_plots import latency_shares, plot_latency, plot_memory
+from lib.report.benchmark_plots import latency_shares, plot_latency, plot_memory, plot_stays
 from lib.report.drawing import picture, split_layer
 from lib.report.plots import (
     attention_traces,
@@ -97,7 +97,15 @@ def test_benchmarks(
     documents[0] |= {"baseline": None, "impact": None}
     plot_latency(documents, tmp_path / "latency.png", dpi=50)
     plot_memory(documents, tmp_path / "memory.png", dpi=50)
-    assert is_picture(tmp_path / "latency.png") and is_picture(tmp_path / "memory.png")
+    plot_stays(documents, tmp_path / "stays.png", dpi=50)
+    assert all(is_picture(tmp_path / f"{name}.png") for name in ("latency", "memory", "stays"))
+
+
+def test_a_run_in_which_nothing_moves_has_no_stays(
+    make_benchmark: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="no block came into a slot"):
+        plot_stays([make_benchmark("emulated")], tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("plot", [plot_latency, plot_memory])

@@ -3,22 +3,28 @@
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from expert_budgets import (
+    IDS,
+    budget_for,
+    expert_bytes,
+    make_hints,
+    outputs,
+    same,
+    slots_of,
+)
 from tiny_models import tiny_gpt_oss, tiny_olmoe, tiny_qwen_moe
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lib.blocks import BlockKind, parameter_digest, partition_model
+from lib.blocks import BlockKind, partition_model
 from lib.errors import InputError, PlacementError
-from lib.hints import Hints, ModelInfo
-from lib.hints.building import build_hints
-from lib.tiering import Runtime, attach, load
+from lib.tiering import attach, load
 from lib.tiering.residency.experts import ExpertSlots
 from lib.tiering.stores.file import FileStore
 from lib.vocabulary import Precision
@@ -40,75 +46,17 @@ def mixtral() -> MixtralForCausalLM:
     )
 
 
-def make_hints(model: nn.Module, **changes: dict[str, Any]) -> Hints:
-    """Hints without curves, all blocks alike but for what is changed of some: field -> block ->
-    value.
-    """
-    blocks = partition_model(model)
-    info = ModelInfo(
-        id="toy",
-        revision="",
-        class_name=type(model).__name__,
-        parameter_digest=parameter_digest(model),
-    )
-    hints = build_hints(
-        model=info,
-        provenance={"signal": "adam_exp_avg_sq", "created": "2026-01-01T00:00:00+00:00"},
-        num_bytes={block.name: block.num_bytes for block in blocks},
-        num_params={block.name: block.num_params for block in blocks},
-        density={block.name: 1.0 for block in blocks},
-        signals={block.name: {} for block in blocks},
-        reasons={},
-        hbm_threshold=0.4,
-        cpu_threshold=0.7,
-    )
-    made = dict(hints.blocks)
-    for field, values in changes.items():
-        for name, value in values.items():
-            made[name] = replace(made[name], **{field: value})
-    return replace(hints, blocks=made)
-
-
 MODELS: dict[str, Callable[[], Any]] = {
     "qwen": tiny_qwen_moe,
     "olmoe": tiny_olmoe,
     "mixtral": mixtral,
     "gpt-oss": tiny_gpt_oss,
 }
-IDS = (torch.arange(2 * 20).view(2, 20) * 7) % 40
-
-
-def outputs(model: Any) -> list[Tensor]:
-    """A prompt in a batch, one token, and a text with its steps."""
-    with torch.no_grad():
-        text = model.generate(
-            IDS[:1, :4], max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
-        )
-        return [model(IDS).logits, model(IDS[:1, :1]).logits, text]
-
-
-def expert_bytes(model: nn.Module) -> int:
-    blocks = partition_model(model)
-    return sum(block.num_bytes for block in blocks if block.kind is BlockKind.EXPERT)
-
-
-def budget_for(model: nn.Module, share: float) -> dict[str, int | None]:
-    """Fast memory for all but the experts, and for a share of these and what they pass through."""
-    total = sum(parameter.nbytes for parameter in model.parameters())
-    return {"HBM": int(total - expert_bytes(model) * (1 - share)) + 16_384, "SSD": None}
-
-
-def slots_of(runtime: Runtime) -> ExpertSlots:
-    return runtime._keeper.residency.experts
 
 
 def num_guesses(slots: ExpertSlots) -> int:
     """What was read ahead, and whose layer has not come yet."""
-    return sum(len(slots.foresight.guesses.of(layer)) for layer in range(len(slots._packed)))
-
-
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    return sum(len(slots.foresight.guesses.of(layer)) for layer in range(len(slots._layers)))
 
 
 @pytest.fixture(params=MODELS)
@@ -318,6 +266,7 @@ class Interrupts:
         "foresight.py",
         "cache.py",
         "residents.py",
+        "slot_pool.py",
         "readers.py",
     )
 
@@ -356,6 +305,6 @@ def test_interrupts_at_any_line_leave_cache_and_slots_whole() -> None:
             assert same([model(text).logits for text in texts], expected)
             slots.mend()
             used = [ticket.slot for ticket, _ in slots._slots.values()]
-            spare = [slot for each in slots._spare.values() for slot in each]
+            spare = [slot for each in slots.pool.spare.values() for slot in each]
             assert sorted(used + spare) == sorted(slots.transport._slots)  # type: ignore[attr-defined]
             assert sum(slot.nbytes for slot in slots.transport.slots()) <= runtime.plan.cache_bytes

@@ -3,13 +3,16 @@
 import threading
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from expert_budgets import budget_for
 
 from lib.policy.states import Transition
 from lib.tiering import attach
 from lib.vocabulary import State
-from tests.tiny_models import tiny_gpt2
+from tests.tiny_models import tiny_gpt2, tiny_listed_moe, tiny_qwen_moe
 
 IDS = torch.arange(1, 9)[None]
 LARGE, SMALL = {"HBM": "1MiB", "SSD": None}, {"HBM": "20KiB", "SSD": None}
@@ -87,3 +90,25 @@ def test_a_tied_copy_is_held_nowhere(tmp_path: Path) -> None:
         states = runtime.states()
         assert states["lm_head.weight"] is State.RECOMPUTABLE
         assert states["transformer.wte"] is State.FULL
+
+
+@pytest.mark.parametrize("make", [tiny_qwen_moe, tiny_listed_moe])
+def test_experts_come_into_slots_and_leave_them(make: Any, tmp_path: Path) -> None:
+    model = make().eval()
+    budget = budget_for(model, 0.3)
+    options: Any = {"spill_dir": tmp_path, "look_ahead": False}
+    with attach(model, budget=budget, **options) as runtime, torch.no_grad():
+        for _ in range(3):
+            model(IDS)
+        slots = runtime._keeper.residency.experts
+        expert_bytes = max(ticket.unit.num_bytes for ticket, _ in slots._slots.values())
+        found = of_each_block(runtime.transitions(streamed=True))
+        experts = {name: each for name, each in found.items() if ".experts." in name}
+        assert experts
+        for name, changes in experts.items():
+            assert all(a.after is b.before for a, b in pairwise(changes))
+            arrived = [each for each in changes if each.before is State.IN_FLIGHT]
+            assert all(each.num_bytes == expert_bytes for each in arrived)
+            assert all(each.end >= each.begin for each in changes)
+            assert runtime.states()[name] is changes[-1].after
+        assert State.FULL in {runtime.states()[name] for name in experts}
