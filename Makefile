@@ -88,7 +88,7 @@ bench-load: $(STAMP) ## Time load, attach and first token beside reading the fil
 	$(Q)$(BIN)/python scripts/experiments/offload/bench_load.py $(BENCH_LOAD_ARGS)
 
 .PHONY: bench-decode
-bench-decode: $(STAMP) ## Decode in memory beside Transformers, torchao and llama.cpp (hours); BENCH_DECODE_ARGS
+bench-decode: $(STAMP) ## Decode in memory beside Transformers, torchao and llama.cpp (4 hours at most); BENCH_DECODE_ARGS
 	$(Q)env -u GOMP_SPINCOUNT $(BIN)/python scripts/experiments/decode/bench_decode.py $(or $(BENCH_DECODE_ARGS),--json runs/decode.json)
 
 .PHONY: bench-controller

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     bandwidth = measure_bandwidth()
     measured = {}
-    for name in args.models:
+    end = time.monotonic() + 60 * args.minutes
+    for number, name in enumerate(args.models):
         model = find_model(
             name,
             checkpoint=args.model,
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             demo_folder=ROOT / "runs" / "demo",
             work_dir=args.work_dir,
         )
-        measured[name] = measure_model(model, chosen_systems(args), args)
+        share = (end - time.monotonic()) / (len(args.models) - number)
+        measured[name] = measure_model(model, chosen_systems(args), args, seconds=share)
         bandwidth = max(bandwidth, measure_bandwidth())
     machine = describe_machine("cpu", args.threads, None)
     machine["capability"] = torch.backends.cpu.get_cpu_capability()
@@ -106,7 +108,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     _check_names("--widths", args.widths or (), widths)
     _check_names("--modes", args.modes, (EAGER, COMPILED))
     numbers = [("--rounds", args.rounds), ("--steps", args.steps), ("--threads", args.threads)]
-    numbers += [("--sequences", args.sequences)]
+    numbers += [("--sequences", args.sequences), ("--minutes", args.minutes)]
     for flag, number in [*numbers, *(("--batches", batch) for batch in args.batches)]:
         if number < 1:
             raise InputError(f"{flag} {number} is too small: give 1 or more")
@@ -170,6 +172,12 @@ def _parser(models: Sequence[str]) -> argparse.ArgumentParser:
     how.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
     how.add_argument(
         "--steps", type=int, default=8, help="timed steps of a turn (default: %(default)s)"
+    )
+    how.add_argument(
+        "--minutes",
+        type=int,
+        default=240,
+        help="nothing is begun after them; each model has an equal share (default: %(default)s)",
     )
     how.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="of everybody (default: %(default)s)"

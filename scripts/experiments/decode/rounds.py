@@ -3,6 +3,7 @@
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -82,27 +83,34 @@ class Measured:
 
 
 def measure_model(
-    model: BenchModel, systems: Iterable[tuple[System, str]], args: argparse.Namespace
+    model: BenchModel,
+    systems: Iterable[tuple[System, str]],
+    args: argparse.Namespace,
+    *,
+    seconds: float,
 ) -> Measured:
-    """Measure a model in all systems; those that can't be run are named with the reason."""
-    rounds = Rounds(model, args)
+    """Measure a model in all systems; those that can't be run are named with the reason, and so is
+    what would be prepared ``seconds`` from now or later.
+    """
+    rounds = Rounds(model, args, end=time.monotonic() + seconds)
     with ExitStack() as stack:
         rounds.start(systems, stack)
-        for batch in args.batches:
-            rounds.decode(batch)
-        rounds.prefill()
         if model.trained:
             rounds.judge()
+        rounds.prefill()
+        for batch in args.batches:
+            rounds.decode(batch)
     return rounds.measured
 
 
 class Rounds:
-    """The workers of one model, and what they have measured."""
+    """The workers of one model, and what they have measured. ``end``: by time.monotonic()."""
 
-    def __init__(self, model: BenchModel, args: argparse.Namespace) -> None:
+    def __init__(self, model: BenchModel, args: argparse.Namespace, *, end: float) -> None:
         self.measured = Measured(model=model)
         self._model = model
         self._args = args
+        self._end = end
         self._workers: list[WorkerProcess] = []
 
     def start(self, systems: Iterable[tuple[System, str]], stack: ExitStack) -> None:
@@ -147,7 +155,7 @@ class Rounds:
             self._workers.append(worker)
 
     def decode(self, batch: int) -> None:
-        """Let all prepare a batch, then take turns."""
+        """Let all prepare a batch, then take turns, at least one each."""
         args = self._args
         ids_BT = self._random_ids(batch, DECODED_CONTEXT)
         steps = args.steps + WARM_UP_STEPS
@@ -157,17 +165,26 @@ class Rounds:
                 if mode != NATIVE and mode not in args.modes:
                     continue
                 name = f"{worker.name}, {mode}, batch {batch}"
+                if self._is_over:
+                    self.measured.absent[name] = "not begun within --minutes"
+                    continue
                 _say(f"{self._model.name}: {name}: preparing")
                 with self._noting(name):
                     worker.call("prepare", mode=mode, ids=ids_BT.tolist(), steps=steps)
                     turns.append((worker, _cell(worker, mode, batch, tokens=batch)))
         with progress_bar(args.rounds * len(turns), f"{self._model.name}, batch {batch}") as bar:
-            for _ in range(args.rounds):
+            for number in range(args.rounds):
+                if number and self._is_over:
+                    break
                 for worker, cell in turns:
                     with self._noting(f"{worker.name}, {cell.mode}, batch {batch}"):
                         cell.seconds.extend(worker.call("decode", mode=cell.mode, steps=steps))
                     bar.update(1)
         self.measured.cells += [cell for _, cell in turns]
+
+    @property
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._end
 
     def prefill(self) -> None:
         """Time prompts in turns."""

@@ -10,26 +10,27 @@ import pytest
 import torch
 
 from lib.commands.cli import run_main
-from scripts.experiments.decode import bench_decode, bench_kernels
-from scripts.experiments.decode.figures import Cell, Judged, find_ratios, make_row
+from scripts.experiments.decode import bench_decode, bench_kernels, models
+from scripts.experiments.decode.figures import RATIOS, Cell, Judged, find_ratios, make_row
 from scripts.experiments.decode.gguf_file import write_gguf
 from scripts.experiments.decode.peers import SYSTEMS, Sizes, Task
 from scripts.experiments.decode.peers.llama_cpp import SOURCE, read_shapes
+from scripts.experiments.decode.rounds import measure_model
 from scripts.experiments.decode.worker import serve
 from scripts.experiments.decode.workers import WorkerError, WorkerProcess, is_installed
 from scripts.experiments.offload.checkpoint import make_checkpoint
 from scripts.experiments.offload.shapes import GPT2Shape
 
-SHAPE = GPT2Shape(layers=2, width=64, heads=2, vocab_size=96, context=256)
-MATRICES = 96 * 64 + 256 * 64 + 2 * 12 * 64 * 64
+SHAPE = GPT2Shape(layers=2, width=64, heads=2, vocab_size=100, context=512)
+MATRICES = 100 * 64 + 512 * 64 + 2 * 12 * 64 * 64
 PROMPT = list(range(1, 9))
 HELD = {
     ("transformers", "fp32"): 4.0,
     ("transformers", "bf16"): 2.0,
     ("ours", "lossless"): 4.0,
-    ("ours", "int4"): 1.5,
-    ("torchao", "int8"): 2.0,
-    ("torchao", "int4"): 2.0,
+    ("ours", "int4"): 1.7,
+    ("torchao", "int8"): 2.2,
+    ("torchao", "int4"): 2.2,
     ("llama.cpp", "Q8_0"): 2.0,
 }
 """Bytes of a held weight, at most: positions and torchao's embedding stay as they are."""
@@ -121,6 +122,49 @@ def test_a_request_that_fails_is_answered_and_a_worker_that_ended_says_so(tmp_pa
     assert not is_installed(SYSTEMS["llama.cpp"], "/bin/false")
 
 
+@pytest.fixture
+def flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    monkeypatch.setitem(models.RANDOM, "gpt2_medium", SHAPE)
+    chosen = "--models gpt2_medium --systems ours --widths int4 --modes eager --batches 1 2"
+    return [*chosen.split(), "--rounds", "2", "--steps", "3", "--work-dir", str(tmp_path)]
+
+
+def test_the_last_line_has_a_row_of_each_and_the_ratios(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench_decode.main(flags) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["bandwidth_gb_s"] > 0 and document["machine"]["threads"] >= 1
+    model = document["models"]["gpt2_medium"]
+    found = {
+        (row["system"], row["width"], row["mode"], row["batch"]): row["n"] for row in model["rows"]
+    }
+    assert found == {
+        (*system, *mode): 6 if mode[0] == "eager" else 3
+        for system in (("transformers", "fp32"), ("ours", "int4"))
+        for mode in (("prefill", 1), ("eager", 1), ("eager", 2))
+    }
+    for row in model["rows"]:
+        assert row["ms_per_token"] > 0 and 0 < row["bytes_per_weight"] <= 4
+        assert row["kl"] is row["perplexity"] is None  # of random weights
+        assert (row["roofline_share"] is None) == (row["mode"] == "prefill")
+    assert model["ratios"].keys() == model["ratios_eager"].keys() == RATIOS.keys()
+    assert model["ratios_eager"]["int4_vs_fp32"] > 0 and model["ratios"]["int4_vs_fp32"] is None
+    assert not model["failed"] and not model["absent"]
+
+
+def test_what_the_time_does_not_hold_is_named(flags: list[str], tmp_path: Path) -> None:
+    args = bench_decode.parse_arguments([*flags, "--systems", "transformers", "--widths", "fp32"])
+    model = models.find_model(
+        "gpt2_medium", checkpoint=None, hints=None, demo_folder=tmp_path, work_dir=tmp_path
+    )
+    measured = measure_model(model, bench_decode.chosen_systems(args), args, seconds=0)
+    assert [cell.mode for cell in measured.cells] == ["prefill"]
+    assert measured.absent == {
+        f"transformers fp32, eager, batch {batch}": "not begun within --minutes" for batch in (1, 2)
+    }
+
+
 def make_rows(*cells: tuple[str, str, str, float, float]) -> list[dict[str, Any]]:
     return [
         make_row(
@@ -158,6 +202,7 @@ def test_ratios_are_against_plain_fp32_and_the_nearest_of_llama_cpp() -> None:
         (["--systems", "vllm"], "allowed: transformers, ours, torchao, llama.cpp"),
         (["--widths", "int7"], "--widths 'int7' is unknown"),
         (["--batches", "0"], "--batches 0 is too small"),
+        (["--minutes", "0"], "--minutes 0 is too small"),
         (["--model", "nowhere"], "nowhere has no config.json"),
     ],
 )
