@@ -80,6 +80,8 @@ def serve_words(config: Config) -> list[str]:
         words += [flag, value] if value else []
     if config.bench.precision != "native":
         words += ["--precision", config.bench.precision]
+    if serve.replicas:
+        words += ["--ray", "--replicas", str(serve.replicas)]
     return words
 
 

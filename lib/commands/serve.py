@@ -11,48 +11,120 @@ their way are answered.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
 from ..extras import need_extra
-from ..hints import load_hints
+from ..hints import Hints, load_hints
 from ..precision.floors import read_trust
 from ..tiering.planning.budget import parse_budget, read_budget
 from ..units import format_bytes, parse_bytes, parse_number
 from ..vocabulary import Precision
-from .cli import Parser, add_json_flag, emit
-from .flags import (
-    add_budget_flag,
-    add_device_flag,
-    add_hints_flag,
-    add_model_flag,
-    add_precision_flags,
-    check_epsilon,
-    parse_device,
-    planned_precision,
-    whole_number,
-)
+from .cli import emit
+from .flags import check_epsilon, parse_device, planned_precision
+from .serve_flags import KEY, make_parser
 
-_KEY = "TIERHINTS_API_KEY"
+if TYPE_CHECKING:
+    from ..serving.serve import Endpoint
+
+
+class _Wanted(NamedTuple):
+    """What flags say, read."""
+
+    kv_budget: int
+    max_body: int
+    default_bound: Any
+    hints: Hints | None
+    device: Any
+    budget: Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Load, listen, and answer until a signal; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     for package in ("fastapi", "uvicorn", "openai", "prometheus_client"):
         need_extra("serve", package)
-    kv_budget = parse_bytes(args.kv_budget)
+    if args.ray:
+        need_extra("ray", "ray")
+        if args.control is not None:
+            raise InputError("--control is of a single server: leave it or --ray out")
+    elif args.replicas is not None:
+        raise InputError("--replicas are of Ray Serve: add --ray, or leave them out")
+    _read(args)
+
+    from ..checkpoint.hub import checkpoint_folder
+    from ..serving.serve import listen, run_until_stopped, served_name
+
+    checkpoint_folder(args.model)
+    args.name = served_name(args.model, args.name)
+    args.api_key = args.api_key or os.environ.get(KEY) or None
+    if args.ray:
+        return _serve_replicas(args)
+    listener = listen(args.host, args.port)
+    with open_endpoint(args) as endpoint:
+        document = {"url": listener.url, **endpoint.document}
+        _tell(args, document)
+        if not args.check:
+            run_until_stopped(endpoint.gate, listener, drain_seconds=args.drain_seconds)
+    return 0
+
+
+def _serve_replicas(args: argparse.Namespace) -> int:
+    """Serve on Ray, each replica as these flags say."""
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # its reports go to its files
+
+    from ..serving.cluster import deploy
+    from ..serving.settings import Access
+
+    paths = {
+        name: value.absolute() for name, value in vars(args).items() if isinstance(value, Path)
+    }
+    if Path(args.model).is_dir():
+        paths["model"] = Path(args.model).absolute()
+    absolute = argparse.Namespace(**{**vars(args), **paths})
+    access = Access(
+        api_key=args.api_key,
+        max_body_bytes=parse_bytes(args.max_body),
+        max_seconds=args.max_seconds,
+    )
+    with deploy(
+        partial(open_endpoint, absolute),
+        access,
+        replicas=args.replicas or 1,
+        host=args.host,
+        port=args.port,
+    ) as deployed:
+        _tell(args, deployed.document)
+        if not args.check:
+            deployed.run_until_stopped(drain_seconds=args.drain_seconds)
+    return 0
+
+
+def _read(args: argparse.Namespace) -> _Wanted:
+    """Read flags; raises InputError for what needs no model to be seen as wrong."""
     check_epsilon(args)
     _check_calibrated_weights(args)
     hints = None if args.tier_hints is None else load_hints(args.tier_hints)
     if hints is not None and args.epsilon is not None:
         read_trust(hints.quality)
-    default_bound = _default_bound(args.default_bound)
     device = parse_device(args.device)
-    budget = parse_budget(read_budget(args.budget), device, "real")
+    return _Wanted(
+        kv_budget=parse_bytes(args.kv_budget),
+        max_body=parse_bytes(args.max_body),
+        default_bound=_default_bound(args.default_bound),
+        hints=hints,
+        device=device,
+        budget=parse_budget(read_budget(args.budget), device, "real"),
+    )
 
+
+@contextmanager
+def open_endpoint(args: argparse.Namespace) -> Iterator["Endpoint"]:
+    """Load a model, and answer with it as flags say, until it is closed."""
     from ..checkpoint.hub import checkpoint_folder
     from ..checkpoint.load import load
     from ..checkpoint.models import quiet_transformers
@@ -62,23 +134,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..progressive.engine import Engine
     from ..serving.app import make_app
     from ..serving.control import watched_budget
-    from ..serving.serve import (
-        describe_model,
-        ignored_settings,
-        listen,
-        run_until_stopped,
-        served_name,
-    )
+    from ..serving.serve import Endpoint, describe_model, ignored_settings
     from ..serving.settings import Settings
     from ..text.held_out import load_tokenizer
     from ..tiering import attach
 
-    folder = checkpoint_folder(args.model)
+    wanted = _read(args)
+    folder = checkpoint_folder(str(args.model))
     quiet_transformers(progress=sys.stderr.isatty())
-    listener = listen(args.host, args.port)
     model = load(folder)
     tokenizer = load_tokenizer(str(folder))
-    card = describe_model(model, tokenizer, name=served_name(args.model, args.name))
+    card = describe_model(model, tokenizer, name=args.name)
     if ignored := ignored_settings(model):
         print(
             f"note: {', '.join(ignored)} of generation_config.json have no effect here",
@@ -86,20 +152,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     settings = Settings(
         model=card,
-        api_key=args.api_key or os.environ.get(_KEY) or None,
-        default_bound=default_bound,
-        max_body_bytes=parse_bytes(args.max_body),
+        api_key=args.api_key,
+        default_bound=wanted.default_bound,
+        max_body_bytes=wanted.max_body,
         max_new_tokens=args.max_new_tokens,
         max_seconds=args.max_seconds,
     )
     with attach(
         model,
-        hints,
-        budget=budget,
+        wanted.hints,
+        budget=wanted.budget,
         weights=folder,
         precision=planned_precision(args.precision),
         epsilon=args.epsilon,
-        device=device,
+        device=wanted.device,
     ):
         calibration = audit_file = None
         if args.calibration is not None:
@@ -107,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             audit_file = AuditFile(args.calibration, calibration.digest)
         engine = Engine(
             model,
-            kv_budget=kv_budget,
+            kv_budget=wanted.kv_budget,
             ladder=args.ladder,
             folder=args.spill_dir,
             context=args.context,
@@ -116,13 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_queue=args.max_queue,
         )
         with engine, watched_budget(engine, args.control):
-            gate = make_app(engine, tokenizer, settings)
             document: dict[str, Any] = {
-                "url": listener.url,
                 "model": card.name,
                 "context": engine.context,
                 "tiers": list(engine.ladder.names),
-                "kv_budget": kv_budget,
+                "kv_budget": wanted.kv_budget,
                 "token_bytes": {
                     name: engine.ladder.num_bytes(tier, engine.context) / engine.context
                     for tier, name in enumerate(engine.ladder.names)
@@ -130,16 +194,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "chat": card.chat,
                 "needs_key": settings.api_key is not None,
             }
-            emit(_table(document), document, args.json)
-            if not args.check:
-                run_until_stopped(gate, listener, drain_seconds=args.drain_seconds)
-    return 0
+            yield Endpoint(gate=make_app(engine, tokenizer, settings), document=document)
 
 
-def _table(document: dict[str, Any]) -> str:
+def _tell(args: argparse.Namespace, document: Mapping[str, Any]) -> None:
+    emit(_table(document), document, args.json)
+
+
+def _table(document: Mapping[str, Any]) -> str:
+    replicas = document.get("replicas")
+    each = "" if replicas is None else f" for each of {replicas} replicas"
     lines = [
         f"{document['model']} at {document['url']}, texts of {document['context']} tokens at most",
-        f"keys and values: {format_bytes(document['kv_budget'])} of fast memory",
+        f"keys and values: {format_bytes(document['kv_budget'])} of fast memory{each}",
     ]
     for name, size in document["token_bytes"].items():
         lines.append(f"  {name:6} {format_bytes(size)} per token")
@@ -177,115 +244,3 @@ def _default_bound(text: str) -> Any:
         epsilon=parse_number(epsilon, interval="[0, inf)", **names),
         delta=parse_number(delta or 0.0, interval="[0, 1)", **names),
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "Serve a model over HTTP as OpenAI's API does; a request's quality_bound says how far its "
-        "answer may be from the full model's.",
-        epilog="Ctrl-C and SIGTERM end it once the requests on their way are answered.",
-    )
-    default = "(default: %(default)s)"
-    model = parser.add_argument_group("model")
-    add_model_flag(model)
-    model.add_argument(
-        "--name", help="what requests call it (default: its id, or its folder's name)"
-    )
-    add_hints_flag(model)
-    add_device_flag(model)
-    weights = parser.add_argument_group("weights")
-    add_budget_flag(weights, otherwise="%(default)s, all in fast memory")
-    parser.set_defaults(budget="HBM=")
-    add_precision_flags(weights)
-    states = parser.add_argument_group("keys and values")
-    states.add_argument(
-        "--kv-budget",
-        default="1GiB",
-        metavar="SIZE",
-        help=f"fast memory for those of all requests together {default}",
-    )
-    states.add_argument(
-        "--control",
-        type=Path,
-        metavar="FILE",
-        help="control file, by which tierhints monitor changes that while it runs (default: none)",
-    )
-    states.add_argument(
-        "--ladder",
-        metavar="TIERS",
-        help="tiers that they may be held at, low to high, such as 'K4V4 K8V8'; full is always one "
-        "(default: all that make them smaller)",
-    )
-    states.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="of tierhints calibrate-requests: bounds with a delta take one (default: none)",
-    )
-    states.add_argument(
-        "--default-bound",
-        default="full",
-        metavar="BOUND",
-        help="quality_bound of requests without one: full, exact, nats per token (0.05), or these "
-        f"and a delta (0.05,0.01) {default}",
-    )
-    states.add_argument(
-        "--spill-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder on a disk for the originals of compressed ones (default: a temporary one)",
-    )
-    states.add_argument(
-        "--context",
-        type=whole_number(2),
-        metavar="N",
-        help="tokens of a prompt and its answer, at most (default: the model's context)",
-    )
-    address = parser.add_argument_group("address")
-    address.add_argument("--host", default="127.0.0.1", help=f"where it listens {default}")
-    address.add_argument(
-        "--port", type=whole_number(0, 65535), default=8000, help=f"0: a free one {default}"
-    )
-    address.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help=f"what requests have to bring; better in ${_KEY}, which other users of the machine "
-        "can't read (default: nothing)",
-    )
-    limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--max-queue",
-        type=whole_number(1),
-        default=256,
-        metavar="N",
-        help=f"requests that may wait {default}",
-    )
-    limits.add_argument(
-        "--max-new-tokens",
-        type=whole_number(1),
-        default=4096,
-        metavar="N",
-        help=f"tokens of an answer, at most {default}",
-    )
-    limits.add_argument(
-        "--max-body", default="2MiB", metavar="SIZE", help=f"bytes of a request {default}"
-    )
-    limits.add_argument(
-        "--max-seconds",
-        type=whole_number(1),
-        default=600,
-        metavar="S",
-        help=f"from a request's arrival to its end {default}",
-    )
-    limits.add_argument(
-        "--drain-seconds",
-        type=whole_number(0),
-        default=30,
-        metavar="S",
-        help=f"how long requests on their way may take after a signal {default}",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="load, listen, say what would be served, and end"
-    )
-    add_json_flag(parser)
-    return parser

@@ -143,6 +143,7 @@ def build_config(symbols: Symbols) -> Config:
             default_bound=symbols.text("SERVE_DEFAULT_BOUND"),
             calibration=symbols.text("SERVE_CALIBRATION"),
             max_queue=symbols.integer("SERVE_MAX_QUEUE"),
+            replicas=symbols.integer("SERVE_REPLICAS"),
         ),
         report=ReportConfig(html=symbols.flag("REPORT_HTML"), dpi=symbols.integer("REPORT_DPI")),
     )

@@ -192,6 +192,7 @@ class ServeConfig:
     default_bound: str
     calibration: str  # empty: none
     max_queue: int
+    replicas: int  # 0: one process, without Ray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

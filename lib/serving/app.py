@@ -24,7 +24,7 @@ from .choices import Choice, Piece
 from .engine import TextEngine
 from .errors import ApiError, add_error_handlers, as_api_error, json_response
 from .gate import Gate, Receive, Scope, Send, unless_disconnected
-from .metrics import Metrics
+from .metrics import CONTENT_TYPE, Metrics
 from .replies import ChatReply, Document, Reply, TextReply, quality, usage
 from .settings import Settings
 
@@ -90,7 +90,7 @@ def make_app(engine: TextEngine, tokenizer: Any, settings: Settings) -> Gate:
     @app.get("/metrics")
     async def metrics() -> Response:
         page = await asyncio.to_thread(endpoint.metrics.page)
-        return Response(page, media_type="text/plain; version=0.0.4")
+        return Response(page, media_type=CONTENT_TYPE)
 
     for schema in app.openapi()["components"]["schemas"].values():
         if "model" in schema["properties"] and "stream" in schema["properties"]:

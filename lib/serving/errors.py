@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as HTTPError
 
 from ..errors import InputError, PlacementError
@@ -68,7 +69,7 @@ def as_api_error(error: BaseException, *, retry_seconds: int = 1) -> ApiError:
     return ApiError(500, "the server failed at this request: its log says why")
 
 
-def add_error_handlers(app: FastAPI) -> None:
+def add_error_handlers(app: Starlette) -> None:
     """Answer every exception of an app in that shape."""
 
     async def known(request: Request, error: Exception) -> Response:

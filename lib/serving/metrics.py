@@ -1,16 +1,18 @@
 """What /metrics tells Prometheus: counts of the endpoint, and what the engine says of itself."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from ..progressive.generation import Outcome
 from .engine import TextEngine
 
+CONTENT_TYPE = "text/plain; version=0.0.4"
 _OF_NOW = (
     "waiting",
     "running",
@@ -92,3 +94,30 @@ class _EngineCollector(Collector):
             for label, number in value.items():
                 labelled.add_metric([label], number)
             yield labelled
+
+
+def join_pages(pages: Mapping[str, bytes], *, label: str) -> bytes:
+    """Return one page of several: every figure gets a label with the name of its page."""
+    registry = CollectorRegistry()
+    registry.register(_JoinedCollector(pages, label))
+    return generate_latest(registry)
+
+
+class _JoinedCollector(Collector):
+    """The figures of pages, those of one name together, as the format wants it."""
+
+    def __init__(self, pages: Mapping[str, bytes], label: str) -> None:
+        self._pages = pages
+        self._label = label
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the pages' figures."""
+        joined: dict[str, Metric] = {}
+        for name, page in self._pages.items():
+            for family in text_string_to_metric_families(page.decode()):
+                empty = Metric(family.name, family.documentation, family.type)
+                whole = joined.setdefault(family.name, empty)
+                for sample in family.samples:
+                    labels = {**sample.labels, self._label: name}
+                    whole.samples.append(sample._replace(labels=labels))
+        return joined.values()

@@ -7,6 +7,7 @@ second signal ends it at once.
 import contextlib
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,7 @@ from .gate import Gate
 from .settings import ModelCard
 
 _BACKLOG = 2048
-_KEEP_ALIVE_SECONDS = 75
+KEEP_ALIVE_SECONDS = 75
 """Longer than clients and proxies keep idle connections: one that the server closes while a request
 is on its way is an error there.
 """
@@ -30,8 +31,18 @@ class Listener:
     """A socket that is bound, to which clients may connect from now on."""
 
     socket: socket.socket
+    port: int
     url: str
     """Of the API."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """What answers requests, wherever they come from."""
+
+    gate: Gate
+    document: Mapping[str, Any]
+    """What it says of itself."""
 
 
 def listen(host: str, port: int) -> Listener:
@@ -49,8 +60,8 @@ def listen(host: str, port: int) -> Listener:
             "another port, or 0 for a free one"
         ) from error
     opened.set_inheritable(True)
-    shown = f"[{host}]" if ":" in host else host
-    return Listener(socket=opened, url=f"http://{shown}:{opened.getsockname()[1]}/v1")
+    shown, taken = f"[{host}]" if ":" in host else host, opened.getsockname()[1]
+    return Listener(socket=opened, port=taken, url=f"http://{shown}:{taken}/v1")
 
 
 def run_until_stopped(gate: Gate, listener: Listener, *, drain_seconds: float) -> None:
@@ -62,7 +73,7 @@ def run_until_stopped(gate: Gate, listener: Listener, *, drain_seconds: float) -
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=1,
         lifespan="off",
     )

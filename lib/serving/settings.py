@@ -29,19 +29,25 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Limits, and who may ask."""
+class Access:
+    """Who may ask, and what is too much whatever is asked."""
 
-    model: ModelCard
     api_key: str | None = field(default=None, repr=False)
     """None: nobody needs one."""
+    max_body_bytes: int = 2 * MIB
+    max_seconds: float = 600.0
+    """From a request's arrival to its end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(Access):
+    """What an endpoint is set to."""
+
+    model: ModelCard
     default_bound: QualityBound | None = None
     """Of requests without a quality_bound; None: full precision."""
-    max_body_bytes: int = 2 * MIB
     max_new_tokens: int = 4096
     max_choices: int = 8
     """Prompts times n of one request."""
-    max_seconds: float = 600.0
-    """From its arrival to its end."""
     retry_seconds: int = 2
     """What a client is told to wait where the queue is full."""

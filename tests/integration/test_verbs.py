@@ -91,6 +91,8 @@ BAD: dict[str, dict[str, str]] = {
         "--epsilon 0.02": "--tier-hints",
         "--calibration {text}": "no calibration",
         "--calibration {text} --precision int4": "--precision int4",
+        "--replicas 2": "--ray",
+        "--ray --replicas 0": "--replicas: 0",
     },
     "calibrate-requests": {
         "--requests {text}": "line 1",

@@ -189,6 +189,7 @@ def imported(node: ast.AST) -> set[str]:
         ("gguf", "exports.gguf_names import import_gguf as call"),
         ("kconfiglib", "kconfig import open_kconfig as call"),
         ("matplotlib", "report.drawing import need_matplotlib as call"),
+        ("ray", "commands.serve import main; call = lambda: main(['--ray', '--model', 'm'])"),
         (
             "datasets",
             "text.hub import HUB_DATASETS, _resolve_revision; "
