@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.codecs.native import load_native
 from lib.commands.__main__ import VERBS
 
 ROOT = Path(__file__).parents[2]
@@ -63,9 +64,8 @@ class Installed:
         return self.run("python", "-c", hidden + code, cwd=cwd)
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    folder = tmp_path_factory.mktemp("wheel")
+def install(folder: Path, **variables: str) -> Installed:
+    """Build the wheel of a copy of the library, and install it."""
     source = folder / "source"
     caches = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "lib", source / "lib", ignore=caches)
@@ -73,7 +73,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder)]
-    subprocess.run([*pip, *build, str(source)], check=True)
+    subprocess.run([*pip, *build, str(source)], check=True, env={**os.environ, **variables})
     (wheel,) = folder.glob("*.whl")
     venv.create(folder / "venv", with_pip=False)
     scheme = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
@@ -84,6 +84,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     install = ["install", "--no-deps", "--no-index", "--force-reinstall", str(wheel)]
     subprocess.run([*pip, "--python", python, *install], check=True)
     return Installed(wheel, folder / "venv")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return install(tmp_path_factory.mktemp("wheel"))
 
 
 def test_it_holds_the_library_and_nothing_else(installed: Installed) -> None:
@@ -97,6 +102,44 @@ def test_it_holds_the_library_and_nothing_else(installed: Installed) -> None:
     }
     assert own == expected
     assert {"py.typed", "hints/tier_hints.schema.json"} <= own
+
+
+@pytest.mark.skipif(load_native().library is None, reason="the extension isn't built here")
+def test_a_wheel_brings_kernels_to_a_machine_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = install(tmp_path, TIERHINTS_BUILD_NATIVE="1")
+    assert "-py3-none-" in installed.wheel.name and "none-any" not in installed.wheel.name
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    code = """
+from tierhints.codecs import native, ops
+print(native.load_native().library, ops.prepare("cpu"))
+native.torch.__version__ = "another"  # the kernels aren't for it
+print(native.obtain_native().reason)
+"""
+    said, other = installed.python(code).splitlines()
+    path, kind = said.split()
+    assert kind == "native" and Path(path).is_relative_to(installed.folder)
+    assert "no C++ compiler" in other
+
+
+def test_a_wheel_with_kernels_says_what_it_lacks(tmp_path: Path) -> None:
+    def build(value: str, **variables: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build", "-b", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "TIERHINTS_BUILD_NATIVE": value, **variables},
+        )
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "TIERHINTS_BUILD_NATIVE is 'yes': set 1" in build("yes")
+    empty = {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path), "CXX": "none"}
+    assert "no kernels: no C++ compiler" in build("1", **empty)
 
 
 def test_it_is_used_and_not_the_checkout(installed: Installed) -> None:

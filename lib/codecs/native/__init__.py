@@ -2,6 +2,7 @@
 
 A build takes a minute and is kept in the user's cache folder, under a name that says what it
 was made of: sources, flags, torch. Nothing of Python is linked: any Python with its torch loads it.
+A wheel may bring one along, in this folder and under the same name (``setup.py``).
 """
 
 import fcntl
@@ -41,7 +42,7 @@ _FLAGS = (
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """What became of the extension: loaded from ``library``, or why it wasn't."""
+    """The extension's ``library``, or why there is none."""
 
     library: Path | None
     reason: str = ""
@@ -55,29 +56,44 @@ def load_native() -> Native:
         return Native(None, f"{VARIABLE} is 0")
     if asked and asked not in INSTRUCTIONS:
         raise InputError(f"{VARIABLE} is {asked!r}: set 0, {' or '.join(INSTRUCTIONS)}, or nothing")
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-    library = _library_path()
+    native = obtain_native()
+    if native.library is not None:
+        operators: Any = torch.ops  # its methods aren't typed
+        try:
+            operators.load_library(str(native.library))
+        except OSError as error:
+            return Native(None, f"it could not be loaded: {_first_error(str(error))}")
+    return native
+
+
+def obtain_native() -> Native:
+    """Find the extension for this torch: where the package lies, or in the user's cache, where it
+    is built if it isn't there yet.
+    """
+    name = _library_name()
+    if (_FOLDER / name).exists():
+        return Native(_FOLDER / name)
+    library = cache_folder() / "native" / name
     try:
         if not library.exists():
+            compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
             if compiler is None:
                 return Native(None, "no C++ compiler (install g++, or name one in $CXX)")
             _build(compiler, library)
-        operators: Any = torch.ops  # its methods aren't typed
-        operators.load_library(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         return Native(None, f"it could not be built: {_first_error(output)}")
     return Native(library)
 
 
-def _library_path() -> Path:
-    """Return where the build of these sources, flags and torch is kept."""
+def _library_name() -> str:
+    """Return the name of a build of these sources and flags for this torch."""
     digest = hashlib.sha256()
     for part in (*_FLAGS, os.environ.get(FLAGS_VARIABLE, ""), torch.__version__):
         digest.update(part.encode() + b"\0")
     for path in _sources():
         digest.update(path.name.encode() + path.read_bytes())
-    return cache_folder() / "native" / f"{digest.hexdigest()[:16]}.so"
+    return f"{digest.hexdigest()[:16]}.so"
 
 
 def _build(compiler: str, library: Path) -> None:
