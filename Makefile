@@ -13,6 +13,10 @@ Q := $(if $(filter 1,$(V)),,@)
 # core; spinning briefly costs nothing on an idle machine.
 export GOMP_SPINCOUNT ?= 1000
 
+# A pipeline and the tests start Python again and again: what they import is compiled once (make
+# clean removes it).
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 STAMP := .venv/.stamp
 KCONFIG := $(BIN)/python -m scripts.kconfig --config $(KCONFIG_CONFIG)

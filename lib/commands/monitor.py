@@ -2,6 +2,7 @@
 
     tierhints monitor budget.json
     tierhints monitor budget.json --budget 400MiB
+    tierhints monitor budget.json --svg monitor.svg
 
 The model's process has a controller with this control file (Runtime.control(file=)), or serves with
 it (tierhints serve --control). The picture is that of its status, twice a second; elsewhere than on
@@ -17,10 +18,10 @@ from typing import Any
 
 from ..errors import InputError
 from ..extras import need_extra
-from ..files import parse_json
+from ..files import parse_json, write_text
 from ..tiering.control.file import status_path, write_request
 from ..units import parse_bytes
-from .cli import Parser, add_json_flag, emit
+from .cli import Parser, add_json_flag, check_outputs, emit, output_file
 
 _REFRESH_SECONDS = 0.5
 _ANSWER_SECONDS = 10.0
@@ -29,6 +30,7 @@ _ANSWER_SECONDS = 10.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Show the status once, or until Ctrl-C; returns the exit code."""
     args = _parser().parse_args(argv)
+    check_outputs({"--svg": args.svg, "--json": args.json})
     need_extra("monitor", "rich")
     size = None if args.budget in (None, "none") else args.budget
     if size is not None:
@@ -41,13 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if args.budget is not None:
         _ask(args.file, size)
-    if sys.stdout.isatty() and not args.once and args.json is None:
+    if sys.stdout.isatty() and not args.once and args.json is None and args.svg is None:
         return _watch(path)
     status = _read(path)
     from rich.console import Console
 
-    from ..report.monitor import draw_status
+    from ..report.monitor import draw_status, render_svg
 
+    if args.svg is not None:
+        title = f"tierhints monitor {args.file.name}"
+        write_text(render_svg(status, age_seconds=_age(path), title=title), args.svg)
     console = Console(width=100, no_color=True)
     with console.capture() as captured:
         console.print(draw_status(status, age_seconds=_age(path)))
@@ -99,5 +104,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--once", action="store_true", help="on a terminal, too: once")
     output = parser.add_argument_group("output")
+    output.add_argument("--svg", type=output_file, metavar="FILE", help="write the picture, once")
     add_json_flag(output)
     return parser

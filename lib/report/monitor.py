@@ -4,11 +4,13 @@ It is drawn from the status that a controller, or a server, writes beside its co
 (``tiering.control.file``), so the model may run in another process.
 """
 
+import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from rich.bar import Bar
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +19,9 @@ from ..units import format_bytes
 from ..vocabulary import State
 
 _WIDTH = 30
+_SVG_COLUMNS = 100
+_FONT_FACES = re.compile(r"\s*@font-face \{.*?\}", re.DOTALL)
+"""Where rich's pictures would fetch a font."""
 _MEANINGS = {
     State.FULL: "full, in fast memory",
     State.REDUCED: "reduced, in fast memory",
@@ -50,6 +55,14 @@ def _served(status: Mapping[str, Any]) -> RenderableType:
     for name in ("finished", "cancelled", "failed", "escalations", "step_downs", "evictions"):
         table.add_row(name.replace("_", " "), str(status[name]))
     return table
+
+
+def render_svg(status: Mapping[str, Any], *, age_seconds: float, title: str) -> str:
+    """Return the picture as SVG, which fetches nothing."""
+    console = Console(record=True, width=_SVG_COLUMNS, file=io.StringIO(), force_terminal=True)
+    console.print(draw_status(status, age_seconds=age_seconds))
+    picture = _FONT_FACES.sub("", console.export_svg(title=title, unique_id="monitor"))
+    return picture.replace("Fira Code, monospace", "monospace") + "\n"
 
 
 def _budget(status: Mapping[str, Any]) -> RenderableType:
@@ -86,6 +99,9 @@ def _speed(status: Mapping[str, Any]) -> RenderableType:
         table.add_row("waited for weights", f"{sample['waited_seconds'] / seconds:.0%} of the time")
         hits = sample["hit_share"]
         table.add_row("resident hits", "-" if hits is None else f"{hits:.1%} of the bytes")
+        if uses := sample["expert_uses"]:
+            shares = (sample[f"experts_{each}"] / uses for each in ("resident", "ready"))
+            table.add_row("experts", "{:.1%} resident, {:.1%} ready".format(*shares))
         table.add_row("on the way", str(sample["queue_depth"]))
         worst = ", ".join(name for name, _ in sample["waited_for"][:3])
         table.add_row("waited for most", worst or "-")

@@ -125,11 +125,16 @@ for number, words in enumerate(map(json.loads, programs)):
     module = words[0] == "-m"
     sys.argv = [*words[module:], "--help"]
     sys.path[0] = root if module else os.path.dirname(os.path.join(root, words[0]))
-    if module:
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(words[0], run_name="__main__")
-    sys.exit()
+    code = 0
+    try:
+        if module:
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    sys.stdout.flush()
+    os._exit(code)  # to take down all that was imported would cost a second for each
 """
 
 

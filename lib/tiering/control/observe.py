@@ -37,7 +37,8 @@ class SystemMemory:
 class Sample:
     """What happened between two looks. Seconds are of the runtime's telemetry: on a GPU they are
     known later. ``queue_depth``: groups on their way; ``hit_share``: of the weight bytes that
-    forwards used, those that were resident.
+    forwards used, those that were resident, without experts that come by routing. Of these there
+    are the uses in decoding, and those that were ``resident`` or at least ``ready``.
     """
 
     at_seconds: float
@@ -49,6 +50,9 @@ class Sample:
     queue_depth: int
     resident_bytes: int
     hit_share: float | None
+    expert_uses: int
+    experts_resident: int
+    experts_ready: int
     waited_for: tuple[tuple[str, float], ...]
     system: SystemMemory | None
 
@@ -73,7 +77,10 @@ class Observer:
             return gone if gone >= 0 else float(totals[what])  # the statistics were begun anew
 
         forwards, moved = int(since("forwards")), int(since("bytes_moved"))
-        used = forwards * sum(payload.data_bytes for payload in keeper.payloads.values())
+        routed = self._routed
+        used = forwards * sum(
+            payload.data_bytes for name, payload in keeper.payloads.items() if name not in routed
+        )
         waits = {
             name: seconds - before["blocks"].get(name, 0.0)
             for name, seconds in totals["blocks"].items()
@@ -86,9 +93,14 @@ class Observer:
             bytes_moved=moved,
             waited_seconds=since("waited_seconds"),
             compute_seconds=since("compute_seconds"),
-            queue_depth=len(keeper.memory.prefetcher.in_flight),
+            queue_depth=len(
+                keeper.memory.prefetcher.in_flight | keeper.residency.experts.in_flight
+            ),
             resident_bytes=keeper.recorder.resident_bytes,
-            hit_share=max(1 - moved / used, 0.0) if used else None,
+            hit_share=max(1 - since("others_moved") / used, 0.0) if used else None,
+            expert_uses=int(since("expert_uses")),
+            experts_resident=int(since("experts_resident")),
+            experts_ready=int(since("experts_ready")),
             waited_for=tuple((name, seconds) for name, seconds in worst if seconds > 0),
             system=read_memory(keeper.memory.device),
         )
@@ -96,12 +108,23 @@ class Observer:
         self.samples.append(sample)
         return sample
 
+    @property
+    def _routed(self) -> set[str]:
+        """The experts that come by routing."""
+        groups = self._keeper.residency.groups
+        return {name for name, group in groups.items() if group.is_routed}
+
     def _totals(self) -> dict[str, Any]:
-        recorder = self._keeper.recorder
+        recorder, routed = self._keeper.recorder, self._routed
+        experts = self._keeper.forwards.lookahead.stats()
         blocks = list(recorder.blocks.items())
         return {
             "forwards": recorder.forwards,
             "bytes_moved": sum(block.bytes_moved for _, block in blocks),
+            "others_moved": sum(each.bytes_moved for name, each in blocks if name not in routed),
+            "expert_uses": experts.uses if experts is not None else 0,
+            "experts_resident": experts.resident if experts is not None else 0,
+            "experts_ready": experts.ready if experts is not None else 0,
             "waited_seconds": sum(block.transfer_seconds for _, block in blocks),
             "compute_seconds": sum(block.compute_seconds for _, block in blocks),
             "blocks": {name: block.transfer_seconds for name, block in blocks if block.bytes_moved},

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -42,14 +43,14 @@ def prefixes(layout: RecordLayout) -> Iterator[RecordLayout]:
             yield layout.prefix(precision)
 
 
-def supported(kernel: type[CompressedWeight]) -> list[tuple[RecordLayout, frozenset[Use]]]:
+def supported(kernel: type[CompressedWeight]) -> dict[RecordLayout, frozenset[Use]]:
     """Return what a kernel takes of a grid of records, each with its most and its fewest uses."""
-    found = []
+    found = {}
     for codec in CODECS:
         for rows, cols in ((1, 64), (70, 100), (200, 256)):
             for layout in prefixes(codec.layout(rows, cols)):
-                taken = [uses for uses in USES if kernel.supports(layout, uses, CPU)]
-                found += [(layout, uses) for uses in {*taken[:1], *taken[-1:]}]
+                if taken := [uses for uses in USES if kernel.supports(layout, uses, CPU)]:
+                    found[layout] = taken[0] | taken[-1]
     return found
 
 
@@ -57,19 +58,29 @@ def make(
     kernel: type[CompressedWeight], layout: RecordLayout, *, shards: int = 1
 ) -> tuple[CompressedWeight, Tensor]:
     """Return a filled weight and what the reference decodes."""
-    torch.manual_seed(layout.rows + layout.cols)
-    values = torch.randn(layout.rows, layout.cols) * 0.02 + 0.005
     scratch = Scratch(scratch_bytes([(layout.rows, layout.cols)]))
     weight = kernel.allocate(layout, dtype=torch.float32, device=CPU, scratch=scratch)
     step = -(-layout.rows // shards // 64) * 64
     for start in range(0, layout.rows, step):
         end = min(start + step, layout.rows)
         part = layout.shard(start, end)
-        record = encode(values[start:end], layout.codec)[: part.num_bytes].clone()
+        record = record_of(layout.codec, layout.cols, start, end)[: part.num_bytes].clone()
         weight.fill(start, record, part)
         record.fill_(255)  # nothing of it may be kept
-    whole = encode(values, layout.codec)[: layout.num_bytes]
-    return weight, decode(whole, layout)
+    torch.manual_seed(layout.rows + layout.cols)
+    return weight, weights_of(layout)
+
+
+@cache
+def record_of(codec: Codec, cols: int, start: int, end: int) -> Tensor:
+    values = torch.randn(256, cols, generator=torch.Generator().manual_seed(cols)) * 0.02 + 0.005
+    return encode(values[start:end], codec)
+
+
+@cache
+def weights_of(layout: RecordLayout) -> Tensor:
+    record = record_of(layout.codec, layout.cols, 0, layout.rows)
+    return decode(record[: layout.num_bytes], layout)
 
 
 @pytest.fixture(params=list(KERNELS))
@@ -83,7 +94,7 @@ def kernel(request: pytest.FixtureRequest) -> type[CompressedWeight]:
 def test_it_computes_what_the_reference_decodes_within_its_bound(
     kernel: type[CompressedWeight],
 ) -> None:
-    for layout, uses in supported(kernel):
+    for layout, uses in supported(kernel).items():
         weight, decoded = make(kernel, layout)
         shape = (layout.rows, layout.cols)
         assert weight.shape == shape and weight.dtype == torch.float32
@@ -106,13 +117,13 @@ def test_it_computes_what_the_reference_decodes_within_its_bound(
 
 
 def test_it_holds_the_bytes_that_are_planned(kernel: type[CompressedWeight]) -> None:
-    for layout, _ in supported(kernel):
+    for layout in supported(kernel):
         weight, _ = make(kernel, layout)
         assert weight.num_bytes == kernel.planned_bytes(layout), layout
 
 
 def test_it_is_the_same_filled_by_shards(kernel: type[CompressedWeight]) -> None:
-    for layout, _ in supported(kernel):
+    for layout in supported(kernel):
         (whole, _), (parts, _) = make(kernel, layout), make(kernel, layout, shards=3)
         x = torch.randn(3, layout.cols)
         assert torch.equal(whole.linear(x), parts.linear(x)), layout
@@ -120,7 +131,7 @@ def test_it_is_the_same_filled_by_shards(kernel: type[CompressedWeight]) -> None
 
 
 def test_half_precision_comes_back(kernel: type[CompressedWeight]) -> None:
-    layout, uses = supported(kernel)[-1]
+    layout, uses = list(supported(kernel).items())[-1]
     weight, decoded = make(kernel, layout)
     if Use.LINEAR in uses:
         x = torch.randn(3, layout.cols).bfloat16()

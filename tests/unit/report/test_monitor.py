@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from lib.progressive.waiting import EngineStats
-from lib.report.monitor import draw_status
+from lib.report.monitor import draw_status, render_svg
 
 STATUS: dict[str, Any] = {
     "request": "1MiB",
@@ -34,6 +34,9 @@ SAMPLE = {
     "bytes_moved": 2**20,
     "waited_seconds": 0.1,
     "hit_share": 0.75,
+    "expert_uses": 8,
+    "experts_resident": 4,
+    "experts_ready": 6,
     "queue_depth": 1,
     "waited_for": [["h.0.mlp", 0.1]],
     "system": {"free_bytes": 2**30, "source": "machine", "waited_share": 0.02},
@@ -58,6 +61,8 @@ def test_what_a_running_model_does() -> None:
     text = drawn({**STATUS, "sample": SAMPLE})
     for part in ("20.0 /s", "2.0 MiB/s", "20% of the time", "75.0%", "h.0.mlp", "pressure 2%"):
         assert part in text, part
+    assert "50.0% resident, 75.0% ready" in text
+    assert "experts" not in drawn({**STATUS, "sample": {**SAMPLE, "expert_uses": 0}})
 
 
 def test_silence_and_refusals_are_said() -> None:
@@ -70,3 +75,12 @@ def test_what_a_server_does() -> None:
     text = drawn({"request": None, "error": "too small", "answers": 1, **figures})
     for part in ("512.0 KiB of 1.0 MiB", "3 running, 0 waiting", "evictions", "refused: too small"):
         assert part in text, part
+
+
+def test_a_picture_of_it_fetches_nothing() -> None:
+    picture = render_svg({**STATUS, "sample": SAMPLE}, age_seconds=0.0, title="budget.json")
+    assert picture.startswith("<svg") and "budget.json" in picture
+    assert "fast&#160;memory" in picture
+    addresses = {each.partition('"')[0] for each in picture.split("http")[1:]}
+    assert all("www.w3.org" in each or "textualize" in each for each in addresses)
+    assert "@font-face" not in picture

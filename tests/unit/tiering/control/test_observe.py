@@ -8,8 +8,9 @@ import torch
 
 from lib.policy.control import Settings
 from lib.tiering import attach
-from lib.tiering.control.observe import SystemMemory, read_memory
-from tests.tiny_models import tiny_gpt2
+from lib.tiering.control.observe import Observer, SystemMemory, read_memory
+from tests.tiny_models import tiny_gpt2, tiny_qwen_moe
+from tests.unit.tiering.expert_budgets import budget_for
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -111,3 +112,20 @@ def test_a_reserve_of_the_system_is_kept_free(
         assert runtime.plan.fast_bytes >= control.controller.floor_bytes
         free[0] = 2**40
         wait_until_fast_bytes(False)
+
+
+def test_hits_of_experts_are_apart_from_those_of_other_blocks(tmp_path: Path) -> None:
+    model = tiny_qwen_moe().eval()
+    budget = budget_for(model, 0.4)
+    with attach(model, budget=budget, spill_dir=tmp_path) as runtime, torch.no_grad():
+        model(IDS[:, :1])
+        runtime.reset_stats()
+        observer = Observer(runtime._keeper, now=0.0)
+        for _ in range(2):
+            model(IDS[:, :1])
+        sample, stats = observer.look(1.0), runtime.stats().experts
+    assert stats is not None
+    assert sample.hit_share == 1.0  # what is no expert resides
+    assert (sample.expert_uses, sample.forwards) == (stats.uses, 2)
+    assert sample.experts_resident == stats.resident
+    assert stats.resident <= sample.experts_ready == stats.ready <= stats.uses
