@@ -46,12 +46,12 @@ class _Wanted(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Load, listen, and answer until a signal; returns the exit code."""
     args = make_parser().parse_args(argv)
+    if args.ray and args.control is not None:
+        raise InputError("--control is of a single server: leave it or --ray out")
     for package in ("fastapi", "uvicorn", "openai", "prometheus_client"):
         need_extra("serve", package)
     if args.ray:
         need_extra("ray", "ray")
-        if args.control is not None:
-            raise InputError("--control is of a single server: leave it or --ray out")
     elif args.replicas is not None:
         raise InputError("--replicas are of Ray Serve: add --ray, or leave them out")
     _read(args)

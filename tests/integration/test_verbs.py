@@ -93,6 +93,7 @@ BAD: dict[str, dict[str, str]] = {
         "--calibration {text} --precision int4": "--precision int4",
         "--replicas 2": "--ray",
         "--ray --replicas 0": "--replicas: 0",
+        "--ray --control {text}": "--control is of a single server",
     },
     "calibrate-requests": {
         "--requests {text}": "line 1",
