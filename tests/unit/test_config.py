@@ -11,6 +11,7 @@ from lib.errors import InputError
 from lib.tiering import DEFAULT_SPECS
 from lib.units import parse_number, parse_thresholds
 from lib.vocabulary import Tier
+from scripts.serve import serve_words
 
 
 def load(folder: Path, *lines: str) -> Config:
@@ -62,6 +63,9 @@ def test_what_is_served_is_the_run_unless_it_is_said(tmp_path: Path) -> None:
     serve = load(tmp_path).serve
     assert (serve.model, serve.port, serve.default_bound) == ("", 8000, "full")
     assert load(tmp_path, 'CONFIG_SERVE_MODEL="a"', "CONFIG_SERVE_PORT=0").serve.model == "a"
+    replicated = load(tmp_path, 'CONFIG_SERVE_MODEL="a"', "CONFIG_SERVE_REPLICAS=2")
+    assert serve_words(replicated)[-3:] == ["--ray", "--replicas", "2"]
+    assert "--ray" not in serve_words(load(tmp_path, 'CONFIG_SERVE_MODEL="a"'))
 
 
 def test_text_is_unescaped(tmp_path: Path) -> None:
