@@ -220,7 +220,8 @@ def training_document(phase: Phase, draw: random.Random) -> tuple[list[int], int
     kind = draw.choice(phase.kinds)
     tokens = round(phase.tokens * draw.uniform(0.2, 1))
     value_tokens = 8 if kind == "needle" else 1
-    most = min(phase.pairs, max(8, tokens // 4) if tokens else phase.pairs)
+    fitting = CONTEXT * 2 // 3 // (2 + value_tokens)  # with their answer, and room to leap
+    most = min(phase.pairs, fitting, max(8, tokens // 4) if tokens else phase.pairs)
     pairs = draw.randint(most // 4, most)
     setting = Dials(
         tokens=tokens,

@@ -13,8 +13,10 @@ from scripts.experiments.progressive.workload import (
     PAD,
     PHASES,
     QUERY,
+    Phase,
     batches,
     make_requests,
+    training_document,
 )
 
 
@@ -52,3 +54,9 @@ def test_training_fits_the_context_and_learns_what_follows(phase: object) -> Non
     leaping = (places_BT[:, 1:] - places_BT[:, :-1] > 1) & (ids_BT[:, 1:] != PAD)
     leapt = set(ids_BT[:, 1:][leaping].tolist())
     assert leapt <= {*FIRST, QUERY}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_documents_of_training_leave_room_to_leap(phase: Phase) -> None:
+    draw = random.Random(1)
+    assert max(len(training_document(phase, draw)[0]) for _ in range(400)) < CONTEXT - 1
