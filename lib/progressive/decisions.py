@@ -1,7 +1,9 @@
 """What a scheduler decides, the figures it shows, and the account it keeps of each request."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .ladder import SINK_TOKENS, Ladder
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ class Account:
     tier: int
     top: int
     """Tiers: that it starts at, that it is at, that it may climb to."""
-    demotable: bool
+    drafts: bool
+    """Whether its tokens are drafted below full: it may step down, then."""
     deadline: float | None
     decided: bool
     """Whether it counts as climbed, or as not climbed."""
@@ -68,7 +71,7 @@ class Account:
     """The length that its text has, and that it may have without asking."""
     held: int = 0
     claim: int = 0
-    """Bytes at its tier and room, and at its top tier and cap."""
+    """Bytes at its tier and room, and the most that it may ask for."""
 
     @property
     def need(self) -> int:
@@ -83,3 +86,35 @@ class Account:
     def is_late(self, now: float) -> bool:
         """Say whether its deadline has passed."""
         return self.deadline is not None and self.deadline <= now
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What requests take, and in which portions. ``window``: tokens that stand in full behind a
+    text whose tokens are drafted; ``portion``: None gives a text room for all of its tokens.
+    """
+
+    ladder: Ladder
+    window: int
+    portion: int | None
+
+    def grown(self, request: Account, tier: int, room: int) -> int:
+        """Return the most bytes of a text until it has ``room`` tokens."""
+        window = self.window if request.drafts and tier < self.ladder.full else 0
+        start = max(0, request.tokens - 1)  # of a prompt, which has yet to come, all pieces count
+        return self.ladder.peak_bytes(tier, room, start=start, window=window)
+
+    def largest(self, request: Account) -> int:
+        """Return the most bytes that it may ever ask for: at its top tier, or below where drafted
+        tokens stand behind it.
+        """
+        whole = replace(request, tokens=0)
+        tiers = {max(request.lowest, request.top - 1), request.top}
+        return max(self.grown(whole, tier, request.cap) for tier in tiers)
+
+    def room_for(self, request: Account, tokens: int) -> int:
+        """Return the length that a text is given room for which is to have so many tokens."""
+        if self.portion is None:
+            return request.cap
+        portions = -(-(tokens - SINK_TOKENS) // self.portion)
+        return min(request.cap, SINK_TOKENS + portions * self.portion)

@@ -25,7 +25,7 @@ from .calibrated import AUDITED_SHARE, CalibratedBounds
 from .calibration import Calibration
 from .generation import Event, Finish, GenerationRequest, Outcome
 from .kv.originals import OriginalsFolder
-from .ladder import PAGE_TOKENS, Ladder, make_ladder
+from .ladder import BLOCK_TOKENS, Ladder, make_ladder
 from .measuring import OnMeasured, tell_unmeasured
 from .runner import STEP_TOKENS, Runner
 from .scheduler import Scheduler
@@ -105,7 +105,7 @@ class Engine:
                     kv_budget,
                     slot_bytes=fixed_bytes,
                     window=LONGEST_WINDOW + 1,
-                    growth_tokens=PAGE_TOKENS,
+                    growth_tokens=BLOCK_TOKENS,
                     soft_quantile=_SOFT_QUANTILE,
                     history=history,
                 ),

@@ -181,21 +181,25 @@ class Ladder:
         """Return the bytes of a text at rest, over all layers."""
         return self.tiers[tier].num_bytes(self.shape, tokens)
 
-    def peak_bytes(self, tier: int, tokens: int, *, window: int = 0) -> int:
-        """Return the most that a text takes while it grows to so many tokens.
+    def peak_bytes(self, tier: int, tokens: int, *, start: int = 0, window: int = 0) -> int:
+        """Return the most that a text takes while it grows to so many tokens, from ``start`` on.
 
         Before a page is made of them, its tokens are full: bytes rise by tokens and fall by pages.
-        ``window``: tokens that may stand full beyond that, such as drafted ones that no pass has
-        checked yet. Neither more tokens nor a higher tier ever lowers it.
+        ``window``: tokens that may stand full behind the text, such as drafted ones that no pass
+        has checked yet. From the beginning on, neither more tokens nor a higher tier ever lowers
+        it.
         """
-        pages = num_pages(max(0, tokens - window))
-        most = pages * self._page_bytes[tier]
-        most += _with_room(tokens - pages * PAGE_TOKENS) * self.shape.token_bytes
-        if pages:
-            standing = _with_room(SINK_TOKENS + RECENT_TOKENS + PAGE_TOKENS + window)
-            before = (pages - 1) * self._page_bytes[tier] + standing * self.shape.token_bytes
-            most = max(most, before)
+        pages = num_pages(tokens)
+        most = self._standing_bytes(tier, pages, tokens + window)
+        last = SINK_TOKENS + RECENT_TOKENS + PAGE_TOKENS * pages
+        if pages and last > start:  # a moment before the last page was made
+            most = max(most, self._standing_bytes(tier, pages - 1, last + window))
         return most
+
+    def _standing_bytes(self, tier: int, pages: int, tokens: int) -> int:
+        """Return the bytes of so many pages, and the rest of the tokens in full."""
+        full = _with_room(tokens - pages * PAGE_TOKENS)
+        return pages * self._page_bytes[tier] + full * self.shape.token_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Return all that says what the tiers hold, as JSON has it."""

@@ -75,7 +75,7 @@ class Runner:
             top_tier=tier if given else self.ladder.full,
             deadline=request.deadline,
             kind="given" if given else kind,
-            demotable=kind is Kind.VERIFIED and not given,
+            drafts=kind is Kind.VERIFIED and not given,
         )
         self._next_number += 1
         self.waiting[number] = waiting

@@ -1,9 +1,9 @@
 """Who runs, at which tier, and who waits, so that memory is never short. Pure: no torch, no clock.
 
 A running request *holds* the most bytes that its text takes at its tier while it grows to its room
-(``Ladder.peak_bytes``), and may *need* what more it would hold at its top tier and its cap, the
-prompt with all tokens that it may make. With B the budget less the slot that all share, and free =
-B - sum of held:
+(``Ladder.peak_bytes``), and may *need* what more it would hold at the most: at its top tier and its
+cap, the prompt with all tokens that it may make. With B the budget less the slot that all share,
+and free = B - sum of held:
 
     invariant   some order exists in which each running request gets all it needs, finishes, and
                 gives back all it holds (``is_safe``); so sum of held <= B
@@ -37,7 +37,7 @@ from itertools import chain
 
 from ..errors import InputError
 from .bounds import RequestError
-from .decisions import Account, Grant, Preemption, SchedulerState
+from .decisions import Account, Grant, Preemption, SchedulerState, Sizes
 from .ladder import Ladder
 from .reserve import EscalationRates, is_safe, probable_bytes
 
@@ -46,8 +46,9 @@ class Scheduler:
     """Decides for the requests of one model; for one thread.
 
     ``slot_bytes``: what all requests share, one layer in full of the longest and what is being
-    encoded, taken off the budget. ``window``: tokens that a request may hold in full beyond its
-    tail, drafted and unchecked. ``soft_quantile``: the lower, the more run, and the more climbs
+    encoded, taken off the budget. ``window``: tokens that may stand in full behind a text whose
+    tokens are drafted below full, and checked later. ``growth_tokens``: of a portion of room; it
+    ends where blocks of so many do. ``soft_quantile``: the lower, the more run, and the more climbs
     wait. ``history``: class -> (climbed, seen) of earlier requests; of an unknown class all are
     taken to climb. Raises InputError for a budget that the slot leaves nothing of.
     """
@@ -72,8 +73,7 @@ class Scheduler:
         self.rates = EscalationRates(history)
         self._budget = budget_bytes - slot_bytes
         self._slot = slot_bytes
-        self._window = window
-        self._growth = growth_tokens
+        self._sizes = Sizes(ladder, window=window, portion=growth_tokens)
         self._quantile = soft_quantile
         self._submitted = 0
         self._waiting: list[Account] = []
@@ -92,14 +92,14 @@ class Scheduler:
         top_tier: int,
         deadline: float | None = None,
         kind: str = "",
-        demotable: bool = False,
+        drafts: bool = False,
     ) -> None:
         """Put a request at the end of those waiting for admission.
 
         ``tier``: it starts at; ``top_tier``: the highest that it may ask for. ``kind``: its class,
-        whose rate of climbs is counted. ``demotable``: its answer is right at any tier (a verified
-        one's), so that it may be told to step down. Raises RequestError if at its cap it would
-        never fit.
+        whose rate of climbs is counted. ``drafts``: below full its tokens are drafted, and
+        checked later (a verified one's): right at any tier, so that it may be told to step down.
+        Raises RequestError if at its cap it would never fit.
         """
         assert prompt_tokens > 0 <= max_new_tokens and 0 <= tier <= top_tier <= self.ladder.full
         assert id not in self._running and all(each.id != id for each in self._waiting)
@@ -112,11 +112,11 @@ class Scheduler:
             lowest=tier,
             tier=tier,
             top=top_tier,
-            demotable=demotable,
+            drafts=drafts,
             deadline=deadline,
             decided=tier == top_tier,
         )
-        request.claim = self._size(top_tier, request.cap)
+        request.claim = self._sizes.largest(request)
         if request.claim > self._budget:
             raise RequestError(
                 f"{prompt_tokens} tokens and {max_new_tokens} new ones take {request.claim} bytes "
@@ -133,8 +133,8 @@ class Scheduler:
         admitted: list[int] = []
         ready = [each for each in self._waiting if not each.is_late(now)]
         for request in ready:
-            first = replace(request, room=self._first_room(request))
-            first.held = self._size(first.tier, first.room)
+            first = replace(request, room=self._sizes.room_for(request, request.prompt + 1))
+            first.held = self._sizes.grown(first, first.tier, first.room)
             free = self._free - first.held
             then = [*self._running.values(), first]
             if self._line or free < max(each.need for each in then) or free < self._probable(then):
@@ -172,16 +172,16 @@ class Scheduler:
         return self._ask(Grant(id, tier, request.room))
 
     def grow(self, id: int, tokens: int) -> bool:
-        """Say how long a text is, or will be after the next step; it may also have become shorter.
+        """Say how long a text is, or will be after the next step: never shorter than before.
 
         Always True where room is given as a whole. Else False if the next portion isn't free: the
         request has to stand still until ``granted`` names it, and then grows.
         """
         request = self._running[id]
-        assert 0 <= tokens <= request.cap, f"{tokens} tokens, and {request.cap} were announced"
+        assert tokens <= request.cap, f"{tokens} tokens, and {request.cap} were announced"
+        assert tokens >= request.tokens, f"{tokens} tokens, after {request.tokens}"
         if tokens > request.room:
-            assert self._growth is not None
-            room = min(request.cap, max(tokens, request.room + self._growth))
+            room = self._sizes.room_for(request, tokens)
             if not self._ask(Grant(id, request.tier, room)):
                 return False
         request.tokens = tokens
@@ -206,7 +206,7 @@ class Scheduler:
         self._decide(request, climbed=False)
         self._line.pop(id, None)
         request.lowest = request.top = request.tier
-        request.claim = self._size(request.top, request.cap)
+        request.claim = self._sizes.largest(request)
 
     # -- preemption --------------------------------------------------------------------------------
 
@@ -282,20 +282,15 @@ class Scheduler:
     def _all(self) -> Iterator[Account]:
         return chain(self._waiting, self._running.values())
 
-    def _size(self, tier: int, tokens: int) -> int:
-        return self.ladder.peak_bytes(tier, tokens, window=self._window)
-
-    def _first_room(self, request: Account) -> int:
-        return (
-            request.cap if self._growth is None else min(request.cap, request.prompt + self._growth)
-        )
-
     def _is_safe(self) -> bool:
         return is_safe(self._free, ((each.held, each.need) for each in self._running.values()))
 
     def _probable(self, running: Sequence[Account]) -> int:
         climbs = [
-            (self._size(each.top, each.room) - each.held, self.rates.upper(each.kind) * each.left)
+            (
+                max(0, self._sizes.grown(each, each.top, each.room) - each.held),
+                self.rates.upper(each.kind) * each.left,
+            )
             for each in running
             if each.tier < each.top
         ]
@@ -319,7 +314,7 @@ class Scheduler:
         request, free = self._running[ask.id], self._free
         if not first:
             return request.need <= free
-        held = self._size(ask.tier, ask.room)
+        held = self._sizes.grown(request, ask.tier, ask.room)
         others = ((o.held, o.need) for o in self._running.values() if o is not request)
         after = free - (held - request.held)
         return after >= 0 and is_safe(after, [*others, (held, request.claim - held)])
@@ -327,7 +322,7 @@ class Scheduler:
     def _give(self, ask: Grant) -> None:
         request = self._running[ask.id]
         request.tier, request.room = ask.tier, ask.room
-        request.held = self._size(ask.tier, ask.room)
+        request.held = self._sizes.grown(request, ask.tier, ask.room)
 
     def _step_down(
         self, requests: Sequence[Account], *, until: Callable[[], bool]
@@ -337,7 +332,7 @@ class Scheduler:
         for request in requests:
             if until():
                 break
-            if request.demotable and request.tier > request.lowest and request.id not in self._line:
+            if request.drafts and request.tier > request.lowest and request.id not in self._line:
                 self._give(Grant(request.id, request.lowest, request.room))
                 steps.append(Preemption(request.id, request.lowest))
         return steps

@@ -85,18 +85,24 @@ def test_bytes_never_fall_with_the_tier_nor_their_peak_with_tokens(
         assert peak <= ladder.peak_bytes(tier, tokens, window=window + more)
 
 
-@given(tier=st.integers(0, 4), tokens=st.integers(1, 600), window=st.integers(0, 64))
-def test_a_peak_covers_the_moment_before_each_page(tier: int, tokens: int, window: int) -> None:
-    """Grow a text token by token; pages are made when their tokens, and a window, are behind."""
+@given(
+    tier=st.integers(0, 4),
+    start=st.integers(0, 600),
+    more=st.integers(1, 200),
+    window=st.integers(0, 64),
+)
+def test_a_peak_covers_the_moment_before_each_page(
+    tier: int, start: int, more: int, window: int
+) -> None:
+    """Grow a text token by token, with others behind it; pages are made once they are whole."""
     ladder = make_ladder(SHAPE)
-    pages, most = 0, 0
-    for held in range(1, tokens + 1):
+    most = 0
+    for text in range(start + 1, start + more + 1):
+        pages = num_pages(text - 1)
         size = pages * ladder.tiers[tier].page_bytes(SHAPE)
-        most = max(most, size + (held - pages * 64) * SHAPE.token_bytes)
-        pages = num_pages(max(0, held - window))
-    assert most <= ladder.peak_bytes(tier, tokens, window=window)
-    page = SHAPE.token_bytes * 64
-    assert ladder.peak_bytes(tier, tokens, window=window) < most + page + 1
+        most = max(most, size + (text + window - pages * 64) * SHAPE.token_bytes)
+    peak = ladder.peak_bytes(tier, start + more, start=start, window=window)
+    assert most <= peak < most + BLOCK_TOKENS * SHAPE.token_bytes
 
 
 def test_a_tier_that_saves_nothing_is_left_out() -> None:
