@@ -29,8 +29,8 @@ from .ladder import PAGE_TOKENS, SINK_TOKENS, KvShape, KvTier
 
 NAME = "tierhints_requests"
 """Of the attention function."""
-_FEW_ROWS = 32
-"""Of queries: up to here grouped heads are cheaper as they are than repeated."""
+_FEW_ROWS = 64
+"""Of queries: with more, what reading keys and values once saves is little, and masks are large."""
 _UNKNOWN = ("s_aux", "position_bias", "head_mask")
 """What some models hand to attention, and this doesn't compute."""
 
@@ -194,7 +194,7 @@ class Batch:
             keys, values = key, value
         seen = len(query), len(keys), kind.window
         if seen not in self._masks:
-            self._masks[seen] = causal_mask(*seen, device=query.device)
+            self._masks[seen] = causal_mask(query, len(keys), keys.shape[1], kind)
         found = attend_causal(query, keys, values, kind, self._masks[seen])
         if not rows.settles:
             append_rows(states, layer, key, value)
@@ -233,16 +233,21 @@ class Batch:
         self._next = (layer, rows, self._reader.submit(read))
 
 
-def causal_mask(
-    count: int, length: int, window: int | None, *, device: torch.device
-) -> Tensor | None:
-    """Return what each of a text's last tokens sees, (count, length); None: all that is there."""
-    if count == 1 and window is None:
+def causal_mask(query: Tensor, length: int, heads: int, kind: AttentionKind) -> Tensor | None:
+    """Return what is added to the scores of a text's last tokens, whose queries are (T, query
+    heads, key_dim): (T, length), or as ``attend_causal`` folds them. None: nothing, or for all of a
+    text what is_causal means.
+    """
+    count, groups = len(query), query.shape[1] // heads
+    if kind.window is None and (count == 1 or (count == length and kind.softcap is None)):
         return None
-    places_K = torch.arange(length, device=device)
-    places_T1 = torch.arange(length - count, length, device=device)[:, None]
-    mask = places_K <= places_T1
-    return mask if window is None else mask & (places_K > places_T1 - window)
+    places_K = torch.arange(length, device=query.device)
+    places_T1 = torch.arange(length - count, length, device=query.device)[:, None]
+    seen = places_K <= places_T1
+    if kind.window is not None:
+        seen &= places_K > places_T1 - kind.window
+    mask = query.new_zeros(count, length).masked_fill_(~seen, -torch.inf)
+    return mask.repeat(groups, 1) if _folds(count, kind) else mask
 
 
 def attend_causal(
@@ -250,28 +255,34 @@ def attend_causal(
 ) -> Tensor:
     """Return the attention of the last tokens of a text: queries (T, query heads, key_dim), keys
     and values (tokens, heads, dim) of all of it, ``mask`` as ``causal_mask`` makes it.
+
+    Few queries that share a head are folded into rows of one: keys and values are read once.
     """
-    count, length = len(query), len(keys)
+    count, heads = len(query), keys.shape[1]
     q, k, v = (states.transpose(0, 1)[None] for states in (query, keys, values))
-    groups = query.shape[1] // keys.shape[1]
-    if count > _FEW_ROWS or kind.softcap is not None:  # else torch's fast ways don't take groups
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    is_square = count == length and kind.window is None and kind.softcap is None
-    if kind.softcap is None:
+    if kind.softcap is not None:
+        q = q.reshape(heads, -1, *q.shape[2:])
+        scores = q @ k[0][:, None].transpose(-1, -2) * (kind.scale / kind.softcap)
+        scores = torch.tanh(scores) * kind.softcap
+        weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32)
+        found = weights.to(v.dtype) @ v[0][:, None]
+    else:
+        if mask is not None and _folds(count, kind):
+            q = q.reshape(1, heads, -1, q.shape[-1])
         found = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if is_square else mask,
-            is_causal=is_square,
+            attn_mask=mask,
+            is_causal=mask is None and count > 1,
             scale=kind.scale,
-            enable_gqa=k.shape[1] < q.shape[1],
+            enable_gqa=q.shape[1] > heads,
         )
-        return found[0].transpose(0, 1)
-    scores = torch.tanh(q @ k.transpose(-1, -2) * (kind.scale / kind.softcap)) * kind.softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v)[0].transpose(0, 1)
+    return found.reshape(query.shape[1], count, -1).transpose(0, 1)
+
+
+def _folds(count: int, kind: AttentionKind) -> bool:
+    return count <= _FEW_ROWS and kind.softcap is None
 
 
 _current: ContextVar["Callable[..., Tensor] | None"] = ContextVar("_current", default=None)

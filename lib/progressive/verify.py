@@ -84,8 +84,9 @@ class Scored:
 
 def score(logits_RV: Tensor, counts: Sequence[int]) -> list[Scored]:
     """Return the logits of a step by request; ``counts``: rows of each."""
-    largest = logits_RV.argmax(-1).tolist()
-    normalizers = logits_RV.float().logsumexp(-1).tolist()
+    scores_RV = logits_RV.float()  # torch finds the largest of bf16 numbers slowly
+    largest = scores_RV.argmax(-1).tolist()
+    normalizers = scores_RV.logsumexp(-1).tolist()
     found, start = [], 0
     for rows_TV in torch.split(logits_RV, list(counts)):
         end = start + len(rows_TV)

@@ -25,9 +25,7 @@ def append_tokens(
             request.append(layer, key[None], value[None])
         return
     tokens = [one.length for one in layers]
-    for one, length in zip(layers, tokens, strict=True):
-        one.resize(length + 1)
-    torch.ops.tierhints.append_states(keys, values, [one.table for one in layers], tokens)
+    torch.ops.tierhints.append_states(keys, values, [one.extend() for one in layers], tokens)
 
 
 def append_rows(states: RequestStates, layer: int, keys: Tensor, values: Tensor) -> None:

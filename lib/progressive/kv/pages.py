@@ -101,8 +101,15 @@ class LayerStates:
         self.length = length
         missing = self._needed_blocks - len(self._blocks)
         if missing > 0:
-            self._forget()
             self._blocks += [self._sinks.new_empty(self._block_shape) for _ in range(missing)]
+            self._forget()
+
+    def extend(self) -> Tensor:
+        """Make room for one more token, whose states are to be written; return ``table``."""
+        self.length += 1
+        if self.length > self._room:
+            self.resize(self.length)
+        return self.table if self._table is None else self._table
 
     def write(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Put the states of tokens from ``start`` on where they are full."""
@@ -121,6 +128,10 @@ class LayerStates:
         parts.append(self.read_full(self.tail_start, self.length))
         keys, values = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
         return keys, values
+
+    def can_settle(self, length: int) -> bool:
+        """Whether ``settle`` has anything to do."""
+        return num_pages(length) > len(self.pages) or len(self._blocks) > self._needed_blocks
 
     @property
     def _needed_blocks(self) -> int:
@@ -205,6 +216,7 @@ class LayerStates:
     def _forget(self) -> None:
         """Pieces have come or gone: describe them anew when asked."""
         self._table, self._num_bytes = None, 0
+        self._room = self.tail_start + BLOCK_TOKENS * len(self._blocks)
 
     def _add_pages(self, *states: Tensor) -> None:
         """Encode keys and values (heads, whole pages of tokens, dim), and note their errors."""
@@ -314,6 +326,8 @@ class RequestStates:
 
         ``length``: only the first tokens count; default: all. ``on_page`` may keep the originals.
         """
+        if layer is None and length is not None and not self.layers[0].can_settle(length):
+            return  # layers are alike between two steps
         for index in range(self.shape.layers) if layer is None else (layer,):
             states = self.layers[index]
             states.settle(
