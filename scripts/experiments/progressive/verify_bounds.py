@@ -7,14 +7,17 @@ verified it. *Verified*: requests of the recall tasks under four epsilons and ``
 above its epsilon (beyond rounding, 1e-5 nats), or of other tokens than full precision's where it is
 exact, is counted, and makes the exit code 1. *Calibrated*: 20 calibrations of 59 requests each,
 drawn anew, are tried on 600 others at three epsilons; exit code 1 where more than one of 20 has
-a violation rate significantly above delta. *Shift*: a calibration of one kind of document serves
-another; the audit says after how many requests it stops.
+a violation rate significantly above delta. *Shift*: a calibration of one kind of document is tried
+on the others. *Caught*: an engine that was calibrated on text to go on with serves documents that
+ask six times over; the audit has to stop it, after so many requests, and what comes then to be
+answered at full.
 """
 
 import argparse
 import json
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
 
 from lib.commands.cli import Parser, output_file, run_main
 from lib.commands.flags import whole_number
-from lib.evaluation.calibrate_requests import measure_damage
+from lib.evaluation.calibrate_requests import calibrate_requests, measure_damage
 from lib.evaluation.measured_requests import (
     RequestRow,
     make_calibration,
@@ -43,10 +46,11 @@ from lib.progressive.bounds import Metric, QualityBound
 from lib.progressive.calibration import KEYS, Calibration
 from lib.progressive.engine import Engine
 from lib.progressive.estimators import mean_information
-from lib.progressive.generation import Event, GenerationRequest
+from lib.progressive.generation import Event, GenerationRequest, Outcome
 from lib.progressive.ladder import Ladder, make_ladder
 from lib.progressive.measuring import Measurement
-from scripts.experiments.progressive.workload import KINDS, load_or_train, make_requests
+from scripts.experiments.progressive.loads import Answer
+from scripts.experiments.progressive.workload import KINDS, QUERY, load_or_train, make_requests
 
 EPSILONS = (0.001, 0.01, 0.05, 0.2)
 EXACT = QualityBound(metric=Metric.EXACT)
@@ -56,6 +60,9 @@ _ROUNDING = 1e-5
 """Nats: passes of other shapes add up in another order."""
 _ROOM = 2**30
 _AT_ONCE = 24
+_AFTER = 8
+"""Requests that are looked at once the audit has stopped."""
+_POLL_SECONDS = 0.001
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = {
         "verified": run_verified(model, args.verified),
         **run_calibrated(model, args.calibrations, args.unseen),
+        "caught": run_caught(model),
     }
     for name, figures in document.items():
         print(name, json.dumps(figures, indent=1))
@@ -74,8 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(document))
     verified, calibrated = document["verified"], document["calibrated"]
     allowed = len(calibrated["trials"]) // 20
-    failed = verified["above"] or verified["other_tokens"]
-    return int(bool(failed) or calibrated["significantly_above"] > allowed)
+    failed = (
+        verified["above"]
+        or verified["other_tokens"]
+        or calibrated["significantly_above"] > allowed
+        or document["caught"]["requests"] is None
+    )
+    return int(bool(failed))
 
 
 def run_verified(model: Any, count: int) -> dict[str, Any]:
@@ -259,6 +272,67 @@ def run_shift(
                 }
             )
     return {"pairs": sorted(pairs, key=lambda pair: -float(pair["violations"]))}
+
+
+def run_caught(model: Any, *, most: int = 600) -> dict[str, Any]:
+    """Serve a workload that the calibration isn't of, every answer audited, until that stops it;
+    say after how many requests, and at which tiers those after it were answered.
+
+    Epsilon is the 0.9 quantile of the lowest tier's bounds: so most are released there.
+    """
+    draw = random.Random(13)
+    known = [item.prompt[:240] for item in make_requests("continue", 0.5, 59, 1)]
+    calibration = calibrate_requests(
+        model, [_ask_ten(prompt) for prompt in known], kv_budget=_ROOM, tiers=TIERS
+    )
+    asking = [_ask_ten(_ask_again(short_prompt("queries", draw), 6)) for _ in range(most)]
+    with Engine(model, kv_budget=_ROOM, ladder=calibration.ladder, prefix_bytes=0) as engine:
+        rows = measure_requests(engine, asking[:80], 1, at_once=_AT_ONCE)
+    factor = calibration.factor(DELTA)
+    bounds = [factor * predicted(row, calibration.information) for row in rows]
+    bound = QualityBound(epsilon=quantiles(bounds, n=10)[-1], delta=DELTA)
+    answered, after = 0, list[str]()
+    with Engine(
+        model, kv_budget=_ROOM, calibration=calibration, audited_share=1.0, prefix_bytes=0
+    ) as engine:
+        for request in asking:
+            stopped = bool(engine.stats().stopped_bounds)
+            outcome = _answer(engine, replace(request, bound=bound))
+            if not stopped:
+                answered += 1
+                continue
+            after.append(outcome.quality.tier)
+            if len(after) == _AFTER:
+                break
+        stats = engine.stats()
+    return {
+        "calibrated_on": "continue",
+        "served": "queries, asked six times more",
+        "epsilon": bound.epsilon,
+        "requests": answered if after else None,
+        "broken": stats.broken_bounds,
+        "tiers_after": sorted(set(after)),
+    }
+
+
+def _ask_ten(prompt: Sequence[int]) -> GenerationRequest:
+    return GenerationRequest(prompt=prompt, max_new_tokens=10)
+
+
+def _ask_again(prompt: list[int], times: int) -> list[int]:
+    """Return a document that asks what it asks so many times more."""
+    return prompt + prompt[prompt.index(QUERY) :] * times
+
+
+def _answer(engine: Engine, request: GenerationRequest) -> Outcome:
+    """Answer a request, and wait until that is measured, too."""
+    answer = Answer(0.0)
+    audits = engine.stats().audits
+    engine.submit(request, answer)
+    outcome = answer.result()
+    while engine.stats().audits == audits and not engine.stats().stopped_bounds:
+        time.sleep(_POLL_SECONDS)
+    return outcome
 
 
 def audits_until(rate: float) -> int | None:
