@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...codecs import ops
-from .pages import LayerStates, RequestStates
+from .layer_states import LayerStates
+from .pages import RequestStates
 
 
 def append_tokens(
