@@ -1,5 +1,6 @@
 """How a page holds a layer's keys, or its values: a record of ``codecs``, or full."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,20 +67,21 @@ class PageFormat:
             return page.data_ptr()
         return page.data_ptr() + self.layout.planes[0].offset
 
-    def encode(self, states: Tensor) -> tuple[list[Tensor], float]:
-        """Return pages of states (pages, heads, PAGE_TOKENS, dim), in new memory, and the sum of
-        their squared errors.
+    def encode(self, states: Tensor) -> tuple[list[Tensor], list[float]]:
+        """Return pages of states (pages, heads, PAGE_TOKENS, dim), in new memory, and of each the
+        sum of its squared errors.
         """
         if self.layout is None:
-            return [page.clone(memory_format=torch.contiguous_format) for page in states], 0.0
-        record, whole, error = self._encode(states)
+            pages = [page.clone(memory_format=torch.contiguous_format) for page in states]
+            return pages, [0.0] * len(pages)
+        record, whole, errors = self._encode(states)
         pages = []
         for start in range(0, whole.rows, self.layout.rows):
             page = record.new_zeros(self.layout.num_bytes)
             for here, there, size in whole.row_ranges(start, start + self.layout.rows):
                 page[there : there + size] = record[here : here + size]
             pages.append(page)
-        return pages, error
+        return pages, errors
 
     def decode(self, page: Tensor) -> Tensor:
         """Return the states of a page: (heads, PAGE_TOKENS, dim)."""
@@ -123,14 +125,16 @@ class PageFormat:
     def _by_number(self) -> bool:
         return self.are_keys and self.layout is not None and not self.layout.codec.is_raw
 
-    def _encode(self, states: Tensor) -> tuple[Tensor, RecordLayout, float]:
-        """Return one record of some pages' rows, its layout, and the sum of squared errors."""
+    def _encode(self, states: Tensor) -> tuple[Tensor, RecordLayout, list[float]]:
+        """Return one record of some pages' rows, its layout, and each page's squared error."""
         assert self.layout is not None
         rows = states.transpose(-1, -2) if self._by_number else states
         rows = rows.reshape(-1, self.layout.cols)
         record = encode(rows, self.layout.codec).to(states.device)
         whole = replace(self.layout, rows=len(rows))
-        return record, whole, squared_error(rows, _decode(record, whole, self.dtype))
+        lost = (rows.float() - _decode(record, whole, self.dtype).float()).reshape(len(states), -1)
+        norms: list[float] = torch.linalg.vector_norm(lost, dim=-1, dtype=torch.float64).tolist()
+        return record, whole, [norm**2 for norm in norms]
 
 
 def layer_formats(
@@ -143,6 +147,29 @@ def layer_formats(
         PageFormat(heads=heads, dim=shape.key_dim, dtype=dtype, are_keys=True).at(keys),
         PageFormat(heads=heads, dim=shape.value_dim, dtype=dtype, are_keys=False).at(values),
     )
+
+
+def encode_pages(
+    formats: Sequence[PageFormat], states: Sequence[Tensor]
+) -> list[tuple[list[Tensor], float]]:
+    """Encode states (heads, whole pages of tokens, dim) each in its format, those of one format
+    together. Returns of each its pages, and the sum of their squared errors.
+    """
+    places: dict[PageFormat, list[int]] = {}
+    for place, of in enumerate(formats):
+        places.setdefault(of, []).append(place)
+    found: dict[int, tuple[list[Tensor], float]] = {}
+    for of, alike in places.items():
+        stacked = torch.stack([states[place] for place in alike])
+        count = stacked.shape[2] // PAGE_TOKENS
+        paged = (
+            stacked.view(*stacked.shape[:2], count, PAGE_TOKENS, -1).transpose(1, 2).flatten(0, 1)
+        )
+        pages, errors = of.encode(paged)
+        for index, place in enumerate(alike):
+            own = slice(index * count, (index + 1) * count)
+            found[place] = pages[own], sum(errors[own])
+    return [found[place] for place in range(len(states))]
 
 
 def round_trip_pages(states: Tensor, precision: Precision, *, are_keys: bool) -> Tensor:

@@ -1,15 +1,23 @@
 """One layer's keys and values of one request in fast memory: see ``pages.py``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..ladder import BLOCK_TOKENS, PAGE_TOKENS, SINK_TOKENS, KvShape, num_pages
-from .formats import PageFormat, squared_error
+from .formats import PageFormat, encode_pages, squared_error
 
 Page = tuple[Tensor, Tensor]
 """Of keys, and of values, each in its format."""
+EncodedPages = tuple[list[Tensor], float]
+"""Of one side, and the sum of their squared errors."""
+OnLayerPage = Callable[[int, Tensor, Tensor], None]
+"""Is told the first page's index, and the keys and values (tokens, heads, dim) that pages are made
+of.
+"""
+_TOGETHER = 8
+"""Layers whose pages are made at once: as many numbers as a step of a prompt has in one."""
 
 
 class LayerStates:
@@ -112,25 +120,19 @@ class LayerStates:
     def _needed_blocks(self) -> int:
         return -(-max(0, self.length - self.tail_start) // BLOCK_TOKENS)
 
-    def settle(self, length: int, on_page: Callable[[int, Tensor, Tensor], None]) -> None:
+    def settle(self, length: int, on_page: OnLayerPage) -> None:
         """Make pages of what has become whole ones of the first ``length`` tokens, and free the
         room behind the last.
         """
+        settle_layers([self], length, [on_page])
+
+    def free_room(self) -> None:
+        """Free the room behind the last token."""
         if len(self._blocks) > self._needed_blocks:
             del self._blocks[self._needed_blocks :]
             self._forget()
-        first = len(self.pages)
-        count = num_pages(length) - first
-        if count > 0:
-            keys, values = self.read_full(self.tail_start, self.tail_start + count * PAGE_TOKENS)
-            on_page(first, keys.transpose(0, 1), values.transpose(0, 1))
-            self._add_pages(keys, values)
-            del self._blocks[: count * PAGE_TOKENS // BLOCK_TOKENS]
-            self._forget()
 
-    def fill(
-        self, keys: Tensor, values: Tensor, on_page: Callable[[int, Tensor, Tensor], None]
-    ) -> None:
+    def fill(self, keys: Tensor, values: Tensor, on_page: OnLayerPage) -> None:
         """Add tokens (T, heads, dim), and make pages without a way through the tail."""
         if len(keys) < SINK_TOKENS + 2 * PAGE_TOKENS:  # what is in the tail might be enough
             self.append(keys, values)
@@ -194,15 +196,19 @@ class LayerStates:
         self._room = self.tail_start + BLOCK_TOKENS * len(self._blocks)
 
     def _add_pages(self, *states: Tensor) -> None:
-        """Encode keys and values (heads, whole pages of tokens, dim), and note their errors."""
-        sides = []
-        for side, (of, given) in enumerate(zip(self.formats, states, strict=True)):
-            heads, _, dim = given.shape
-            paged = given.reshape(heads, -1, PAGE_TOKENS, dim)
-            pages, error = of.encode(paged.transpose(0, 1))
-            sides.append(pages)
+        """Encode keys and values (heads, whole pages of tokens, dim)."""
+        self.put_pages(*encode_pages(self.formats, states))
+
+    def put_pages(self, keys: EncodedPages, values: EncodedPages) -> None:
+        """Take pages behind those that are there, with their squared errors."""
+        self.pages += zip(keys[0], values[0], strict=True)
+        for side, (_, error) in enumerate((keys, values)):
             self.errors[side] += error
-        self.pages += zip(*sides, strict=True)
+        self._forget()
+
+    def drop_tail(self, pages: int) -> None:
+        """Give the tail's room for the tokens of so many pages back."""
+        del self._blocks[: pages * PAGE_TOKENS // BLOCK_TOKENS]
         self._forget()
 
     def read_full(self, start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -224,3 +230,29 @@ class LayerStates:
             count = min(end - start, BLOCK_TOKENS - row)
             yield self._blocks[index], row, row + count, start
             start += count
+
+
+def settle_layers(
+    layers: Sequence[LayerStates], length: int, on_pages: Sequence[OnLayerPage]
+) -> None:
+    """Do what ``LayerStates.settle`` does in layers of one request that have as many tokens, some
+    of them together.
+    """
+    for one in layers:
+        one.free_room()
+    first, start = len(layers[0].pages), layers[0].tail_start
+    count = num_pages(length) - first
+    if count <= 0:
+        return
+    for begin in range(0, len(layers), _TOGETHER):
+        some = layers[begin : begin + _TOGETHER]
+        full = [one.read_full(start, start + count * PAGE_TOKENS) for one in some]
+        for (keys, values), on_page in zip(full, on_pages[begin:], strict=False):
+            on_page(first, keys.transpose(0, 1), values.transpose(0, 1))
+        sides = [
+            encode_pages([one.formats[side] for one in some], [pair[side] for pair in full])
+            for side in (0, 1)
+        ]
+        for one, of_keys, of_values in zip(some, *sides, strict=True):
+            one.put_pages(of_keys, of_values)
+            one.drop_tail(count)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..ladder import KvShape, KvTier
 from .formats import layer_formats
-from .layer_states import LayerStates
+from .layer_states import LayerStates, settle_layers
 
 OnPage = Callable[[int, int, Tensor, Tensor], None]
 """Is told a layer, a page's index, and the keys and values (PAGE_TOKENS, heads, dim) that the page
@@ -111,13 +111,11 @@ class RequestStates:
 
         ``length``: only the first tokens count; default: all. ``on_page`` may keep the originals.
         """
-        if layer is None and length is not None and not self.layers[0].can_settle(length):
-            return  # layers are alike between two steps
-        for index in range(self.shape.layers) if layer is None else (layer,):
-            states = self.layers[index]
-            states.settle(
-                states.length if length is None else length, functools.partial(on_page, index)
-            )
+        indices = range(self.shape.layers) if layer is None else (layer,)
+        layers = [self.layers[index] for index in indices]  # alike, between two steps
+        length = layers[0].length if length is None else length
+        if layers[0].can_settle(length):
+            settle_layers(layers, length, [functools.partial(on_page, each) for each in indices])
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, (length, heads, dim), as they are attended to."""
