@@ -61,7 +61,9 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saturated:
-    """A load of more requests than fit, as long as some wait."""
+    """A load of more requests than fit: from the end of the first, when it has filled up, as long
+    as some wait.
+    """
 
     answers: list[Answer]
     seconds: float
@@ -70,7 +72,7 @@ class Saturated:
     finished: list[int]
     """Indices of the requests that ended in it."""
     concurrency: float
-    """Mean over steps, once it is full."""
+    """Mean over its steps."""
     stats: EngineStats
     """At its end."""
 
@@ -78,13 +80,14 @@ class Saturated:
 def saturate(
     engine: Engine, requests: Sequence[GenerationRequest], *, tier: int | None = None
 ) -> Saturated:
-    """Submit all, and watch until none waits for memory any more."""
-    begin = time.perf_counter()
+    """Submit all, and watch until none waits for memory any more: not how it fills up, when
+    prompts alone are computed.
+    """
     answers = submit(engine, requests, tier=tier)
-    first = engine.stats()
+    begin, first = time.perf_counter(), engine.stats()
     while (stats := engine.stats()).waiting:
-        if not first.finished:  # until the first has ended, it fills up
-            first = stats
+        if not first.finished:
+            begin, first = time.perf_counter(), stats
         time.sleep(_POLL_SECONDS)
     end = time.perf_counter()
     for answer in answers:
@@ -92,8 +95,8 @@ def saturate(
     return Saturated(
         answers=answers,
         seconds=end - begin,
-        tokens=sum(n for answer in answers for when, n in answer.times if when <= end),
-        finished=[index for index, answer in enumerate(answers) if answer.ended <= end],
+        tokens=sum(n for answer in answers for when, n in answer.times if begin < when <= end),
+        finished=[index for index, answer in enumerate(answers) if begin < answer.ended <= end],
         concurrency=(stats.running_steps - first.running_steps) / max(1, stats.steps - first.steps),
         stats=stats,
     )
