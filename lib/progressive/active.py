@@ -148,8 +148,17 @@ class Active:
         self.asked = False
         self.escalations += 1
         self._recent.clear()
-        if self.phase is Phase.CLIMB:
+        if self.phase in (Phase.CLIMB, Phase.DRAFT):
             self._go_on()
+
+    def has_asked(self) -> None:
+        """Hear that the next tier has been asked for. What drafts goes on if that isn't given at
+        once, and after some more tokens may ask again; others wait for it.
+        """
+        self.asked = self.kind is not Kind.VERIFIED
+        if self.kind is Kind.VERIFIED:
+            self._recent.clear()
+            self.phase = Phase.DRAFT
 
     def has_stepped_down(self, tier: int) -> None:
         """Hear that the pages are now held at a lower tier, for the sake of others: what comes is

@@ -71,11 +71,11 @@ class Account:
     """The length that its text has, and that it may have without asking."""
     held: int = 0
     claim: int = 0
-    """Bytes at its tier and room, and the most that it may ask for."""
+    """Bytes at its tier and room, and the most that it has to get to end."""
 
     @property
     def need(self) -> int:
-        """Bytes that it may still ask for."""
+        """Bytes that it still has to get, if it asks for them."""
         return self.claim - self.held
 
     @property
@@ -104,13 +104,23 @@ class Sizes:
         start = max(0, request.tokens - 1)  # of a prompt, which has yet to come, all pieces count
         return self.ladder.peak_bytes(tier, room, start=start, window=window)
 
-    def largest(self, request: Account) -> int:
-        """Return the most bytes that it may ever ask for: at its top tier, or below where drafted
-        tokens stand behind it.
+    def claimed(self, request: Account, tier: int) -> int:
+        """Return the most bytes that it has to get to end, if it is at ``tier``: what drafts may
+        stay there.
         """
-        whole = replace(request, tokens=0)
+        return self._whole(request, tier) if request.drafts else self._whole(request, request.top)
+
+    def largest(self, request: Account) -> int:
+        """Return the most bytes that it may ever hold."""
         tiers = {max(request.lowest, request.top - 1), request.top}
-        return max(self.grown(whole, tier, request.cap) for tier in tiers)
+        return max(self._whole(request, tier) for tier in tiers)
+
+    def climb(self, request: Account) -> int:
+        """Return what its climb to the top would take more now."""
+        return self.grown(request, request.top, request.room) - request.held
+
+    def _whole(self, request: Account, tier: int) -> int:
+        return self.grown(replace(request, tokens=0), tier, request.cap)
 
     def room_for(self, request: Account, tokens: int) -> int:
         """Return the length that a text is given room for which is to have so many tokens."""

@@ -224,14 +224,14 @@ class Runner:
             self._fail(active, error)
 
     def _climb(self) -> None:
-        """Let those climb that may: those that ask now, and those that have waited."""
+        """Let those climb that ask now, and those that have waited, if there is room."""
         with self.lock:
             allowed = {grant.id: grant.tier for grant in self.scheduler.granted()}
             for active in self.active.values():
                 if active.phase is Phase.CLIMB and not active.asked:
-                    active.asked = True
                     if self.scheduler.ask_climb(active.number, active.tier + 1):
                         allowed[active.number] = active.tier + 1
+                    active.has_asked()
         for number, tier in allowed.items():
             active = self.active[number]
             if tier == active.tier:  # room was what it waited for
@@ -276,7 +276,7 @@ class Runner:
                 self._fail(active, error)
             return
         self.stats.steps += 1
-        self.stats.running_steps += len(self.active)
+        self.stats.running_steps += len(work)
         for (active, rows), logits in zip(work, kept, strict=True):
             try:
                 if rows.failure is not None:

@@ -1,9 +1,10 @@
 """Who runs, at which tier, and who waits, so that memory is never short. Pure: no torch, no clock.
 
 A running request *holds* the most bytes that its text takes at its tier while it grows to its room
-(``Ladder.peak_bytes``), and may *need* what more it would hold at the most: at its top tier and its
-cap, the prompt with all tokens that it may make. With B the budget less the slot that all share,
-and free = B - sum of held:
+(``Ladder.peak_bytes``), and may *need* what more it would hold at its top tier and its cap, the
+prompt with all tokens that it may make. One that drafts may end at any tier: it needs what it would
+hold at its cap and the tier it has. With B the budget less the slot that all share, and free = B -
+sum of held:
 
     invariant   some order exists in which each running request gets all it needs, finishes, and
                 gives back all it holds (``is_safe``); so sum of held <= B
@@ -13,6 +14,7 @@ and free = B - sum of held:
     the line    what can't be given at once waits, its state kept, first come first served, before
                 any admission: its first gets what it asks for if the invariant then holds; one
                 behind it, only if with what is free it could finish
+    drafts      whoever drafts never waits for a climb: it gets it at once, or goes on drafting
 
 Why the invariant holds: at admission every need fits into what is free. The first of the line is
 checked. One behind it, whose whole need is free, may come first in the order, and gives all back.
@@ -21,10 +23,9 @@ order there was remains one.
 
 Why nothing blocks: of those running, the first in the order needs no more than what is free. If it
 waits it is given what it asks for, as first of the line or behind it; if not, it runs. So something
-always runs; each request asks a finite number of times and ends, and since nothing is admitted
-while any waits, those waiting get their turn. Requests are admitted in the order they came: none is
-passed by. Stepping down is done for the sake of older requests only, so that the oldest never has
-to climb twice.
+always runs, each request ends, and since nothing is admitted while any waits, those waiting get
+their turn. Requests are admitted in the order they came: none is passed by. Stepping down is done
+for the sake of older requests only.
 
 Room is given as a whole at admission (``growth_tokens`` None), and no step ever waits; or in
 portions, for answers that are mostly much shorter than they may be: more requests run, and one may
@@ -116,10 +117,11 @@ class Scheduler:
             deadline=deadline,
             decided=tier == top_tier,
         )
-        request.claim = self._sizes.largest(request)
-        if request.claim > self._budget:
+        request.claim = self._sizes.claimed(request, tier)
+        largest = self._sizes.largest(request)
+        if largest > self._budget:
             raise RequestError(
-                f"{prompt_tokens} tokens and {max_new_tokens} new ones take {request.claim} bytes "
+                f"{prompt_tokens} tokens and {max_new_tokens} new ones take {largest} bytes "
                 f"of keys and values at tier {self.ladder.names[top_tier]}, and the budget is "
                 f"{self._budget}: give a shorter prompt or fewer new tokens",
                 param="max_tokens",
@@ -163,19 +165,22 @@ class Scheduler:
     # -- running requests --------------------------------------------------------------------------
 
     def ask_climb(self, id: int, tier: int) -> bool:
-        """Ask for a higher tier: True if it is given. Else the request has to stand still, with the
-        state it has, until ``granted`` names it; asking again meanwhile changes nothing.
+        """Ask for a higher tier: True if it is given. Else one that drafts goes on as it is, and
+        others stand still until ``granted`` names them; asking again meanwhile changes nothing.
         """
         request = self._running[id]
         assert request.tier < tier <= request.top, f"no climb from {request.tier} to {tier}"
+        ask = Grant(id, tier, request.room)
+        if request.drafts and (self._line or not self._can_give(ask, first=True)):
+            return False
         self._decide(request, climbed=True)
-        return self._ask(Grant(id, tier, request.room))
+        return self._ask(ask)
 
     def grow(self, id: int, tokens: int) -> bool:
         """Say how long a text is, or will be after the next step: never shorter than before.
 
-        Always True where room is given as a whole. Else False if the next portion isn't free: the
-        request has to stand still until ``granted`` names it, and then grows.
+        Always True where room is given as a whole. Else False if the next portion isn't free: it
+        stands still until ``granted`` names it, and then grows.
         """
         request = self._running[id]
         assert tokens <= request.cap, f"{tokens} tokens, and {request.cap} were announced"
@@ -206,7 +211,7 @@ class Scheduler:
         self._decide(request, climbed=False)
         self._line.pop(id, None)
         request.lowest = request.top = request.tier
-        request.claim = self._sizes.largest(request)
+        request.claim = self._sizes.claimed(request, request.tier)
 
     # -- preemption --------------------------------------------------------------------------------
 
@@ -214,7 +219,7 @@ class Scheduler:
         """Change the budget; ``preemptions`` says who gives way. Raises InputError if a request
         that is here would never fit.
         """
-        largest = max((each.claim for each in self._all()), default=1)
+        largest = max((self._sizes.largest(each) for each in self._all()), default=1)
         if budget_bytes - self._slot < largest:
             raise InputError(
                 f"a budget of {budget_bytes} bytes for keys and values is too small for what is "
@@ -223,8 +228,8 @@ class Scheduler:
         self._budget = budget_bytes - self._slot
 
     def preemptions(self) -> list[Preemption]:
-        """Return who gives memory back, youngest first: all it takes after the budget was lowered,
-        first tiers, then whole requests; else tiers alone, for the first of the line if that helps.
+        """Return who gives memory back, youngest first: what it takes for a lowered budget, tiers
+        before whole requests; else tiers alone, for the first of the line if that helps.
         """
         youngest = sorted(self._running.values(), key=lambda each: -each.order)
         if not self._is_safe():
@@ -251,7 +256,7 @@ class Scheduler:
     # -- figures -----------------------------------------------------------------------------------
 
     def bytes_used(self) -> int:
-        """Return what running requests take at the lengths that ``grow`` told."""
+        """Return what texts take at the lengths that ``grow`` told."""
         return sum(self.ladder.num_bytes(each.tier, each.tokens) for each in self._running.values())
 
     def bytes_held(self) -> int:
@@ -287,12 +292,9 @@ class Scheduler:
 
     def _probable(self, running: Sequence[Account]) -> int:
         climbs = [
-            (
-                max(0, self._sizes.grown(each, each.top, each.room) - each.held),
-                self.rates.upper(each.kind) * each.left,
-            )
+            (self._sizes.climb(each), self.rates.upper(each.kind) * each.left)
             for each in running
-            if each.tier < each.top
+            if each.tier < each.top and not each.drafts
         ]
         return probable_bytes(climbs, quantile=self._quantile, budget_bytes=self._budget)
 
@@ -315,19 +317,21 @@ class Scheduler:
         if not first:
             return request.need <= free
         held = self._sizes.grown(request, ask.tier, ask.room)
+        need = self._sizes.claimed(request, ask.tier) - held
         others = ((o.held, o.need) for o in self._running.values() if o is not request)
         after = free - (held - request.held)
-        return after >= 0 and is_safe(after, [*others, (held, request.claim - held)])
+        return after >= 0 and is_safe(after, [*others, (held, need)])
 
     def _give(self, ask: Grant) -> None:
         request = self._running[ask.id]
         request.tier, request.room = ask.tier, ask.room
         request.held = self._sizes.grown(request, ask.tier, ask.room)
+        request.claim = self._sizes.claimed(request, ask.tier)
 
     def _step_down(
         self, requests: Sequence[Account], *, until: Callable[[], bool]
     ) -> list[Preemption]:
-        """Let those that may go to their lowest tier, one by one; not those that wait in line."""
+        """Let those that may go to their lowest tier; not those that wait in line."""
         steps = []
         for request in requests:
             if until():
@@ -342,4 +346,5 @@ class Scheduler:
         self._line.pop(request.id, None)
         request.prompt = max(request.prompt, request.tokens)
         request.tier, request.tokens, request.room, request.held = request.lowest, 0, 0, 0
+        request.claim = self._sizes.claimed(request, request.tier)
         self._waiting = sorted([*self._waiting, request], key=lambda each: each.order)

@@ -20,7 +20,9 @@ class EngineStats:
     most_running: int = 0
     steps: int = 0
     running_steps: int = 0
-    """Sum over steps of the requests that had memory: by steps, the mean concurrency."""
+    """Sum over steps of the requests that went on, not of those that had memory and waited for
+    more: by steps, the mean concurrency.
+    """
     adopted_tokens: int = 0
     """Of prompts, that earlier requests had computed."""
     new_tokens: int = 0

@@ -14,8 +14,9 @@ and hard requests within a budget of fast memory for keys and values, by
 
 Hard requests are those of the pool whose calibrated bound at the compact tier is above epsilon, so
 a mix has the escalation rate p by construction; *identity* is 1/(c + (1 - c) p) with c the compact
-tier's share of full bytes. A *good* answer has a measured mean KL within epsilon. Tables first; the
-last line of stdout is one JSON document.
+tier's share of full bytes, on average while a text grows. Requests that have memory and wait for
+more count in no concurrency. A *good* answer has a measured mean KL within epsilon. Tables first;
+the last line of stdout is one JSON document.
 """
 
 import argparse
@@ -225,11 +226,7 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
     counts = tuple(count for count in (1, 2, 4, 8, 16, 32) if count <= args.most)
     print("tokens per second against concurrency", file=sys.stderr)
     flat = curve(lambda: study.engine(budget=2**30), requests, counts)
-    lengths = [len(each.prompt) + each.max_new_tokens for each in requests]
-    share = mean(
-        study.compact.num_bytes(0, length) / study.compact.num_bytes(1, length)
-        for length in lengths
-    )
+    share = compact_share(study.compact, requests)
     points = []
     for rate in args.rates:
         mix = draw_mix(study, rate)
@@ -255,6 +252,18 @@ def run(study: Study, args: argparse.Namespace) -> dict[str, Any]:
         "arrivals": arrivals,
         "ratios": ratios(points),
     }
+
+
+def compact_share(ladder: Ladder, requests: Sequence[GenerationRequest]) -> float:
+    """Return the compact tier's share of full bytes, both on average while texts grow."""
+
+    def mean_bytes(tier: int, request: GenerationRequest) -> float:
+        start = len(request.prompt)
+        lengths = range(start, start + request.max_new_tokens)
+        return mean(ladder.num_bytes(tier, length) for length in lengths)
+
+    compact, full = (sum(mean_bytes(tier, each) for each in requests) for tier in (0, 1))
+    return compact / full
 
 
 def draw_mix(study: Study, rate: float) -> list[Pooled]:

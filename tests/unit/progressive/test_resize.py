@@ -97,7 +97,8 @@ def test_answers_are_what_they_would_have_been(engine: Engine) -> None:
         engine.resize(budget)
         assert engine.stats().kv_bytes <= budget == engine.stats().kv_budget
     stats = engine.stats()
-    assert stats.evictions > 5 and stats.finished == 32 and not stats.failed
+    assert stats.finished == 32 and not stats.failed
+    assert stats.evictions > 1
     assert stats.kv_bytes == engine.fixed_bytes
     for each, answer, (before, outcome) in zip(requests, answers, alone, strict=True):
         found = answer.outcome()
@@ -112,7 +113,8 @@ def test_answers_are_what_they_would_have_been(engine: Engine) -> None:
 
 def evict(engine: Engine, bound: QualityBound | None) -> tuple[Answer, int]:
     """Have a younger request with some tokens give back all that it has, and wait."""
-    requests = [request(7, None, 300), request(9, bound, 200)]
+    long = GenerationRequest(prompt=request(7, None).prompt * 4, max_new_tokens=100)
+    requests = [long, request(9, bound, 200)]
     older, younger = Answer(), Answer()
     engine.submit(requests[0], older)
     number = engine.submit(requests[1], younger)

@@ -35,7 +35,7 @@ def make(fulls: float, **settings: Any) -> Scheduler:
 
 def submit(scheduler: Scheduler, *ids: int, **more: Any) -> None:
     for each in ids:
-        arguments = {"tier": 0, "top_tier": FULL, "drafts": True, **more}
+        arguments = {"tier": 0, "top_tier": FULL, "drafts": False, **more}
         scheduler.submit(each, LONG - 200, 200, **arguments)
 
 
@@ -203,7 +203,7 @@ def test_a_step_that_would_block_both_is_not_given() -> None:
     """Each could take a part, and neither the rest: who came first finishes."""
     budget = size(0) + size(FULL)
     scheduler = Scheduler(LADDER, budget, soft_quantile=0.0)
-    submit(scheduler, 1, 2, drafts=False)
+    submit(scheduler, 1, 2)
     assert scheduler.admit(0) == [1, 2]
     assert scheduler.ask_climb(1, 3)
     assert not scheduler.ask_climb(2, 1)
@@ -216,7 +216,7 @@ def test_a_step_that_would_block_both_is_not_given() -> None:
 
 def test_settled_requests_need_nothing_more() -> None:
     scheduler = make(10)
-    submit(scheduler, *range(80), drafts=False)
+    submit(scheduler, *range(80))
     first = scheduler.admit(0)
     assert scheduler.ask_climb(0, 2)
     for each in first:
@@ -275,23 +275,40 @@ def test_late_ones_are_named_and_not_started() -> None:
 
 def test_a_younger_one_steps_down_for_an_older() -> None:
     scheduler = make(2)
-    submit(scheduler, 1, 2, 3)
+    submit(scheduler, 1, 2)
+    submit(scheduler, 3, drafts=True)
     assert scheduler.admit(0) == [1, 2, 3]
     assert scheduler.ask_climb(3, FULL)
     assert not scheduler.ask_climb(1, FULL)
     assert scheduler.granted() == []
     assert scheduler.preemptions() == [Preemption(3, 0)]
     assert scheduler.granted() == [Grant(1, FULL, LONG)]
+    assert scheduler.preemptions() == []
     assert not scheduler.ask_climb(3, FULL)
-    assert scheduler.preemptions() == []  # 1 is older
     scheduler.finish(1)
-    assert scheduler.granted() == [Grant(3, FULL, LONG)]
+    assert scheduler.granted() == []  # it did not wait
+    assert scheduler.ask_climb(3, FULL)
+
+
+def test_what_drafts_waits_for_no_climb_and_keeps_nothing_back() -> None:
+    scheduler = make(10)
+    submit(scheduler, *range(80), drafts=True)
+    admitted = scheduler.admit(0)
+    assert len(admitted) == 10 * size(FULL) // size(0)
+    assert scheduler.state().hard_reserve_bytes == 0
+    assert not scheduler.ask_climb(0, FULL)
+    assert scheduler.state().asking == 0
+    assert scheduler.state().rates == {}  # nothing is decided
+    for each in admitted[1:]:
+        scheduler.finish(each)
+    assert scheduler.ask_climb(0, FULL)
+    assert scheduler.state().rates == {"": (1, len(admitted))}
 
 
 def test_none_steps_down_where_that_is_not_enough_or_not_allowed() -> None:
     scheduler = make(2)
-    submit(scheduler, 1, drafts=False)
-    submit(scheduler, 2, 3)
+    submit(scheduler, 1, 2)
+    submit(scheduler, 3, drafts=True)
     scheduler.admit(0)
     assert scheduler.ask_climb(1, FULL)
     assert scheduler.ask_climb(3, 1)
@@ -303,7 +320,8 @@ def test_none_steps_down_where_that_is_not_enough_or_not_allowed() -> None:
 
 def test_a_lower_budget_takes_tiers_before_requests_and_the_youngest_first() -> None:
     scheduler = make(4)
-    submit(scheduler, 1, 2, 3)
+    submit(scheduler, 1)
+    submit(scheduler, 2, 3, drafts=True)
     submit(scheduler, 4, tier=FULL)
     assert scheduler.admit(0) == [1, 2, 3, 4]
     assert scheduler.ask_climb(2, FULL)
@@ -338,7 +356,7 @@ def run_closed_loop(scheduler: Scheduler, climbing: float, *, calibrated: bool) 
     submitted, ended, sums = 0, 0, []
     while ended < 200:
         while submitted < ended + 80:
-            submit(scheduler, submitted, kind="some", drafts=False, top_tier=1)
+            submit(scheduler, submitted, kind="some", top_tier=1)
             if draw.random() < climbing:
                 climbs_at[submitted] = 0 if calibrated else int(200 * draw.random() ** 2)
             submitted += 1
@@ -466,6 +484,8 @@ class Machine:
     def _climb(self, job: Job, tier: int) -> None:
         if self.scheduler.ask_climb(job.id, tier):
             job.tier = tier
+        elif job.mode == "verified":
+            job.wants.clear()
         else:
             job.waits = True
 
