@@ -217,6 +217,25 @@ def test_a_thread_with_modes_of_its_own_drafts_alone(tmp_path: Path) -> None:
         assert runtime.stats().drafting.ahead == 0
 
 
+def test_the_next_pass_streams_while_the_draft_runs(tmp_path: Path) -> None:
+    model = made("llama")
+    with exact(model, tmp_path) as runtime:
+        write(model)
+        ring = runtime._keeper.memory.prefetcher
+        slots = ring._num_slots
+        first = list(dict.fromkeys(unit.group for unit in ring._schedule))[:slots]
+        assert 0 < slots < len(set(ring._schedule))
+        there: list[set[str]] = []
+
+        def look(*_: Any) -> None:
+            if not is_beside():
+                there.append(ring.in_flight | ring.in_slots)
+
+        runtime.draft.model.register_forward_pre_hook(look)
+        write(model)
+    assert there and all(set(first) <= each for each in there)
+
+
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
