@@ -11,11 +11,12 @@ ends with one JSON document: {"tokens_per_s": {"rests", "goes_on"}, "ratios", "r
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,11 @@ class Resting(Windows):
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     folder, trained = find_trained()
-    if args.read_mb_s:
-        slow_reads(folder, args.read_mb_s)
     model = load(folder)
-    with attach(model, trained.hints, budget=_BUDGET, exact=True, weights=folder) as runtime:
+    with (
+        slow_reads(folder, args.read_mb_s),
+        attach(model, trained.hints, budget=_BUDGET, exact=True, weights=folder) as runtime,
+    ):
         assert isinstance(runtime, ExactRuntime)
         runtime.compile()
         document = compare(model, runtime, trained.prompt, rounds=args.rounds, tokens=args.tokens)
@@ -94,8 +96,12 @@ def compare(
     }
 
 
-def slow_reads(folder: Path, mb_per_s: int) -> None:
-    """Put this process, before it has threads that read, into a group whose reads are slower."""
+@contextlib.contextmanager
+def slow_reads(folder: Path, mb_per_s: int | None) -> Iterator[None]:
+    """Keep this process in a group whose reads of a folder's disk are slower; None: as they are."""
+    if mb_per_s is None:
+        yield
+        return
     device = os.stat(folder).st_dev
     group = _GROUPS / f"tierhints-{os.getpid()}"
     rule = f"{os.major(device)}:{os.minor(device)} {mb_per_s * 10**6}"
@@ -107,6 +113,11 @@ def slow_reads(folder: Path, mb_per_s: int) -> None:
         raise InputError(
             f"--read-mb-s needs cgroup v1 in {_GROUPS}, root, a whole disk: {error}"
         ) from error
+    try:
+        yield
+    finally:
+        (_GROUPS / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
 
 
 def _parser() -> argparse.ArgumentParser:
