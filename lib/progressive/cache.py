@@ -94,6 +94,19 @@ class CroppableLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         self.lengths.copy_(left)
 
+    def copy_of(self, other: "CroppableLayer") -> None:
+        """Hold what another layer holds, in memory of its own."""
+        self.dtype, self.device = other.dtype, other.device
+        self.keys, self.values = other.keys.clone(), other.values.clone()
+        self.lengths = other.lengths.clone()
+        self.is_initialized = True
+
+    def copy_tokens(self, other: "CroppableLayer", places_BT: Tensor) -> None:
+        """Take the keys and values at some places of each sequence from another layer."""
+        for held, source in ((self.keys, other.keys), (self.values, other.values)):
+            places = places_BT[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+            held.scatter_(2, places, source.gather(2, places))
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence, copies side by side."""
         if self.is_initialized:
@@ -131,6 +144,24 @@ class CroppableCache(Cache):
     def lengths(self) -> Tensor:
         """The tokens of each sequence, int64, (B,)."""
         return self._own[0].lengths
+
+    def copy(self) -> "CroppableCache":
+        """Return another one that holds the same."""
+        made = CroppableCache(len(self._own), self.room)
+        for layer, own in zip(made._own, self._own, strict=True):
+            layer.copy_of(own)
+        return made
+
+    def copy_tokens(self, other: "CroppableCache", starts_B: Tensor, count: int) -> None:
+        """Take so many tokens of each sequence, from a place on, from another cache."""
+        places_BT = starts_B[:, None] + torch.arange(count, device=starts_B.device)
+        for layer, source in zip(self._own, other._own, strict=True):
+            layer.copy_tokens(source, places_BT)
+
+    def end_with(self, other: "CroppableCache") -> None:
+        """Have the lengths of another cache."""
+        for layer, source in zip(self._own, other._own, strict=True):
+            layer.lengths.copy_(source.lengths)
 
     def take_back(self, counts: int | Tensor) -> None:
         """Take away so many tokens from the end of all sequences, or of each (B,)."""

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .beside import Beside
+from .draft import LONGEST
+from .drafter import Drafter, Text
 from .passes import ROWS, Passes, Replay
 from .verify import Chooser, top_gap
 from .windows import Windows
@@ -20,6 +23,8 @@ class Drafting:
 
     windows: int = 0
     drafted: int = 0
+    ahead: int = 0
+    """Of the drafted tokens, those that were drafted while the pass before theirs ran."""
     accepted: int = 0
     rejected: int = 0
     """Drafted tokens that the full model would not have chosen; those after one in its window are
@@ -52,31 +57,8 @@ class Pair:
     tolerance: Callable[[], float] | None
     device: torch.device
     drafting: Drafting = field(default_factory=Drafting)
-
-
-@dataclass(slots=True)
-class _Text:
-    """One sequence of a batch: its tokens so far, padding and prompt included."""
-
-    ids_T: Tensor
-    length: int
-    start: int
-    """Where it begins, after padding."""
-    done: bool = False
-    scores: list[Tensor] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-
-    @property
-    def so_far(self) -> Tensor:
-        return self.ids_T[: self.length]
-
-    @property
-    def last(self) -> int:
-        return int(self.ids_T[self.length - 1])
-
-    def add(self, token: int) -> None:
-        self.ids_T[self.length] = token
-        self.length += 1
+    beside: Beside = field(default_factory=Beside)
+    """Drafts while a pass runs."""
 
 
 class Decoding:
@@ -95,7 +77,7 @@ class Decoding:
         streamer: Any,
     ) -> None:
         self._pair = pair
-        self._chooser, self._guesser = chooser, guesser
+        self._chooser = chooser
         self._stopping = stopping
         self._streamer = streamer
         self._settings = settings
@@ -105,10 +87,14 @@ class Decoding:
         starts = [0] * len(ids_BT) if mask_BT is None else _starts(mask_BT)
         longest = settings.max_length
         self._texts = [
-            _Text(torch.cat([ids_T, ids_T.new_zeros(longest - len(ids_T))]), len(ids_T), start)
+            Text(torch.cat([ids_T, ids_T.new_zeros(longest - len(ids_T))]), len(ids_T), start)
             for ids_T, start in zip(ids_BT, starts, strict=True)
         ]
         self._passes = Passes(pair.model, pair.draft, starts, longest, pair.device)
+        pair.beside.end()  # of a text that was interrupted
+        self._drafter = Drafter(
+            self._passes, guesser, self._texts, self._prompt_tokens, pair.beside
+        )
         self._replay = Replay(pair.model) if pair.tolerance is not None else None
         if self._replay is not None and (len(ids_BT) > 1 or starts[0]):
             raise InputError(
@@ -119,7 +105,7 @@ class Decoding:
     def run(self) -> Any:
         """Decode all sequences to their ends; returns what ``generate`` does."""
         stats = self._pair.drafting
-        self._pair.windows.begin()
+        self._pair.windows.begin(len(self._texts))
         begin = time.perf_counter()
         logits_BV = self._passes.prompt(self._prompt_BT)
         stats.pass_seconds += time.perf_counter() - begin
@@ -134,14 +120,22 @@ class Decoding:
     def _window(self) -> None:
         """Draft, check, and take back what is none of the text."""
         windows, stats, texts = self._pair.windows, self._pair.drafting, self._texts
+        drafter = self._drafter
         left = max(self._settings.max_length - text.length for text in texts if not text.done)
+        longest = min(LONGEST, left - 1)
         begin = time.perf_counter()
-        drafted_BK = self._draft(min(windows.choose(), left - 1))
-        middle = time.perf_counter()
+        held = min(drafter.held, longest)
+        drafter.draft(min(windows.choose(), longest))
+        length = min(drafter.held, longest)
+        drafted_BK = drafter.window(length)
+        middle, before = time.perf_counter(), drafter.held
         last_B1 = torch.tensor([[text.last] for text in texts], device=drafted_BK.device)
-        logits_BTV = self._passes.check(torch.cat([last_B1, drafted_BK], dim=1))
+        most = self._most_beside(length, left)
+        with drafter.going_on(most):
+            logits_BTV = self._passes.check(torch.cat([last_B1, drafted_BK], dim=1))
         end = time.perf_counter()
-        length, kept, judged = drafted_BK.shape[1], [], []
+        beside = (drafter.held - before, drafter.beside_seconds) if most else None
+        kept, judged = [], []
         for number, text in enumerate(texts):
             if text.done:
                 kept.append(0)
@@ -149,42 +143,29 @@ class Decoding:
             accepted = self._accept(number, text, drafted_BK[number], logits_BTV[number])
             kept.append(accepted + 1)  # the token before the window, too
             stats.drafted += length
+            stats.ahead += held
             stats.accepted += accepted
             if not text.done:  # what lies behind its end was judged by nobody
                 stats.rejected += accepted < length
                 judged.append(accepted)
-        self._passes.cache.take_back(ROWS - torch.tensor(kept, device=drafted_BK.device))
+        kept_B = torch.tensor(kept, device=drafted_BK.device)
+        self._passes.cache.take_back(ROWS - kept_B)
+        drafter.follow(length, kept_B)
         seconds = {"draft_seconds": middle - begin, "pass_seconds": end - middle}
-        windows.saw(judged, drafted=length, **seconds)
+        windows.saw(judged, drafted=length, held=held, beside=beside, **seconds)
         stats.windows += 1
         stats.draft_seconds += middle - begin
         stats.pass_seconds += end - middle
 
-    def _draft(self, length: int) -> Tensor:
-        """Draft tokens (B, length); the cache is as before afterwards."""
-        texts = self._texts
-        tries = [_Text(text.ids_T.clone(), text.length, text.start, text.done) for text in texts]
-        drafted = [[0] * length for _ in texts]
-        device = texts[0].ids_T.device
-        for number in range(length):
-            last_B1 = torch.tensor([[each.last] for each in tries], device=device)
-            logits_BV = self._passes.guess(last_B1)
-            for sequence, each in enumerate(tries):
-                if each.done or each.length == len(each.ids_T):
-                    continue
-                token, _ = self._guesser.choose(
-                    each.so_far,
-                    logits_BV[sequence],
-                    sequence=sequence,
-                    number=each.length - self._prompt_tokens,
-                )
-                each.add(token)
-                drafted[sequence][number] = token
-        if length:
-            self._passes.cache.take_back(length)
-        return torch.tensor(drafted, device=device, dtype=torch.long).view(len(texts), length)
+    def _most_beside(self, window: int, left: int) -> int:
+        """Return how many tokens to draft at most while a pass checks a window."""
+        if not (self._pair.windows.goes_on() and _may_compute_aside(self._pair.device)):
+            return 0
+        # Of the text, behind the window; a window more than the pass's own token is of no use.
+        most = min(left - 1, window + 1 + LONGEST) - self._drafter.held
+        return most if most > 1 else 0
 
-    def _accept(self, number: int, text: _Text, drafted_K: Tensor, logits_TV: Tensor) -> int:
+    def _accept(self, number: int, text: Text, drafted_K: Tensor, logits_TV: Tensor) -> int:
         """Add the full model's tokens for as long as it has seen them itself; returns how many of
         the drafted ones were among them.
         """
@@ -200,7 +181,7 @@ class Decoding:
                 break
         return accepted
 
-    def _choose(self, number: int, text: _Text, logits_V: Tensor) -> int:
+    def _choose(self, number: int, text: Text, logits_V: Tensor) -> int:
         """Add the next token of a sequence, and see whether that ends it."""
         chooser, place = self._chooser, text.length - self._prompt_tokens
         token, scores_V = chooser.choose(text.so_far, logits_V, sequence=number, number=place)
@@ -222,7 +203,7 @@ class Decoding:
             self._streamer.put(text.ids_T[text.length - 1 : text.length].cpu())
         scores = tuple(score_V[None] for score_V in text.scores) or None
         stops = bool(self._stopping(text.so_far[None], scores)[0])
-        text.done = stops or text.length == len(text.ids_T)
+        text.done = stops or text.is_full
         return token
 
     def _result(self) -> Any:
@@ -243,6 +224,13 @@ class Decoding:
             kept["logits"] = _by_step([text.logits for text in texts])
         kept["past_key_values"] = self._passes.cache
         return GenerateDecoderOnlyOutput(sequences=sequences_BT, **kept)  # type: ignore[arg-type]
+
+
+def _may_compute_aside(device: torch.device) -> bool:
+    """Say whether another thread computes as this one: it has none of the modes that are set here,
+    and on an accelerator it would wait for what this one waits for.
+    """
+    return device.type == "cpu" and not torch._C._len_torch_function_stack()
 
 
 def _stretch(settings: Any) -> float:

@@ -117,6 +117,7 @@ class ExactRuntime(Runtime):
         if self._generate is not None:
             vars(self._model)["generate"] = self._generate
             self._generate = None
+        self._pair.beside.end()
         self.draft.close()  # first: what it held may be what the weights lack
         super().detach()
 

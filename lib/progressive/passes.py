@@ -1,8 +1,8 @@
 """Forwards of a full model and of its draft on one cache, and of the model as ``generate`` has it.
 
-What the draft has written to the cache is taken back before a pass writes its own. A pass has the
-same number of rows whatever it checks, and a token the same place in the cache: so the text depends
-neither on the draft nor on the windows.
+What the draft has written to the cache is taken back before a pass writes its own; where it drafts
+on meanwhile it has a copy. A pass has the same number of rows whatever it checks, and a token the
+same place in the cache: so the text depends neither on the draft nor on the windows.
 """
 
 from collections.abc import Sequence
@@ -36,11 +36,12 @@ class Passes:
     def prompt(self, ids_BT: Tensor) -> Tensor:
         """Return the full model's logits (B, V) after a prompt."""
         none_B = torch.zeros(len(ids_BT), dtype=torch.long, device=ids_BT.device)
-        return self._run(self.model, ids_BT, none_B, ids_BT.shape[1], logits_to_keep=1)[:, -1]
+        tokens = ids_BT.shape[1]
+        return self._run(self.model, ids_BT, self.cache, none_B, tokens, logits_to_keep=1)[:, -1]
 
-    def guess(self, ids_B1: Tensor) -> Tensor:
-        """Return the draft's logits (B, V) after one more token."""
-        return self._run(self.draft, ids_B1, self.cache.lengths, 1)[:, -1]
+    def guess(self, ids_B1: Tensor, cache: CroppableCache) -> Tensor:
+        """Return the draft's logits (B, V) after one more token, of the cache or a copy of it."""
+        return self._run(self.draft, ids_B1, cache, cache.lengths, 1)[:, -1]
 
     def check(self, ids_BT: Tensor) -> Tensor:
         """Return the full model's logits (B, T, V) after each of at most ROWS more tokens. The
@@ -48,10 +49,17 @@ class Passes:
         """
         tokens = ids_BT.shape[1]
         padded_BM = torch.nn.functional.pad(ids_BT, (0, ROWS - tokens))
-        return self._run(self.model, padded_BM, self.cache.lengths, tokens)[:, :tokens]
+        lengths_B = self.cache.lengths
+        return self._run(self.model, padded_BM, self.cache, lengths_B, tokens)[:, :tokens]
 
     def _run(
-        self, model: Any, ids_BT: Tensor, lengths_B: Tensor, num_real: int, **kwargs: Any
+        self,
+        model: Any,
+        ids_BT: Tensor,
+        cache: CroppableCache,
+        lengths_B: Tensor,
+        num_real: int,
+        **kwargs: Any,
     ) -> Tensor:
         tokens = ids_BT.shape[1]
         places_T = torch.arange(tokens, device=ids_BT.device).clamp_(max=num_real - 1)
@@ -63,7 +71,7 @@ class Passes:
             input_ids=ids_BT,
             position_ids=positions_BT,
             attention_mask=self._masks.make(lengths_B, tokens, self._dtype),
-            past_key_values=self.cache,
+            past_key_values=cache,
             use_cache=True,
             return_dict=True,
             **kwargs,

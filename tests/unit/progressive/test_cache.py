@@ -135,3 +135,27 @@ def test_masks_refuse_what_they_do_not_know() -> None:
     config._attn_implementation = "flash_attention_2"
     with pytest.raises(InputError, match="flash_attention_2"):
         Masks(config, 8, [0], torch.device("cpu"))
+
+
+def test_a_copy_goes_its_own_way_and_takes_tokens_over() -> None:
+    cache = CroppableCache(LAYERS, 300)
+    for layer in range(LAYERS):
+        cache.update(torch.randn(2, HEADS, 6, DIM), torch.randn(2, HEADS, 6, DIM), layer)
+    copied = cache.copy()
+    assert copied.room == cache.room
+    before = contents(cache, 0)[0].clone()
+    for layer in range(LAYERS):  # a draft's, and a pass's
+        copied.update(torch.randn(2, HEADS, 4, DIM), torch.randn(2, HEADS, 4, DIM), layer)
+        cache.update(torch.randn(2, HEADS, 5, DIM), torch.randn(2, HEADS, 5, DIM), layer)
+    assert torch.equal(contents(copied, 0)[0][:, :, :6], before)
+    own = contents(copied, 1)[1].clone()
+    cache.take_back(torch.tensor([2, 3]))
+    copied.copy_tokens(cache, torch.tensor([6, 5]), 3)
+    for layer in range(LAYERS):
+        for ours, theirs in zip(contents(copied, layer), contents(cache, layer), strict=True):
+            assert torch.equal(ours[0, :, :9], theirs[0, :, :9])
+            assert torch.equal(ours[1, :, 5:8], theirs[1, :, 5:8])
+    assert torch.equal(contents(copied, 1)[1][0, :, 9:], own[0, :, 9:])
+    assert copied.lengths.tolist() == [10, 10]
+    copied.end_with(cache)
+    assert copied.lengths.tolist() == cache.lengths.tolist() == [9, 8]

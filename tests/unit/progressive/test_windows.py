@@ -102,3 +102,61 @@ def test_windows_stay_within_their_bounds(
 )
 def test_expected_tokens(acceptance: float, drafted: int, tokens: float) -> None:
     assert expected_tokens(acceptance, drafted) == pytest.approx(tokens)
+
+
+def went_on(
+    *, beside: float, step: float, draft: float = 0.02, full: float = 0.5, sequences: int = 1
+) -> Windows:
+    """Return windows that have seen both ways, all accepted; seconds of a pass, and of a token."""
+    windows = Windows(longest=31)
+    windows.begin(sequences)
+    for number in range(8):
+        seconds = {"draft_seconds": 16 * draft, "pass_seconds": beside if number > 3 else full}
+        windows.saw(
+            [16] * sequences,
+            drafted=16,
+            beside=(int(beside / step), beside) if number > 3 else None,
+            **seconds,
+        )
+    return windows
+
+
+def test_the_draft_goes_on_where_that_gives_more_tokens() -> None:
+    assert went_on(beside=0.5, step=0.025).goes_on()
+    assert went_on(beside=0.6, step=0.025).goes_on()
+    assert not went_on(beside=1.3, step=0.025).goes_on()  # it slows the pass
+    assert not went_on(beside=0.5, step=0.4).goes_on()  # nothing comes of it
+    assert not went_on(beside=0.5, step=1.0).goes_on()
+
+
+def test_the_draft_rests_until_times_are_known_and_where_little_can_be_gained() -> None:
+    assert not Windows(longest=31).goes_on()
+    assert seen(accepted=16, drafted=16, draft=0.02, full=0.5).goes_on()  # to see
+    assert not seen(accepted=16, drafted=16, draft=0.0001, full=0.5).goes_on()
+    assert not seen(accepted=1, drafted=4, draft=0.02, full=0.5).goes_on()
+    many = seen(accepted=12, drafted=16, draft=0.02, full=0.5)
+    assert many.goes_on()
+    many.begin(40)  # which will hardly all be right
+    assert not many.goes_on()
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_the_other_way_is_tried_now_and_then(gains: bool) -> None:
+    windows = went_on(beside=0.5 if gains else 1.3, step=0.025)
+    ways = []
+    for _ in range(64):
+        ways.append(windows.goes_on())
+        beside = (20, 0.5) if ways[-1] else None
+        pass_seconds = 1.3 if ways[-1] and not gains else 0.5
+        windows.saw([16], drafted=16, draft_seconds=0.32, pass_seconds=pass_seconds, beside=beside)
+    assert 2 <= ways.count(not gains) <= 5
+    assert ways[0] == gains
+
+
+def test_what_was_drafted_before_takes_no_time() -> None:
+    windows = seen(accepted=16, drafted=16, draft=0.02, full=0.5)
+    before = windows.choose()
+    for _ in range(9):  # of each, two tokens were drafted now
+        windows.saw([16], drafted=16, held=14, draft_seconds=0.04, pass_seconds=0.5)
+        windows.saw([16], drafted=16, held=16, draft_seconds=0.0, pass_seconds=0.5)
+    assert windows.choose() == before
