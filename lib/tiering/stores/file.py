@@ -152,11 +152,17 @@ class FileStore:
 
     def read_into(self, key: str, start: int, out: Tensor) -> None:
         """Read and check bytes, straight into the tensor's memory."""
-        file = self.find(key)
-        check_range(file.num_bytes, start, out)
-        assert out.data_ptr() % SECTOR_BYTES == 0, "direct reads need page-aligned memory"
-        try:
+        with self.reading(key) as file:
+            check_range(file.num_bytes, start, out)
+            assert out.data_ptr() % SECTOR_BYTES == 0, "direct reads need page-aligned memory"
             file.read_chunks(start, byte_view(out))
+
+    @contextlib.contextmanager
+    def reading(self, key: str) -> Iterator[BlockFile]:
+        """Find a key's file; what goes wrong with it is a PlacementError."""
+        file = self.find(key)
+        try:
+            yield file
         except Damage as damage:
             raise _damaged(key, file.path, damage) from damage
         except OSError as error:
