@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 
 import torch
 import xxhash
@@ -87,17 +88,14 @@ class Residuals:
         each chunk. What they decode to was compared.
         """
         count = -(-len(payload) // CHUNK_BYTES)
-        room = torch.empty(count, CHUNK_BYTES + _HEAD_BYTES, dtype=torch.uint8)
+        room = torch.empty(count, CHUNK_BYTES + _HEAD_BYTES, dtype=torch.uint8, device="cpu")
         sizes = torch.ops.tierhints.encode_residuals(
             payload, start, self._records, self._fields, room.view(-1)
         ).tolist()
         chunks = [row[:size] for row, size in zip(room, sizes, strict=True)]
-        ends = [0]
-        for size in sizes:
-            ends.append(ends[-1] + size)
         again = torch.empty_like(payload)
-        stream = torch.cat([*chunks, torch.empty(_SLACK, dtype=torch.uint8)])
-        assert self.decode(stream, ends, start, again) is None and torch.equal(payload, again)
+        assert self.decode(*join_chunks(chunks), start, again) is None
+        assert torch.equal(payload, again)
         return chunks
 
     def decode(self, stream: Tensor, ends: Sequence[int], start: int, out: Tensor) -> int | None:
@@ -110,6 +108,14 @@ class Residuals:
             stream, ends, start, self._records, self._fields, out
         )
         return None if bad < 0 else bad
+
+
+def join_chunks(chunks: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Return chunks one after another, as they are decoded from, and where they end."""
+    ends = [0, *accumulate(map(len, chunks))]
+    stream = torch.zeros(stream_bytes(ends[-1]), dtype=torch.uint8, device="cpu")
+    torch.cat(list(chunks), out=stream[: ends[-1]])
+    return stream, ends
 
 
 def stream_bytes(coded_bytes: int) -> int:
@@ -130,7 +136,8 @@ def decode_rate() -> float:
     if load_native().library is None:
         return 0.0
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(_TIMED_ROWS, _TIMED_COLS, generator=generator).bfloat16()
+    shape = _TIMED_ROWS, _TIMED_COLS
+    weights = torch.randn(*shape, generator=generator, device="cpu").bfloat16()
     codec = default_codec(Precision.INT8)
     part = KnownRows(
         offset=0,
@@ -143,10 +150,7 @@ def decode_rate() -> float:
     residuals = Residuals([part])
     payload = weights.view(torch.uint8).view(-1)
     chunks = residuals.encode(payload, 0)
-    ends = [0]
-    for chunk in chunks:
-        ends.append(ends[-1] + len(chunk))
-    stream = torch.cat([*chunks, torch.empty(_SLACK, dtype=torch.uint8)])
+    stream, ends = join_chunks(chunks)
     out, seconds = torch.empty_like(payload), []
     for _ in range(_ROUNDS):
         began = time.thread_time()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+import xxhash
 from torch import Tensor
 
 from ...codecs.layout import RecordLayout
@@ -15,17 +16,22 @@ class KnownWeights:
 
     def __init__(self, records: Mapping[str, tuple[RecordLayout, Tensor]]) -> None:
         self._records = records
-        self._payloads: dict[str, Payload] = {}
+        self._keys: dict[str, str] = {}
+        self._residuals: dict[str, Residuals] = {}
 
-    def note(self, key: str, payload: Payload) -> None:
-        """Hear what lies under a key."""
-        self._payloads[key] = payload
+    def key(self, key: str, payload: Payload) -> str:
+        """Return the key of a payload as it is coded: that of its content, and of the records."""
+        if key not in self._keys:
+            self._keys[key] = key
+            if rows := list(self._rows(payload)):
+                how = Residuals(rows)
+                self._keys[key] = xxhash.xxh3_128_hexdigest(f"{key} {how.identity}".encode())
+                self._residuals[self._keys[key]] = how
+        return self._keys[key]
 
     def find(self, key: str) -> Residuals | None:
         """Return how a payload is coded; None: as it is."""
-        payload = self._payloads.get(key)
-        rows = [] if payload is None else list(self._rows(payload))
-        return Residuals(rows) if rows else None
+        return self._residuals.get(key)
 
     def _rows(self, payload: Payload) -> Iterator[KnownRows]:
         for part in payload.parts:

@@ -32,7 +32,7 @@ Stored = tuple[Tier, str]
 
 class Archive:
     """Payloads of one model in the stores of the tiers. ``records``: the compressed ones are kept
-    there, too, and made once. ``known``: it is told what payloads there are.
+    there, too, and made once. ``known``: what some are coded by.
     """
 
     def __init__(
@@ -107,9 +107,7 @@ class Archive:
         names = [part.parameter for part in payload.parts]
         identities = {name: self._originals.identity(name, expert) for name in names}
         key = content_key(payload, identities)
-        if self._known is not None:
-            self._known.note(key, payload)
-        return key
+        return key if self._known is None else self._known.key(key, payload)
 
     @contextlib.contextmanager
     def reading_ahead(self, names: Iterable[str]) -> Iterator[None]:

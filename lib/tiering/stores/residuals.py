@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-import xxhash
 from torch import Tensor
 
 from ...codecs import residuals
@@ -39,7 +38,7 @@ STAGING_BYTES = (NUM_READERS + 1) * _BUFFER_BYTES
 
 
 class Known(Protocol):
-    """Says what fast memory knows of payloads."""
+    """Says what fast memory knows of payloads; a key says by which records."""
 
     def find(self, key: str) -> Residuals | None:
         """Return how a payload is coded; None: as it is."""
@@ -60,7 +59,6 @@ class ResidualStore:
     def __init__(self, files: FileStore, known: Known) -> None:
         self._files = files
         self._known = known
-        self._keys: dict[str, tuple[str, Residuals] | None] = {}
         self._heads: dict[str, _Head] = {}
         self._buffers: queue.LifoQueue[Tensor] = queue.LifoQueue()
         for _ in range(NUM_READERS + 1):
@@ -74,25 +72,27 @@ class ResidualStore:
 
     def has(self, key: str) -> bool:
         """Say whether there is a file with a sound header for the key."""
-        coded = self._find(key)
-        return self._files.has(key if coded is None else coded[0])
+        return self._files.has(key)
 
     def put(self, key: str, num_bytes: int, parts: Iterable[Tensor]) -> None:
         """Code a payload, compare what it decodes to, and write its file: see ``FileStore.put``."""
-        if (coded := self._find(key)) is None:
+        if (how := self._known.find(key)) is None:
             self._files.put(key, num_bytes, parts)
             return
-        file_key, how = coded
-        if self._files.has(file_key) and self.num_bytes(key) == num_bytes:
+        if self._files.has(key) and self.num_bytes(key) == num_bytes:
             return
-        self._heads.pop(file_key, None)
-        with tempfile.TemporaryFile(dir=self._files.folder) as spool:
+        self._heads.pop(key, None)
+        self._files.check_room(key, num_bytes)
+        with self._files.explained(key, num_bytes):
+            spool = tempfile.TemporaryFile(buffering=0, dir=self._files.folder)
+        with spool:
             sizes: list[int] = []
             checksums: list[int] = []
             start = 0
             for piece in _pieces(parts):
                 for chunk in how.encode(piece, start):
-                    spool.write(byte_view(chunk))
+                    with self._files.explained(key, num_bytes):
+                        _write_all(spool, byte_view(chunk))
                     sizes.append(len(chunk))
                 checksums += chunk_checksums(byte_view(piece))
                 start += len(piece)
@@ -100,26 +100,26 @@ class ResidualStore:
             head = _pack_head(num_bytes, sizes, checksums)
             spool.seek(0)
             total = -(-(len(head) + sum(sizes)) // SECTOR_BYTES) * SECTOR_BYTES
-            self._files.put(file_key, total, _file_parts(head, spool, total))
+            self._files.put(key, total, _file_parts(head, spool, total))
 
     def num_bytes(self, key: str) -> int:
         """Return a payload's length."""
-        coded = self._find(key)
-        return self._files.num_bytes(key) if coded is None else self._head(coded[0]).num_bytes
+        if self._known.find(key) is None:
+            return self._files.num_bytes(key)
+        return self._head(key).num_bytes
 
     def read_into(self, key: str, start: int, out: Tensor) -> None:
         """Read, decode and check bytes."""
-        if (coded := self._find(key)) is None:
+        if (how := self._known.find(key)) is None:
             self._files.read_into(key, start, out)
             return
-        file_key, how = coded
-        head = self._head(file_key)
+        head = self._head(key)
         check_range(head.num_bytes, start, out)
         buffer = self._buffers.get()
         try:
             for first in range(0, len(out), _PART_BYTES):
                 part = out[first : first + _PART_BYTES]
-                self._decode(file_key, how, head, start + first, part, buffer)
+                self._decode(key, how, head, start + first, part, buffer)
         finally:
             self._buffers.put(buffer)
 
@@ -129,30 +129,21 @@ class ResidualStore:
 
     def free(self, key: str) -> None:
         """Give a payload's room back where the folder is temporary."""
-        coded = self._find(key)
-        self._files.free(key if coded is None else coded[0])
+        self._heads.pop(key, None)
+        self._files.free(key)
 
     def close(self) -> None:
         """Close all files; a temporary folder is removed."""
+        self._heads.clear()
         self._files.close()
 
     def capacity_bytes(self) -> int:
         """Return the free bytes of the disk."""
         return self._files.capacity_bytes()
 
-    def _find(self, key: str) -> tuple[str, Residuals] | None:
-        """Return the key of a payload's file, and how it is coded; None: as it is."""
-        if key not in self._keys:
-            how = self._known.find(key)
-            self._keys[key] = None
-            if how is not None:
-                name = xxhash.xxh3_128_hexdigest(f"{key} {how.identity}".encode())
-                self._keys[key] = name, how
-        return self._keys[key]
-
-    def _head(self, file_key: str) -> _Head:
-        if (head := self._heads.get(file_key)) is None:
-            with self._files.reading(file_key) as file:
+    def _head(self, key: str) -> _Head:
+        if (head := self._heads.get(key)) is None:
+            with self._files.reading(key) as file:
                 buffer = aligned_buffer(min(CHUNK_BYTES, file.num_bytes))
                 file.read_chunks(0, byte_view(buffer))
                 words = _words(buffer[:16])
@@ -166,18 +157,18 @@ class ResidualStore:
                 words = _words(buffer[:length])
             count = words[1]
             head = _Head(words[0], words[2 : count + 3], words[count + 3 :])
-            self._heads[file_key] = head
+            self._heads[key] = head
         return head
 
     def _decode(
-        self, file_key: str, how: Residuals, head: _Head, start: int, out: Tensor, buffer: Tensor
+        self, key: str, how: Residuals, head: _Head, start: int, out: Tensor, buffer: Tensor
     ) -> None:
         first = start // CHUNK_BYTES
         last = first + -(-len(out) // CHUNK_BYTES)
         ends = head.ends[first : last + 1]
         low = ends[0] // SECTOR_BYTES * SECTOR_BYTES
         high = -(-ends[-1] // SECTOR_BYTES) * SECTOR_BYTES
-        with self._files.reading(file_key) as file:
+        with self._files.reading(key) as file:
             file.read_unchecked(low, byte_view(buffer[: high - low]))
             bad = how.decode(buffer, [end - low for end in ends], start, out)
             found = [] if bad is not None else chunk_checksums(byte_view(out))
@@ -188,9 +179,14 @@ class ResidualStore:
                 )
 
 
+def _write_all(file: Any, data: memoryview) -> None:
+    while len(data):
+        data = data[file.write(data) :]
+
+
 def _pieces(parts: Iterable[Tensor]) -> Iterator[Tensor]:
     """Cut the parts into pieces of _PART_BYTES, all in one buffer, one after the other."""
-    buffer, filled = torch.empty(_PART_BYTES, dtype=torch.uint8), 0
+    buffer, filled = torch.empty(_PART_BYTES, dtype=torch.uint8, device="cpu"), 0
     for part in parts:
         taken = 0
         while taken < len(part):
@@ -229,4 +225,4 @@ def _file_parts(head: bytes, spool: Any, total: int) -> Iterator[Tensor]:
     while data := spool.read(_PART_BYTES):
         left -= len(data)
         yield torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    yield torch.zeros(left, dtype=torch.uint8)
+    yield torch.zeros(left, dtype=torch.uint8, device="cpu")

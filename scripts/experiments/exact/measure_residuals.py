@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # the checkout
 from lib.codecs.layout import PLANE_BITS
 from lib.codecs.planes import unpack_planes
 from lib.codecs.records import default_codec, encode, section_views
-from lib.codecs.residuals import KnownRows, Residuals, stream_bytes
+from lib.codecs.residuals import KnownRows, Residuals, join_chunks
 from lib.commands.cli import emit_json, run_main
 from lib.commands.flags import add_model_flag, whole_number
 from lib.errors import InputError
@@ -282,10 +282,7 @@ class Matrix:
     def encode(self) -> int:
         """Return the bytes of the residuals."""
         chunks = self._residuals.encode(self._payload, 0)
-        for chunk in chunks:
-            self._ends.append(self._ends[-1] + len(chunk))
-        self._stream = torch.zeros(stream_bytes(self._ends[-1]), dtype=torch.uint8)
-        self._stream[: self._ends[-1]] = torch.cat(chunks)
+        self._stream, self._ends = join_chunks(chunks)
         return self._ends[-1]
 
     def decode(self) -> float:

@@ -18,7 +18,7 @@ from lib.codecs.residuals import (
     KnownRows,
     Residuals,
     decode_rate,
-    stream_bytes,
+    join_chunks,
 )
 from lib.vocabulary import Precision
 
@@ -54,18 +54,8 @@ def flat(weights: Tensor) -> Tensor:
     return weights.contiguous().view(torch.uint8).view(-1)
 
 
-def joined(chunks: list[Tensor]) -> tuple[Tensor, list[int]]:
-    """Return a stream of chunks, and where they end."""
-    ends = [0]
-    for chunk in chunks:
-        ends.append(ends[-1] + len(chunk))
-    stream = torch.zeros(stream_bytes(ends[-1]), dtype=torch.uint8)
-    stream[: ends[-1]] = torch.cat(chunks)
-    return stream, ends
-
-
 def decoded(how: Residuals, chunks: list[Tensor], start: int, size: int) -> Tensor | None:
-    stream, ends = joined(chunks)
+    stream, ends = join_chunks(chunks)
     out = torch.zeros(size, dtype=torch.uint8)
     return out if how.decode(stream, ends, start, out) is None else None
 
