@@ -34,7 +34,7 @@ _SHARE = 0.6
 """Of the fast memory, what the draft takes at most where nothing predicts its acceptance."""
 _SPREAD = 0.79
 """The mean over tokens of the root of their KL, over the root of their mean KL."""
-_DECODING = 4.0
+_DECODING = 6.0
 """What decoding residuals takes of a pass, over what it takes a thread alone: the cores compute
 meanwhile (measured: docs/exact.md).
 """
