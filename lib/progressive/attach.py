@@ -94,6 +94,8 @@ def attach(
         spill_dir=spill_dir,
         **common,
     )
+    if division.residuals:
+        common["machine"] = division.full.machine
     try:
         full = attach_tiers(
             model,
@@ -101,6 +103,7 @@ def attach(
             budget=division.budget,
             spill_dir=spill_dir,
             look_ahead=look_ahead,
+            known=draft.known_weights() if division.residuals else None,
             **common,
         )
     except BaseException:

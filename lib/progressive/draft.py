@@ -6,19 +6,25 @@ the model's, or from its checkpoint.
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..codecs.encoded import EncodedWeight
+from ..codecs.layout import RecordLayout
+from ..codecs.residuals import RANK_BITS, decode_rate
 from ..errors import InputError
+from ..machine import MachineProfile
 from ..precision.perturb import CURVE_PRECISIONS
 from ..tiering import Planned, Runtime, plan
 from ..tiering import attach as attach_tiers
+from ..tiering.payload.known import KnownWeights, is_coded
 from ..tiering.planning.budget import check_names_tiers
-from ..units import format_bytes, parse_bytes
+from ..tiering.stores import STAGING_BYTES
+from ..units import GB, format_bytes, parse_bytes
 from ..vocabulary import Precision, Tier
 from .windows import expected_tokens
 
@@ -28,6 +34,10 @@ _SHARE = 0.6
 """Of the fast memory, what the draft takes at most where nothing predicts its acceptance."""
 _SPREAD = 0.79
 """The mean over tokens of the root of their KL, over the root of their mean KL."""
+_DECODING = 6.0
+"""What decoding residuals takes of a pass, over what it takes a thread alone: the cores compute
+meanwhile (measured: docs/exact.md).
+"""
 LONGEST = 31
 """Tokens drafted for one pass, at most: with one before them a pass has 32 rows."""
 
@@ -48,11 +58,14 @@ class Division:
     tokens_per_second: float
     budget: Mapping[str, int | None]
     """What the full weights have."""
+    residuals: bool = False
+    """Of the full weights, only what the draft's records lack comes from the SSD."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what was chosen, and predicted of it, as a document."""
         return {
             "precision": None if self.precision is None else str(self.precision),
+            "residuals": self.residuals,
             "draft_bytes": self.draft.plan.fast_bytes,
             "full_bytes": self.full.plan.fast_bytes,
             "acceptance": self.acceptance,
@@ -98,7 +111,10 @@ def divide(
         except InputError as error:
             failure = error
             continue
-        found.append(_predict(width, draft, full, rest))
+        ways = [_predict(width, draft, full, rest)]
+        if (way := _with_residuals(ways[0], model, hints, budget, common)) is not None:
+            ways.append(way)
+        found.append(max(ways, key=lambda each: each.tokens_per_second))
     if not found:
         limit = _hbm_limit(budget)
         if limit is None:
@@ -152,6 +168,56 @@ def _predict(width: Any, draft: Planned, full: Planned, rest: Mapping[str, int |
     )
 
 
+def _with_residuals(
+    plain: Division, model: Any, hints: Any, budget: Mapping[Any, Any], common: Mapping[str, Any]
+) -> Division | None:
+    """Divide as another division does, with the full weights as residuals; None: they aren't read
+    from a checkpoint, this machine can't, they would be slower to read, or there is no room.
+    """
+    saved = common.get("weights") is not None or not isinstance(model, nn.Module)
+    machine = _machine_with_residuals(plain.draft, plain.full) if saved else None
+    rest = _without(budget, plain.draft.plan.fast_bytes + STAGING_BYTES)
+    if machine is None or rest is None:
+        return None
+    try:
+        full = plan(model, hints, budget=rest, **{**common, "machine": machine})
+    except InputError:
+        return None
+    return replace(_predict(plain.precision, plain.draft, full, rest), residuals=True)
+
+
+def _machine_with_residuals(draft: Planned, full: Planned) -> MachineProfile | None:
+    """Return the machine with an SSD as fast as reading residuals and decoding them, one after the
+    other. None: that isn't faster.
+    """
+    ssd = full.machine.tiers.get(Tier.SSD)
+    rate = decode_rate() if full.device.type == "cpu" and full.emulation is None else 0.0
+    if ssd is None or not rate:
+        return None
+    num_bytes, coded_bytes, weights = 0, 0.0, 0
+    drafted = {
+        part.parameter: part.record
+        for payload in draft.planning.payloads.values()
+        for part in payload.parts
+        if part.record is not None and not part.transposed
+    }
+    for payload in full.planning.payloads.values():
+        for part in payload.parts:
+            num_bytes += part.num_bytes
+            coded_bytes += part.num_bytes
+            layout = drafted.get(part.parameter)
+            if layout is not None and is_coded(part, layout):
+                count = part.shape.numel()
+                coded_bytes += count * (RANK_BITS[layout.precision] / 8 - 2)
+                weights += count
+    seconds = coded_bytes / (ssd.bandwidth_gb_s * GB) + _DECODING * weights / rate
+    bandwidth = num_bytes / GB / seconds
+    if bandwidth <= ssd.bandwidth_gb_s:
+        return None
+    tiers = {**full.machine.tiers, Tier.SSD: replace(ssd, bandwidth_gb_s=bandwidth)}
+    return replace(full.machine, tiers=tiers)
+
+
 def _without(budget: Mapping[Any, Any], num_bytes: int) -> dict[str, int | None] | None:
     """Return what a draft leaves of a budget; None: nothing of its fast memory."""
     left: dict[str, int | None] = {
@@ -175,12 +241,30 @@ class Draft:
 
     def __init__(self, model: nn.Module, hints: Any, division: Division, **common: Any) -> None:
         """Make one of a model that isn't attached yet."""
+        self.staging_bytes = STAGING_BYTES if division.residuals else 0
+        """The memory in which residuals are decoded."""
         self.precision = division.precision
         """The width that was asked for; None: what epsilon allows."""
         self.model: Any = _copy_structure(model)
         self.runtime: Runtime = attach_tiers(
             self.model, hints, precision=division.precision, **common
         )
+
+    @property
+    def fast_bytes(self) -> int:
+        """The fast memory that it takes, and that in which residuals are decoded."""
+        return self.runtime.plan.fast_bytes + self.staging_bytes
+
+    def known_weights(self) -> KnownWeights:
+        """Return what it knows of the full weights."""
+        return KnownWeights(dict(self._records()))
+
+    def _records(self) -> Iterator[tuple[str, tuple[RecordLayout, Tensor]]]:
+        for group in self.runtime._keeper.residency.groups.values():
+            for part in group.payload.parts:
+                weight = group.weights.compressed.get(part.parameter)
+                if isinstance(weight, EncodedWeight) and not part.transposed:
+                    yield part.parameter, (weight.layout, weight.record)
 
     def close(self) -> None:
         """Free its weights."""

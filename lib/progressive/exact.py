@@ -86,7 +86,7 @@ class ExactRuntime(Runtime):
 
     @budget.setter
     def budget(self, budget: Mapping[str, str | int | None]) -> None:
-        limit, own = budget.get("HBM"), self.draft.runtime.plan.fast_bytes
+        limit, own = budget.get("HBM"), self.draft.fast_bytes
         if limit is not None and parse_bytes(limit) <= own:
             raise InputError(
                 f"budget HBM={limit} is too small for the draft alone, which takes {own} bytes: "
@@ -99,7 +99,7 @@ class ExactRuntime(Runtime):
         stats, draft = super().stats(), self.draft.runtime.stats()
         figures = {each.name: getattr(stats, each.name) for each in fields(Stats)}
         for name in ("resident_bytes", "peak_resident_bytes"):
-            figures[name] += getattr(draft, name)
+            figures[name] += getattr(draft, name) + self.draft.staging_bytes
         return ExactStats(**figures, drafting=replace(self._pair.drafting))
 
     def reset_stats(self) -> None:
@@ -126,7 +126,7 @@ class ExactRuntime(Runtime):
     ) -> dict[str, int | None]:
         """Return a budget with the draft's bytes (1), or without them (-1)."""
         sizes = {name: None if size is None else parse_bytes(size) for name, size in budget.items()}
-        limit, own = sizes.get(Tier.HBM), self.draft.runtime.plan.fast_bytes
+        limit, own = sizes.get(Tier.HBM), self.draft.fast_bytes
         if limit is not None:
             sizes[str(Tier.HBM)] = max(limit + sign * own, 0)
         return sizes

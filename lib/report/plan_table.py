@@ -109,13 +109,14 @@ def _summary(plan: Plan, machine: MachineProfile, limit_ms: float) -> str:
 def division_text(exact: dict[str, Any]) -> str:
     """Print how a budget is divided for exact output; of ``Division.to_json``."""
     precision = exact["precision"] or "within epsilon"
+    how = "above, read as residuals" if exact["residuals"] else "above"
     known = exact["acceptance"]
     accepted = "unknown, 0.9 taken" if known is None else f"{known:.3f}, predicted by the hints"
     draft, full = (format_bytes(exact[f"{part}_bytes"]) for part in ("draft", "full"))
     return "\n".join(
         [
             f"{'draft':22}{draft:>12}   {precision}, {exact['draft_ms']:.1f} ms a token",
-            f"{'full weights':22}{full:>12}   as above, {exact['pass_ms']:.1f} ms a pass",
+            f"{'full weights':22}{full:>12}   as {how}, {exact['pass_ms']:.1f} ms a pass",
             f"{'acceptance':22}{'':12}   {accepted}",
             f"{'window':22}{exact['window']:>12}   drafted tokens for a pass",
             f"{'exact output':22}{exact['tokens_per_s']:>12.1f}   tokens/s predicted",

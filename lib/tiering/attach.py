@@ -10,6 +10,7 @@ from ..machine import MachineProfile
 from ..policy.veto import Measure
 from ..vocabulary import Tier
 from .keeper import PlanKeeper
+from .payload.known import KnownWeights
 from .planning.budget import Budget
 from .planning.inputs import HintsGiven
 from .planning.needs import PrecisionChoice
@@ -19,7 +20,7 @@ from .residency.archive import Archive
 from .residency.originals import Originals
 from .residency.stand_ins import plain_tensors
 from .runtime import Runtime
-from .stores import STORES, DeviceStore, KeptRecords, Store, StoreOptions
+from .stores import STORES, DeviceStore, KeptRecords, ResidualStore, Store, StoreOptions
 from .transfer.charges import Charges
 from .transfer.emulation import EmulatedTime, EmulatedTransport
 from .transfer.readers import ReaderTransport
@@ -45,6 +46,7 @@ def attach(
     machine: MachineProfile | str | Path | None = None,
     mode: Mode = "real",
     emulation: EmulationSpec | None = None,
+    known: KnownWeights | None = None,
 ) -> Runtime:
     """Place a model's weights and return the runtime, which is also a context manager that
     detaches.
@@ -74,7 +76,8 @@ def attach(
     *Where it computes.* ``device`` (default: where the model's first parameter is). ``machine``
     (machine.json) tells the planner, and an emulated run, how fast the tiers are (default: what
     ``tierhints probe`` has measured here, or in emulation ``DEFAULT_SPECS``). ``mode`` "emulated"
-    leaves weights where they are and charges what ``emulation`` says.
+    leaves weights where they are and charges what ``emulation`` says. ``known``: records of the
+    weights that another runtime holds in fast memory; what streams is what they lack.
 
     Raises InputError for hints that don't fit the model, a tier that the mode can't serve, a budget
     that is too small (with the smallest that would do), a checkpoint that is quantized or another
@@ -104,7 +107,8 @@ def attach(
     records = None
     if planned.checkpoint is not None and folder is None:
         records = KeptRecords(planned.checkpoint.path, planned.checkpoint.num_bytes)
-    stores = _Stores(StoreOptions(device=planned.device, folder=folder, records=records), mode)
+    options = StoreOptions(device=planned.device, folder=folder, records=records, known=known)
+    stores = _Stores(options, mode)
     charges: Charges = Charges()
     transport: Transport = ReaderTransport(stores, planned.device)
     if planned.emulation is not None:
@@ -115,7 +119,7 @@ def attach(
     keeper = PlanKeeper(
         planned,
         originals,
-        Archive(stores, originals, records, lasting=folder is not None),
+        Archive(stores, originals, records, known, lasting=folder is not None),
         transport=transport,
         charges=charges,
         look_ahead=look_ahead,
@@ -140,6 +144,8 @@ class _Stores(dict[Tier, Store]):
 
     def __missing__(self, tier: Tier) -> Store:
         store: type[Store] = DeviceStore if self._mode == "emulated" else STORES[tier]
+        if tier is Tier.SSD and self._options.known is not None:
+            store = ResidualStore
         self[tier] = store.open(self._options)
         return self[tier]
 

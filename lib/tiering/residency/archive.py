@@ -17,6 +17,7 @@ from ..payload.contents import (
     payload_bytes,
     payload_pieces,
 )
+from ..payload.known import KnownWeights
 from ..payload.layout import Payload, Shard
 from ..payload.parts import Part
 from ..stores import CHUNK_BYTES, DeviceStore, KeptRecords, Store, aligned_buffer
@@ -31,7 +32,7 @@ Stored = tuple[Tier, str]
 
 class Archive:
     """Payloads of one model in the stores of the tiers. ``records``: the compressed ones are kept
-    there, too, and made once.
+    there, too, and made once. ``known``: what some are coded by.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Archive:
         stores: Mapping[Tier, Store],
         originals: Originals,
         records: KeptRecords | None = None,
+        known: KnownWeights | None = None,
         *,
         lasting: bool,
     ) -> None:
@@ -47,6 +49,7 @@ class Archive:
         self._stores = stores
         self._originals = originals
         self._records = records
+        self._known = known
         self._kept: set[Stored] = set()
 
     def put(self, payload: Payload, tier: Tier, before: Stored | None = None) -> Stored:
@@ -102,9 +105,9 @@ class Archive:
         """Return the key of a payload that is made from the originals as they are now."""
         expert = payload.group.slice
         names = [part.parameter for part in payload.parts]
-        return content_key(
-            payload, {name: self._originals.identity(name, expert) for name in names}
-        )
+        identities = {name: self._originals.identity(name, expert) for name in names}
+        key = content_key(payload, identities)
+        return key if self._known is None else self._known.key(key, payload)
 
     @contextlib.contextmanager
     def reading_ahead(self, names: Iterable[str]) -> Iterator[None]:

@@ -21,12 +21,14 @@ from .host import HostStore, MemoryStore
 from .limits import available_memory, memory_limit, total_memory
 from .numa import NumaStore, far_nodes, memory_nodes
 from .records import KeptRecords
+from .residuals import STAGING_BYTES, ResidualStore
 
 __all__ = [
     "CHUNK_BYTES",
     "MEMORY_FILESYSTEMS",
     "NUM_READERS",
     "PIECE_BYTES",
+    "STAGING_BYTES",
     "STORES",
     "DeviceStore",
     "FileStore",
@@ -34,6 +36,7 @@ __all__ = [
     "KeptRecords",
     "MemoryStore",
     "NumaStore",
+    "ResidualStore",
     "Store",
     "StoreOptions",
     "aligned_buffer",

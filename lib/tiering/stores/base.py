@@ -21,6 +21,7 @@ from ...vocabulary import Tier
 
 if TYPE_CHECKING:
     from .records import KeptRecords
+    from .residuals import Known
 
 CHUNK_BYTES = 256 * 2**10
 """Bytes that one checksum covers. A read starts at a multiple of it."""
@@ -36,12 +37,13 @@ NUM_READERS = 2
 class StoreOptions:
     """What ``attach`` knows when a store is opened. ``device``: where the model computes;
     ``folder``: the ``spill_dir``, None where none was given; ``records``: a checkpoint's, kept in
-    files that needn't be written again.
+    files that needn't be written again; ``known``: what is written as residuals.
     """
 
     device: torch.device
     folder: Path | None = None
     records: "KeptRecords | None" = None
+    known: "Known | None" = None
 
     @property
     def pinned(self) -> bool:

@@ -94,6 +94,12 @@ class BlockFile:
                     f"{index * CHUNK_BYTES} to {min((index + 1) * CHUNK_BYTES, self.num_bytes)})"
                 )
 
+    def read_unchecked(self, start: int, out: memoryview) -> None:
+        """Fill ``out`` with bytes from ``start`` on, in whole sectors, which the caller checks;
+        raises OSError or Damage.
+        """
+        self._read(self._start + start, out)
+
     def _read(self, offset: int, out: memoryview) -> None:
         filled = 0
         while filled < len(out):

@@ -130,14 +130,12 @@ class FileStore:
         if self._closed:
             raise lost(key)
         file_bytes = header_bytes(num_bytes) + num_bytes
-        room = self.capacity_bytes()
-        if file_bytes > room:
-            raise self._no_room(key, file_bytes, room)
-        with self._explained(key, file_bytes):
+        self.check_room(key, file_bytes)
+        with self.explained(key, file_bytes):
             partial, lock = create_partial(self.folder, key)
         try:
             self._write(partial, key, num_bytes, parts)
-            with self._explained(key, file_bytes):
+            with self.explained(key, file_bytes):
                 partial.replace(self.path(key))
                 if self._flushes:
                     _flush_folder(self.folder)
@@ -146,17 +144,29 @@ class FileStore:
             os.close(lock)
         self._forget(key)
 
+    def check_room(self, key: str, file_bytes: int) -> None:
+        """Raise PlacementError where the disk has no room for so many bytes."""
+        room = self.capacity_bytes()
+        if file_bytes > room:
+            raise self._no_room(key, file_bytes, room)
+
     def num_bytes(self, key: str) -> int:
         """Return a payload's length, from its header."""
         return self.find(key).num_bytes
 
     def read_into(self, key: str, start: int, out: Tensor) -> None:
         """Read and check bytes, straight into the tensor's memory."""
-        file = self.find(key)
-        check_range(file.num_bytes, start, out)
-        assert out.data_ptr() % SECTOR_BYTES == 0, "direct reads need page-aligned memory"
-        try:
+        with self.reading(key) as file:
+            check_range(file.num_bytes, start, out)
+            assert out.data_ptr() % SECTOR_BYTES == 0, "direct reads need page-aligned memory"
             file.read_chunks(start, byte_view(out))
+
+    @contextlib.contextmanager
+    def reading(self, key: str) -> Iterator[BlockFile]:
+        """Find a key's file; what goes wrong with it is a PlacementError."""
+        file = self.find(key)
+        try:
+            yield file
         except Damage as damage:
             raise _damaged(key, file.path, damage) from damage
         except OSError as error:
@@ -227,20 +237,20 @@ class FileStore:
     def _write(self, path: Path, key: str, num_bytes: int, parts: Iterable[Tensor]) -> None:
         """Write the payload, then the header."""
         start = header_bytes(num_bytes)
-        with self._explained(key, start + num_bytes):
+        with self.explained(key, start + num_bytes):
             descriptor = os.open(path, os.O_WRONLY | (os.O_DIRECT if self.direct else 0))
         try:
             checksums: list[int] = []
             written = 0
             for piece in _pieces(parts):
                 checksums += chunk_checksums(piece)
-                with self._explained(key, start + num_bytes):
+                with self.explained(key, start + num_bytes):
                     _write_all(descriptor, piece, start + written)
                 written += len(piece)
             assert written == num_bytes, (written, num_bytes)
             header = byte_view(aligned_buffer(start))
             header[:] = pack_header(key, num_bytes, checksums)
-            with self._explained(key, start + num_bytes):
+            with self.explained(key, start + num_bytes):
                 _write_all(descriptor, header, 0)
                 if self._flushes:
                     os.fsync(descriptor)
@@ -249,7 +259,7 @@ class FileStore:
             os.close(descriptor)
 
     @contextlib.contextmanager
-    def _explained(self, key: str, file_bytes: int) -> Iterator[None]:
+    def explained(self, key: str, file_bytes: int) -> Iterator[None]:
         """Turn what the disk says while a file is written into an error with the way out."""
         try:
             yield

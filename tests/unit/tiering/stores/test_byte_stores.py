@@ -9,6 +9,8 @@ import torch
 from byte_payloads import KEY, OTHER, SIZE, only_node_store, payload, read
 from torch import Tensor
 
+from lib.codecs.native import load_native
+from lib.codecs.residuals import Residuals
 from lib.errors import InputError, PlacementError
 from lib.tiering.stores import (
     CHUNK_BYTES,
@@ -18,6 +20,7 @@ from lib.tiering.stores import (
     FileStore,
     HostStore,
     MemoryStore,
+    ResidualStore,
     Store,
     StoreOptions,
     aligned_buffer,
@@ -29,7 +32,14 @@ from lib.units import SECTOR_BYTES
 from lib.vocabulary import Tier
 
 
-@pytest.fixture(params=[*STORES, "HBM", "SSD, page cache"])
+class KnownAll:
+    """Has residuals of all payloads, in which no weights are known."""
+
+    def find(self, key: str) -> Residuals:
+        return Residuals([])
+
+
+@pytest.fixture(params=[*STORES, "HBM", "SSD, page cache", "SSD, residuals"])
 def store(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Store]:
@@ -41,6 +51,11 @@ def store(
         monkeypatch.setattr(file, "accepts_direct_io", lambda _: False)
         with pytest.warns(UserWarning, match="no direct reads"):
             made = FileStore.open(options)
+    elif request.param == "SSD, residuals":
+        if load_native().library is None:
+            pytest.skip("the extension isn't there")
+        known = StoreOptions(device=options.device, folder=tmp_path, known=KnownAll())
+        made = ResidualStore.open(known)
     elif request.param == "CXL":
         made = only_node_store(monkeypatch)
     else:
