@@ -1,7 +1,8 @@
 """What is set on a model's modules under a plan, and taken from them without a trace."""
 
+import contextlib
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,14 @@ from ..residency.listed import ListedExpert
 from ..residency.residency import Residency
 from ..residency.stand_ins import NO_GRADIENTS, requires_grad
 from .calls import Calls, Context
-from .compiled import CompiledDecoding
+from .compiled import CompiledDecoding, compile_piece
 from .direct import DirectForwards
 from .fast_path import EncoderPaths
 from .group_hook import GroupHook
 from .guards import Guards, SaveState
 from .listed import ExpertHook, LayerHook
 from .managed import attached
+from .streamed_step import StreamedStep
 from .tracing import raise_compiling, refuse_tracing
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class Surroundings:
         self.moves = False
         """Weights come and go: a compiled graph would keep them."""
         self.decoding: CompiledDecoding | None = None
+        self._said: set[str] = set()
+        """Why decoding isn't compiled, as far as it was said."""
         self._forwards = forwards
         self._model = model
         self._residency = residency
@@ -109,10 +113,64 @@ class Surroundings:
         return before != self.hooked
 
     def compile_decoding(self) -> None:
-        """Compile steps of decoding from here on, while nothing moves."""
-        self.refuse_compiling()
+        """Compile steps of decoding from here on."""
         if self.decoding is None:
-            self.decoding = CompiledDecoding(self._model, may_compile=lambda: not self.moves)
+            streamed = StreamedStep(
+                self._residency,
+                self._hooks.values(),
+                as_resident=self._as_resident,
+                compile=compile_piece,
+            )
+            self.decoding = CompiledDecoding(
+                self._model, streamed, streams=lambda: self.moves, may_compile=self._may_compile
+            )
+        self._say_what_runs_as_before()
+
+    def _may_compile(self) -> bool:
+        """Say whether a step may be compiled now: all that is surrounded comes to a slot, which
+        nobody has views of.
+        """
+        if not self.moves:
+            return True
+        moving = {group.name for group in self._residency.moving}
+        lent = self._residency.memory.prefetcher.lent
+        return self._obstacle() is None and self.hooked == moving and not lent
+
+    def _obstacle(self) -> str | None:
+        """Say why steps aren't compiled under the present plan."""
+        if self._residency.emulated:
+            return "time is emulated, and charged for each module"
+        residency = self._residency
+        apart = [each.name for each in residency.packed if not each.is_plain]
+        for name in (*apart, *(each.name for each in residency.listed if each.is_below)):
+            return f"the experts of {name} come when tokens are routed to them"
+        hooked = {group.name for hook in self._hooks.values() for group in hook.groups}
+        for group in self._residency.moving:
+            if group.name not in hooked:
+                return f"{group.name} takes all weights inside it at once"
+        return None
+
+    def _say_what_runs_as_before(self) -> None:
+        """Warn, once for each reason, where steps aren't compiled."""
+        reason = self._obstacle() if self.moves else None
+        if reason is not None and reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(
+                f"decoding isn't compiled under this plan: {reason}", RuntimeWarning, stacklevel=5
+            )
+
+    @contextlib.contextmanager
+    def _as_resident(self) -> Iterator[None]:
+        """Let weights that stand for those that are away be computed with as if they resided."""
+        self._direct.follow(self._model, self._residency.groups.values())
+        moves, self.moves = self.moves, False
+        try:
+            yield
+        finally:
+            self.moves = moves
+            for group in self._residency.moving:
+                group.weights.compressed.clear()
+            self._direct.follow(self._model, self._residency.groups.values())
 
     def is_compiled(self) -> bool:
         """Say whether torch.compile traces the present call; raises as ``refuse_compiling``."""
