@@ -35,7 +35,7 @@ class CompiledDecoding:
         may_compile: Callable[[], bool],
     ) -> None:
         self._model = model
-        self._streamed = streamed
+        self.streamed = streamed
         self._streams = streams
         self._may_compile = may_compile
         self._plain: Callable[..., Any] = model.forward
@@ -93,8 +93,8 @@ class CompiledDecoding:
                 except torch._dynamo.exc.RecompileError:
                     pass  # arguments of another kind
             else:
-                step = self._step = _compile(self._plain, self._streamed, {})
-            with self._streamed.tracing(), self._settings_of_dynamo:
+                step = self._step = _compile(self._plain, self.streamed, {})
+            with self.streamed.tracing(), self._settings_of_dynamo:
                 return step(**kwargs)
         except (torch._dynamo.exc.TorchDynamoException, CompileRefused) as error:
             self.reset()

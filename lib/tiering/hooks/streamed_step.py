@@ -30,7 +30,8 @@ Compute = Callable[..., Sequence[Any]]
 class StreamedStep:
     """Compiles decoding steps of the plan that a residency is under; a backend of torch.compile.
 
-    ``hooks`` are those of the modules. In ``as_resident`` nothing around them refuses a trace.
+    ``hooks`` are those of the modules. In ``as_resident`` nothing around them refuses a trace; in
+    ``undisturbed`` the plan stays as it is.
     """
 
     def __init__(
@@ -39,17 +40,23 @@ class StreamedStep:
         hooks: Iterable[GroupHook],
         *,
         as_resident: Context,
+        undisturbed: Context,
         compile: Callable[[GraphModule, list[Any]], Compute],
     ) -> None:
         self._residency = residency
         self._hooks = {(group.name, hook.lookup): hook for hook in hooks for group in hook.groups}
         self._as_resident = as_resident
+        self._undisturbed = undisturbed
         self._compile = compile
         self._weights: dict[int, _Weight] = {}
         """By the identity of what a trace meets of them."""
         self._trace = contextlib.ExitStack()
         self.compiled: dict[Any, _Compiled] = {}
         """What serves pieces of every plan, by what it computes."""
+        self._refused: set[str] = set()
+        """Why pieces run as they are."""
+        self.num_pieces = 0
+        """Of the step that was traced last."""
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
@@ -83,6 +90,7 @@ class StreamedStep:
             for node in function.outputs:
                 numbers[node] = len(numbers)
             pieces.append(self._make_piece(function, numbers, weights))
+        self.num_pieces = len(pieces)
         found = [None if _is_in_slot(weights.get(node)) else fixed[node] for node in fixed]
         later = [None] * (len(numbers) - len(nodes))
         (output,) = traced.graph.find_nodes(op="output")
@@ -91,8 +99,9 @@ class StreamedStep:
         def run(*given: Any) -> Any:
             self._trace.close()
             values = [*given, *found, *later]
-            for piece in pieces:
-                piece.run(values)
+            with self._undisturbed():
+                for piece in pieces:
+                    piece.run(values)
             return [values[number] for number in results]
 
         return run
@@ -103,7 +112,7 @@ class StreamedStep:
         place = function.place
         compute: Compute = function.module
         if not place.by_rows:
-            new = _Compiled(function.module, self._compile)
+            new = _Compiled(function.module, self._compile_or_not)
             compute = self.compiled.setdefault(function.key, new)
         hook = None
         if place.streamed is not None:
@@ -120,6 +129,21 @@ class StreamedStep:
             ],
             outputs=[numbers[node] for node in function.outputs],
         )
+
+    def _compile_or_not(self, module: GraphModule, inputs: list[Any]) -> Compute:
+        """Compile a piece; where that can't be done it runs as it is."""
+        try:
+            return self._compile(module, inputs)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            if reason not in self._refused:
+                self._refused.add(reason)
+                warnings.warn(
+                    f"a part of a decoding step runs uncompiled: {reason}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return module
 
     def _find_weights(self, group: HeldGroup) -> dict[int, "_Weight"]:
         streamed = group.name if group.units else None
@@ -174,7 +198,7 @@ class _Piece:
 
 
 class _Compiled:
-    """A function that is compiled when it is first called; it runs as it is where it can't be."""
+    """A function that is compiled when it is first called."""
 
     def __init__(
         self, module: GraphModule, compile: Callable[[GraphModule, list[Any]], Compute]
@@ -185,16 +209,8 @@ class _Compiled:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._compute is None:
-            self._compute = self._compile_or_not(list(inputs))
+            self._compute = self._compile(self._module, list(inputs))
         return self._compute(*inputs)
-
-    def _compile_or_not(self, inputs: list[Any]) -> Compute:
-        try:
-            return self._compile(self._module, inputs)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            warnings.warn(f"not compiled: {reason}", RuntimeWarning, stacklevel=2)
-            return self._module
 
 
 def _is_in_slot(weight: _Weight | None) -> bool:

@@ -49,6 +49,9 @@ class Surroundings:
         self.decoding: CompiledDecoding | None = None
         self._said: set[str] = set()
         """Why decoding isn't compiled, as far as it was said."""
+        self._obstacle: str | None = None
+        """Why under the present plan."""
+        self._moving: frozenset[str] = frozenset()
         self._forwards = forwards
         self._model = model
         self._residency = residency
@@ -86,10 +89,11 @@ class Surroundings:
 
     def follow(self, hooked: Collection[str]) -> bool:
         """Surround the modules of these groups, and no others; returns whether that is a change."""
-        if self.decoding is not None:
-            self.decoding.reset()
         self._direct.follow(self._model, self._residency.groups.values())
         self.moves = self._residency.emulated or self._residency.moves
+        if self.decoding is not None:
+            self.decoding.reset()
+            self._look_for_obstacle()
         changes = self.hooked != frozenset(hooked)
         if changes:
             self.hooked = frozenset(hooked)
@@ -119,45 +123,46 @@ class Surroundings:
                 self._residency,
                 self._hooks.values(),
                 as_resident=self._as_resident,
+                undisturbed=self._forwards.requests.postponed,
                 compile=compile_piece,
             )
             self.decoding = CompiledDecoding(
                 self._model, streamed, streams=lambda: self.moves, may_compile=self._may_compile
             )
-        self._say_what_runs_as_before()
+        self._look_for_obstacle()
 
     def _may_compile(self) -> bool:
-        """Say whether a step may be compiled now: all that is surrounded comes to a slot, which
-        nobody has views of.
+        """Say whether a step may be compiled now: what is surrounded comes to slots, of which
+        nobody has views.
         """
         if not self.moves:
             return True
-        moving = {group.name for group in self._residency.moving}
-        lent = self._residency.memory.prefetcher.lent
-        return self._obstacle() is None and self.hooked == moving and not lent
+        comes = self._obstacle is None and self.hooked == self._moving
+        return comes and not self._residency.memory.prefetcher.lent
 
-    def _obstacle(self) -> str | None:
-        """Say why steps aren't compiled under the present plan."""
-        if self._residency.emulated:
-            return "time is emulated, and charged for each module"
-        residency = self._residency
-        apart = [each.name for each in residency.packed if not each.is_plain]
-        for name in (*apart, *(each.name for each in residency.listed if each.is_below)):
-            return f"the experts of {name} come when tokens are routed to them"
-        hooked = {group.name for hook in self._hooks.values() for group in hook.groups}
-        for group in self._residency.moving:
-            if group.name not in hooked:
-                return f"{group.name} takes all weights inside it at once"
-        return None
-
-    def _say_what_runs_as_before(self) -> None:
-        """Warn, once for each reason, where steps aren't compiled."""
-        reason = self._obstacle() if self.moves else None
-        if reason is not None and reason not in self._said:
-            self._said.add(reason)
+    def _look_for_obstacle(self) -> None:
+        """Find out why steps can't be compiled under the present plan, and say it once."""
+        self._moving = frozenset(group.name for group in self._residency.moving)
+        self._obstacle = self._find_obstacle() if self.moves else None
+        if self._obstacle not in (None, *self._said):
+            self._said.add(str(self._obstacle))
             warnings.warn(
-                f"decoding isn't compiled under this plan: {reason}", RuntimeWarning, stacklevel=5
+                f"decoding isn't compiled under this plan: {self._obstacle}",
+                RuntimeWarning,
+                stacklevel=5,
             )
+
+    def _find_obstacle(self) -> str | None:
+        residency = self._residency
+        if residency.emulated:
+            return "time is emulated, and charged for each module"
+        apart = [each.name for each in residency.packed if not each.is_plain]
+        apart += [each.name for each in residency.listed if each.is_below]
+        if apart:
+            return f"the experts of {apart[0]} come when tokens are routed to them"
+        hooked = {group.name for hook in self._hooks.values() for group in hook.groups}
+        whole = sorted(self._moving - hooked)
+        return f"{whole[0]} takes all weights inside it at once" if whole else None
 
     @contextlib.contextmanager
     def _as_resident(self) -> Iterator[None]:
