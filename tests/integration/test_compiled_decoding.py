@@ -82,7 +82,7 @@ def test_decoding_compiles_to_the_same_tokens_and_leaves_no_trace(
         runtime.budget = {"HBM": runtime.plan.fast_bytes - 1, "SSD": None}
         if runtime._keeper.residency.moving:
             assert generate(model, ids) == expected
-            assert not steps and compiled._step is None
+            assert not steps and compiled._step not in (None, step)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
     assert model.generation_config.cache_implementation is None
 
