@@ -40,8 +40,10 @@ class CompiledDecoding:
         self._may_compile = may_compile
         self._plain: Callable[..., Any] = model.forward
         self._step: Any = None  # what torch.compile made
-        self._fails = False
-        """The present plan's step can't be compiled."""
+        self._in_pieces = False
+        """It is of a plan that streams."""
+        self._fails: set[bool] = set()
+        """Steps that stream (True), or those that don't, can't be compiled."""
         # Weights become the graph's own: as its arguments, each is looked up for each token. One
         # object for all calls: torch keeps something of each.
         self._settings_of_dynamo: Any = torch._dynamo.config.patch(install_free_tensors=True)
@@ -51,7 +53,7 @@ class CompiledDecoding:
 
         @functools.wraps(self._plain)  # whose signature generate looks at
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if args or self._fails or not self._is_step(kwargs):
+            if args or not self._is_step(kwargs):
                 return self._plain(*args, **kwargs)
             return self._run(kwargs)
 
@@ -62,11 +64,17 @@ class CompiledDecoding:
         if self._settings is not None and self._cache is None:
             self._settings.cache_implementation = "static"
 
+    def follow(self) -> None:
+        """Go by another plan."""
+        if not (self._in_pieces and self._streams() and self.streamed.follow()):
+            self.reset()
+
     def reset(self) -> None:
         """Forget the graph, which has the model's weights as they were held."""
         if self._step is not None:
             torch._dynamo.eval_frame.remove_from_cache(self._step._torchdynamo_orig_callable)
-        self._step, self._fails = None, False
+        self._step, self._in_pieces = None, False
+        self.streamed.forget()
 
     def remove(self) -> None:
         """Let the model compute as before."""
@@ -94,11 +102,12 @@ class CompiledDecoding:
                     pass  # arguments of another kind
             else:
                 step = self._step = _compile(self._plain, self.streamed, {})
+                self._in_pieces = True
             with self.streamed.tracing(), self._settings_of_dynamo:
                 return step(**kwargs)
         except (torch._dynamo.exc.TorchDynamoException, CompileRefused) as error:
             self.reset()
-            self._fails = True
+            self._fails.add(self._streams())
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             warnings.warn(
                 f"decoding runs as before, since its step can't be compiled: {reason}",
@@ -119,6 +128,7 @@ class CompiledDecoding:
             and not torch._C._is_any_autocast_enabled()
             and not torch.compiler.is_compiling()
             and self._may_compile()
+            and self._streams() not in self._fails
         )
 
 

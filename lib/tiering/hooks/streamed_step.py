@@ -6,6 +6,7 @@ wait for weights in their slots, and give them back.
 """
 
 import contextlib
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
 
+from ...codecs.encoded import EncodedWeight
 from ...codecs.expansion import Expansion
+from ..payload.parts import Part
 from ..residency.held import HeldGroup
 from ..residency.residency import Residency
 from ..residency.stand_ins import plain_tensors
@@ -44,19 +47,25 @@ class StreamedStep:
         compile: Callable[[GraphModule, list[Any]], Compute],
     ) -> None:
         self._residency = residency
-        self._hooks = {(group.name, hook.lookup): hook for hook in hooks for group in hook.groups}
+        self._hooks: dict[str, list[GroupHook]] = {}
+        for hook in hooks:
+            for group in hook.groups:
+                self._hooks.setdefault(group.name, []).append(hook)
         self._as_resident = as_resident
         self._undisturbed = undisturbed
         self._compile = compile
         self._weights: dict[int, _Weight] = {}
-        """By the identity of what a trace meets of them."""
+        """By the identity of what the present trace meets of them."""
+        self._steps: list[_Traced] = []
+        self._held: list[object] = []
+        """How weights looked to the traces of these."""
         self._trace = contextlib.ExitStack()
         self.compiled: dict[Any, _Compiled] = {}
         """What serves pieces of every plan, by what it computes."""
         self._refused: set[str] = set()
         """Why pieces run as they are."""
         self.num_pieces = 0
-        """Of the step that was traced last."""
+        """Of the step that was cut last."""
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
@@ -82,42 +91,81 @@ class StreamedStep:
             for node, tensor in fixed.items()
             if id(tensor) in self._weights
         }
-        places = {node: weight.place for node, weight in weights.items()}
-        nodes = [*traced.graph.find_nodes(op="placeholder"), *fixed]
-        numbers = {node: number for number, node in enumerate(nodes)}
-        pieces: list[_Piece] = []
-        for function in make_functions(traced.graph, places):
-            for node in function.outputs:
-                numbers[node] = len(numbers)
-            pieces.append(self._make_piece(function, numbers, weights))
-        self.num_pieces = len(pieces)
-        found = [None if _is_in_slot(weights.get(node)) else fixed[node] for node in fixed]
-        later = [None] * (len(numbers) - len(nodes))
-        (output,) = traced.graph.find_nodes(op="output")
-        results = [numbers[node] for node in output.args[0]]
+        traced.graph.owning_module = None  # which has the weights as they are now
+        step = _Traced(
+            graph=traced.graph,
+            fixed={node: tensor for node, tensor in fixed.items() if node not in weights},
+            weights=weights,
+        )
+        self._steps.append(step)
+        self._held = self._describe_held()
 
         def run(*given: Any) -> Any:
             self._trace.close()
-            values = [*given, *found, *later]
+            if step.cut is None:
+                step.cut = self._cut(step)
+            values = [*given, *step.cut.values]
             with self._undisturbed():
-                for piece in pieces:
+                for piece in step.cut.pieces:
                     piece.run(values)
-            return [values[number] for number in results]
+            return [values[number] for number in step.cut.results]
 
         return run
+
+    def follow(self) -> bool:
+        """Go by another plan; returns whether what was traced is of use for it: weights have been
+        elsewhere, but in the same form.
+        """
+        for step in self._steps:
+            step.cut = None
+        now = self._describe_held()
+        same = len(now) == len(self._held) and all(map(operator.is_, now, self._held))
+        return same
+
+    def forget(self) -> None:
+        """Let go of what was traced."""
+        self._steps.clear()
+
+    def _describe_held(self) -> list[object]:
+        """Return what decides how weights look to a trace."""
+        found: list[object] = []
+        for group in self._residency.groups.values():
+            found += [group.payload, group.payload.lossy and group.by_rows]
+            found += [w for w in group.weights.compressed.values() if type(w) is not EncodedWeight]
+        return found
+
+    def _cut(self, step: "_Traced") -> "_Cut":
+        """Cut a step for the present plan."""
+        places = {node: weight.place for node, weight in step.weights.items()}
+        first = [*step.graph.find_nodes(op="placeholder"), *step.fixed, *step.weights]
+        numbers = {node: number for number, node in enumerate(first)}
+        pieces: list[_Piece] = []
+        for function in make_functions(step.graph, places):
+            for node in function.outputs:
+                numbers[node] = len(numbers)
+            pieces.append(self._make_piece(function, numbers, step.weights))
+        self.num_pieces = len(pieces)
+        there = [None if weight.in_slot else weight.find() for weight in step.weights.values()]
+        later = [None] * (len(numbers) - len(first))
+        (output,) = step.graph.find_nodes(op="output")
+        return _Cut(
+            pieces=pieces,
+            values=[*step.fixed.values(), *there, *later],
+            results=[numbers[node] for node in output.args[0]],
+        )
 
     def _make_piece(
         self, function: Function, numbers: Mapping[Node, int], weights: Mapping[Node, "_Weight"]
     ) -> "_Piece":
-        place = function.place
+        place, hook = function.place, None
         compute: Compute = function.module
         if not place.by_rows:
             new = _Compiled(function.module, self._compile_or_not)
             compute = self.compiled.setdefault(function.key, new)
-        hook = None
         if place.streamed is not None:
             lookup = bool(function.module.graph.find_nodes(op="call_function", target=F.embedding))
-            hook = self._hooks[place.streamed, lookup and place.by_rows]
+            hooks = self._hooks[place.streamed]
+            hook = next((hook for hook in hooks if hook.lookup == lookup), hooks[0])
         return _Piece(
             hook=hook,
             compute=compute,
@@ -125,7 +173,7 @@ class StreamedStep:
             in_slots=[
                 (position, weights[node])
                 for position, node in enumerate(function.inputs)
-                if _is_in_slot(weights.get(node))
+                if node in weights and weights[node].in_slot
             ],
             outputs=[numbers[node] for node in function.outputs],
         )
@@ -146,33 +194,85 @@ class StreamedStep:
             return module
 
     def _find_weights(self, group: HeldGroup) -> dict[int, "_Weight"]:
-        streamed = group.name if group.units else None
-        place = Place(group.payload.group.layer, streamed, by_rows=group.by_rows)
+        """Find the tensors that a trace meets of a group's weights."""
         found: dict[int, _Weight] = {}
         for part in group.payload.parts:
             if not group.weights.is_away(part):
                 parameter = group.weights.parameter(part)
-                found[id(parameter)] = _Weight(place, parameter)
+                found[id(parameter)] = _Weight(group, part, parameter)
                 continue
-            for tensor in _tensors(group.weights.ops(part)):
-                found[id(tensor)] = _Weight(place, tensor, group if group.units else None)
+            held = group.weights.ops(part)
+            for tensor in _tensors(held):
+                whole = held.record if isinstance(held, EncodedWeight) else None
+                found[id(tensor)] = _Weight(group, part, tensor, whole)
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    """A weight, or a part of its record, as a trace meets it. ``group``: it is in a slot then."""
+@dataclass(slots=True, eq=False)
+class _Traced:
+    """The graph of a step. ``fixed``: the tensors of its attributes, but for the ``weights``;
+    ``cut``: what it is under the present plan.
+    """
 
-    place: Place
-    tensor: Tensor
-    group: HeldGroup | None = None
+    graph: Graph
+    fixed: dict[Node, Any]
+    weights: dict[Node, "_Weight"]
+    cut: "_Cut | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Pieces to run one after the other, on numbered values: those given, then these."""
+
+    pieces: list["_Piece"]
+    values: list[Any]
+    results: list[int]
+
+
+class _Weight:
+    """A parameter, or what a trace meets of a ``record``, wherever it is now."""
+
+    def __init__(
+        self, group: HeldGroup, part: Part, tensor: Tensor, record: Tensor | None = None
+    ) -> None:
+        self._group = group
+        self._part = part
+        self._tensor = tensor if record is None else None
+        if record is not None:
+            size = tensor.element_size()
+            self._begin = tensor.storage_offset() * size - record.storage_offset()
+            last = sum(
+                (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            self._end = self._begin + (last + 1) * size
+            self._layout = tensor.dtype, tensor.shape, tensor.stride()
+
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+        group = self._group
+        streamed = group.name if group.units else None
+        return Place(group.payload.group.layer, streamed, by_rows=group.by_rows)
+
+    @property
+    def in_slot(self) -> bool:
+        """It is elsewhere with each step."""
+        return self._tensor is None and bool(self._group.units)
 
     def find(self) -> Tensor:
-        """Return it as it is in the slot now."""
-        assert self.group is not None and self.group.weights.shown is not None
-        offset = self.tensor.storage_offset() * self.tensor.element_size()
-        there = self.group.weights.shown[offset:].view(self.tensor.dtype)
-        return there.as_strided(self.tensor.size(), self.tensor.stride())
+        """Return it."""
+        if self._tensor is not None:
+            return self._tensor
+        weights, begin, end = self._group.weights, self._begin, self._end
+        if weights.shown is not None:
+            record = weights.shown
+            begin, end = begin + self._part.offset, end + self._part.offset
+        else:
+            held = weights.compressed[self._part.parameter]
+            assert isinstance(held, EncodedWeight)
+            record = held.record
+        dtype, shape, stride = self._layout
+        return record[begin:end].view(dtype).as_strided(shape, stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +311,6 @@ class _Compiled:
         if self._compute is None:
             self._compute = self._compile(self._module, list(inputs))
         return self._compute(*inputs)
-
-
-def _is_in_slot(weight: _Weight | None) -> bool:
-    return weight is not None and weight.group is not None
 
 
 def _attribute(traced: GraphModule, node: Node) -> Any:

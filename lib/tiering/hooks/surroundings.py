@@ -92,7 +92,7 @@ class Surroundings:
         self._direct.follow(self._model, self._residency.groups.values())
         self.moves = self._residency.emulated or self._residency.moves
         if self.decoding is not None:
-            self.decoding.reset()
+            self.decoding.follow()
             self._look_for_obstacle()
         changes = self.hooked != frozenset(hooked)
         if changes:

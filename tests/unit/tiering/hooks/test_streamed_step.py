@@ -132,17 +132,32 @@ def test_layers_alike_are_one_piece(made: list[GraphModule]) -> None:
         assert len(made) == before
 
 
-def test_another_plan_is_computed_with() -> None:
+@pytest.mark.parametrize("precision", [None, "int4"])
+def test_another_plan_is_computed_with_and_not_traced_again(precision: str | None) -> None:
     model = llama()
-    with attach(model, budget={"HBM": None, "SSD": None}, precision="int4") as runtime:
+    with attach(model, budget={"HBM": None, "SSD": None}, precision=precision) as runtime:
         full = runtime.plan.fast_bytes
         runtime.compile()
-        found = []
-        for share in (0.9, 0.75):
+        found, moving = [], []
+        torch._dynamo.utils.counters.clear()
+        for share in (0.9, 0.75, 0.9):
             runtime.budget = {"HBM": int(full * share), "SSD": None}
             found.append(generate(model))
             assert is_compiled(runtime)
-        assert found[0] == found[1]
+            moving.append({group.name for group in runtime._keeper.residency.moving})
+        assert found[0] == found[1] == found[2] and moving[0] != moving[1]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_an_embedding_that_leaves_is_computed_with_in_shards() -> None:
+    model = llama()
+    with attach(model, budget={"HBM": None, "SSD": None}, precision="int4") as runtime:
+        assert "model.embed_tokens" not in limit(runtime, 0.9)
+        expected = generate(model)
+        runtime.compile()
+        assert generate(model) == expected
+        assert "model.embed_tokens" in limit(runtime, 0.5)
+        assert generate(model) == expected and is_compiled(runtime)
 
 
 def test_a_request_of_another_thread_waits_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
