@@ -8,6 +8,7 @@ alone are checked. The graph calls its kernels from C++ (``cpp_wrapper``), not f
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,7 +102,7 @@ class CompiledDecoding:
                 except torch._dynamo.exc.RecompileError:
                     pass  # arguments of another kind
             else:
-                step = self._step = _compile(self._plain, self.streamed, {})
+                step = self._step = _compile(self._plain, _backend(self.streamed), {})
                 self._in_pieces = True
             with self.streamed.tracing(), self._settings_of_dynamo:
                 return step(**kwargs)
@@ -152,6 +153,18 @@ def compile_piece(module: GraphModule, inputs: list[Any]) -> Callable[..., Seque
     compiled: Any = torch._inductor.compile(module, inputs, options=step_options())
     function: Callable[..., Sequence[Any]] = compiled
     return function
+
+
+def _backend(streamed: StreamedStep) -> Callable[..., Any]:
+    """Return a backend for torch.compile, which keeps for good all that it was given."""
+    reference = weakref.ref(streamed)
+
+    def backend(traced: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        step = reference()
+        assert step is not None
+        return step(traced, inputs)
+
+    return backend
 
 
 def _compile(

@@ -2,9 +2,11 @@
 test_compiled_decoding.py.
 """
 
+import gc
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +160,26 @@ def test_an_embedding_that_leaves_is_computed_with_in_shards() -> None:
         assert generate(model) == expected
         assert "model.embed_tokens" in limit(runtime, 0.5)
         assert generate(model) == expected and is_compiled(runtime)
+
+
+def test_what_was_traced_keeps_no_weights() -> None:
+    model = llama()
+    with attach(model, budget={"HBM": None, "SSD": None}, precision="int4") as runtime:
+        limit(runtime, 0.8)
+        runtime.compile()
+        generate(model)
+        assert is_compiled(runtime)
+        runtime.budget = {"HBM": int(runtime.plan.fast_bytes * 0.95), "SSD": None}
+        memory = weakref.ref(runtime._keeper.memory)
+        records = [
+            weakref.ref(weight)
+            for group in runtime._keeper.residency.groups.values()
+            for weight in group.weights.compressed.values()
+        ]
+        assert records
+    del runtime
+    gc.collect()
+    assert memory() is None and not any(record() for record in records)
 
 
 def test_a_request_of_another_thread_waits_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
