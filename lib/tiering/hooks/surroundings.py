@@ -159,7 +159,7 @@ class Surroundings:
         apart = [each.name for each in residency.packed if not each.is_plain]
         apart += [each.name for each in residency.listed if each.is_below]
         if apart:
-            return f"the experts of {apart[0]} come when tokens are routed to them"
+            return f"the experts of {apart[0]} are computed one by one, by what is routed to"
         hooked = {group.name for hook in self._hooks.values() for group in hook.groups}
         whole = sorted(self._moving - hooked)
         return f"{whole[0]} takes all weights inside it at once" if whole else None
