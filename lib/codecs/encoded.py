@@ -36,7 +36,7 @@ class EncodedWeight:
         self.layout = layout
         self.dtype = dtype
         self.shape = (layout.rows, layout.cols)
-        self._record = record
+        self.record = record
         self._scratch = scratch
         self._layout = ops.layout_arguments(layout)
         self._expansion: Expansion | None = None
@@ -80,7 +80,7 @@ class EncodedWeight:
     def fill(self, start_row: int, record: Tensor, layout: RecordLayout) -> None:
         """Copy the sections of some rows' record to their places."""
         for here, there, length in self.layout.row_ranges(start_row, start_row + layout.rows):
-            self._record[here : here + length].copy_(record[there : there + length])
+            self.record[here : here + length].copy_(record[there : there + length])
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ weight.T + bias`` in the dtype of ``x``."""
@@ -90,7 +90,7 @@ class EncodedWeight:
         if self._expansion is not None:
             return self._expansion.linear(x, bias)
         y: Tensor = torch.ops.tierhints.linear(
-            x, self._record, bias, *self._layout, self._scratch.num_bytes
+            x, self.record, bias, *self._layout, self._scratch.num_bytes
         )
         return y
 
@@ -98,7 +98,7 @@ class EncodedWeight:
         """Decode the rows of ``ids`` and no others."""
         if self._expansion is not None:
             return self._expansion.rows(ids)
-        found: Tensor = torch.ops.tierhints.rows(ids, self._record, *self._layout, self.dtype)
+        found: Tensor = torch.ops.tierhints.rows(ids, self.record, *self._layout, self.dtype)
         return found
 
     def expand(self, start_row: int, end_row: int) -> Tensor:
@@ -106,6 +106,6 @@ class EncodedWeight:
         if self._expansion is not None:
             return self._expansion.expand(start_row, end_row)
         weights: Tensor = torch.ops.tierhints.decode(
-            self._record, *self._layout, start_row, end_row, self.dtype
+            self.record, *self._layout, start_row, end_row, self.dtype
         )
         return weights

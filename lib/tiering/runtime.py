@@ -207,12 +207,13 @@ class Runtime:
             return record
 
     def compile(self) -> None:
-        """Compile steps of decoding, one graph of torch.compile for the model as it is held; the
-        first step takes a minute or so, the same again what Inductor's cache saves.
+        """Compile steps of decoding: where all weights reside one graph of torch.compile, whose
+        first step takes a minute or so; where some stream its pieces, with hooks between them. The
+        same again is what Inductor's cache saves.
 
         ``generate`` then has a static cache, unless told otherwise. What isn't a step of one token
-        with a static cache runs as before, and so does everything while a plan streams weights.
-        Raises PlacementError where the present plan does.
+        with a static cache runs as before. So do steps that can't be compiled: a warning says why,
+        once.
         """
         with self._forwards.lock:
             if self._detached:

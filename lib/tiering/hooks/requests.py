@@ -2,9 +2,10 @@
 nothing is being computed with the weights that move, that is before a module begins.
 """
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import PlacementError
@@ -25,6 +26,7 @@ class Requests:
         self._forwards = forwards
         self._residency = residency
         self._waiting: deque[_Request] = deque()
+        self._postponed = False
 
     def do(self, work: Callable[[], _Result]) -> _Result:
         """Do something with the weights, before the next module of a forward that runs in another
@@ -59,11 +61,20 @@ class Requests:
         result: _Result = request.result
         return result
 
+    @contextlib.contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Let what is waiting wait on, for as long as a compiled step knows where weights are."""
+        self._postponed = True
+        try:
+            yield
+        finally:
+            self._postponed = False
+
     def serve(self) -> None:
         """Do what is waiting, in the thread that runs the model and holds the lock. What fails is
         raised where it was asked for.
         """
-        while self._waiting:
+        while self._waiting and not self._postponed:
             request = self._waiting.popleft()
             try:
                 with self._residency.holding():

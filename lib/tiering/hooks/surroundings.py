@@ -1,7 +1,8 @@
 """What is set on a model's modules under a plan, and taken from them without a trace."""
 
+import contextlib
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +14,14 @@ from ..residency.listed import ListedExpert
 from ..residency.residency import Residency
 from ..residency.stand_ins import NO_GRADIENTS, requires_grad
 from .calls import Calls, Context
-from .compiled import CompiledDecoding
+from .compiled import CompiledDecoding, compile_piece
 from .direct import DirectForwards
 from .fast_path import EncoderPaths
 from .group_hook import GroupHook
 from .guards import Guards, SaveState
 from .listed import ExpertHook, LayerHook
 from .managed import attached
+from .streamed_step import StreamedStep
 from .tracing import raise_compiling, refuse_tracing
 
 if TYPE_CHECKING:
@@ -45,6 +47,11 @@ class Surroundings:
         self.moves = False
         """Weights come and go: a compiled graph would keep them."""
         self.decoding: CompiledDecoding | None = None
+        self._said: set[str] = set()
+        """Why decoding isn't compiled, as far as it was said."""
+        self._obstacle: str | None = None
+        """Why under the present plan."""
+        self._moving: frozenset[str] = frozenset()
         self._forwards = forwards
         self._model = model
         self._residency = residency
@@ -82,10 +89,11 @@ class Surroundings:
 
     def follow(self, hooked: Collection[str]) -> bool:
         """Surround the modules of these groups, and no others; returns whether that is a change."""
-        if self.decoding is not None:
-            self.decoding.reset()
         self._direct.follow(self._model, self._residency.groups.values())
         self.moves = self._residency.emulated or self._residency.moves
+        if self.decoding is not None:
+            self.decoding.follow()
+            self._look_for_obstacle()
         changes = self.hooked != frozenset(hooked)
         if changes:
             self.hooked = frozenset(hooked)
@@ -109,10 +117,65 @@ class Surroundings:
         return before != self.hooked
 
     def compile_decoding(self) -> None:
-        """Compile steps of decoding from here on, while nothing moves."""
-        self.refuse_compiling()
+        """Compile steps of decoding from here on."""
         if self.decoding is None:
-            self.decoding = CompiledDecoding(self._model, may_compile=lambda: not self.moves)
+            streamed = StreamedStep(
+                self._residency,
+                self._hooks.values(),
+                as_resident=self._as_resident,
+                undisturbed=self._forwards.requests.postponed,
+                compile=compile_piece,
+            )
+            self.decoding = CompiledDecoding(
+                self._model, streamed, streams=lambda: self.moves, may_compile=self._may_compile
+            )
+        self._look_for_obstacle()
+
+    def _may_compile(self) -> bool:
+        """Say whether a step may be compiled now: what is surrounded comes to slots, of which
+        nobody has views.
+        """
+        if not self.moves:
+            return True
+        comes = self._obstacle is None and self.hooked == self._moving
+        return comes and not self._residency.memory.prefetcher.lent
+
+    def _look_for_obstacle(self) -> None:
+        """Find out why steps can't be compiled under the present plan, and say it once."""
+        self._moving = frozenset(group.name for group in self._residency.moving)
+        self._obstacle = self._find_obstacle() if self.moves else None
+        if self._obstacle not in (None, *self._said):
+            self._said.add(str(self._obstacle))
+            warnings.warn(
+                f"decoding isn't compiled under this plan: {self._obstacle}",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def _find_obstacle(self) -> str | None:
+        residency = self._residency
+        if residency.emulated:
+            return "time is emulated, and charged for each module"
+        apart = [each.name for each in residency.packed if not each.is_plain]
+        apart += [each.name for each in residency.listed if each.is_below]
+        if apart:
+            return f"the experts of {apart[0]} are computed one by one, by what is routed to"
+        hooked = {group.name for hook in self._hooks.values() for group in hook.groups}
+        whole = sorted(self._moving - hooked)
+        return f"{whole[0]} takes all weights inside it at once" if whole else None
+
+    @contextlib.contextmanager
+    def _as_resident(self) -> Iterator[None]:
+        """Let weights that stand for those that are away be computed with as if they resided."""
+        self._direct.follow(self._model, self._residency.groups.values())
+        moves, self.moves = self.moves, False
+        try:
+            yield
+        finally:
+            self.moves = moves
+            for group in self._residency.moving:
+                group.weights.compressed.clear()
+            self._direct.follow(self._model, self._residency.groups.values())
 
     def is_compiled(self) -> bool:
         """Say whether torch.compile traces the present call; raises as ``refuse_compiling``."""

@@ -61,13 +61,13 @@ def is_transformed() -> bool:
     return bool(get_interpreter_stack()) or forward_ad._current_level >= 0
 
 
-class _CompileRefused(PlacementError, AssertionError):
+class CompileRefused(PlacementError, AssertionError):
     """Goes through torch.compile as it is: other errors it wraps, or takes for a graph break."""
 
 
 def raise_compiling() -> NoReturn:
     """Say that torch.compile and torch.export can't have an attached model."""
-    raise _CompileRefused(
+    raise CompileRefused(
         "torch.compile and torch.export can't trace a model whose weights come and go: detach the "
         "runtime first, or call the uncompiled model"
     )

@@ -7,6 +7,7 @@ precision is made from them.
 
 import contextlib
 import weakref
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -24,7 +25,7 @@ from .casting import copy_bytes
 from .fast_memory import FastMemory
 from .originals import Originals
 from .rowwise import StreamedRows
-from .stand_ins import WeightOps, plain_tensors
+from .stand_ins import WeightOps, plain_tensors, set_weights
 from .weights import GroupWeights
 
 
@@ -154,6 +155,24 @@ class HeldGroup:
             buffer, moved_bytes = self._bring()
             self.weights.show(buffer)
         return moved_bytes
+
+    @contextlib.contextmanager
+    def pretending(self, blank: Tensor) -> Iterator[None]:
+        """Let the parameters look as while they are there, with whatever is in ``blank``: nothing
+        may compute with them.
+        """
+        with plain_tensors():
+            if self.by_rows:
+                (part,) = self.payload.parts
+                shape = self._originals.shapes[part.parameter]
+                none = torch.empty(1, dtype=part.dtype, device=blank.device).expand(shape.shape)
+                set_weights(self.weights.parameter(part), none)
+            else:
+                self.weights.show_as_resident(blank)
+        try:
+            yield
+        finally:
+            self._hide()
 
     def _bring(self) -> tuple[Tensor, int]:
         """Wait for its bytes in fast memory; returns them, and how many have moved for it."""

@@ -38,6 +38,8 @@ class GroupWeights:
         self._make_away = make_away
         self.compressed: dict[str, CompressedWeight] = {}
         """Those that reside in fast memory, by parameter."""
+        self.shown: Tensor | None = None
+        """The bytes that the parameters have for as long as they are in a slot."""
         self._versions: list[int] = []
 
     def parameter(self, part: Part) -> nn.Parameter:
@@ -150,6 +152,7 @@ class GroupWeights:
 
     def show(self, buffer: Tensor) -> None:
         """Make the parameters views of their bytes in a slot, or compute with their records."""
+        self.shown = buffer
         for part in self.payload.parts:
             if part.record is None:
                 set_weights(self.parameter(part), part_view(buffer, part))
@@ -160,11 +163,21 @@ class GroupWeights:
                 weight = EncodedWeight(record, part.record, dtype=part.dtype, scratch=scratch)
                 self.take_away(part, weight)
 
+    def show_as_resident(self, buffer: Tensor) -> None:
+        """Do so, and let modules find compressed weights as those that reside."""
+        self.show(buffer)
+        for part in self.payload.parts:
+            if part.record is not None:
+                weight = self.ops(part)
+                assert isinstance(weight, EncodedWeight)
+                self.compressed[part.parameter] = weight
+
     # -- away --------------------------------------------------------------------------------------
 
     def hide(self, ops: WeightOps | None = None) -> None:
         """Take the weights from the parameters; ``ops`` compute what they can meanwhile."""
         self.compressed.clear()
+        self.shown = None
         for part in self.payload.parts:
             self.take_away(part, ops)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lib.commands.cli import run_main
-from scripts.experiments.decode import bench_decode, bench_kernels, models
+from lib.tiering.hooks import surroundings
+from scripts.experiments.decode import bench_decode, bench_kernels, bench_streamed, models
 from scripts.experiments.decode.figures import RATIOS, Cell, Judged, find_ratios, make_row
 from scripts.experiments.decode.gguf_file import write_gguf
 from scripts.experiments.decode.peers import SYSTEMS, Sizes, Task
@@ -225,3 +226,14 @@ def test_kernels_alone_are_timed_at_every_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [["--shapes", "64"], ["--rounds", "0"]])
 def test_kernels_that_cannot_be_timed(flags: list[str]) -> None:
     assert run_main(lambda: bench_kernels.main(flags)) == 2
+
+
+def test_streamed_steps_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surroundings, "compile_piece", lambda module, inputs: module)
+    checkpoint, path = make_checkpoint(SHAPE, tmp_path), tmp_path / "streamed.json"
+    flags = ["--model", str(checkpoint), "--models", "smollm2", "--widths", "lossless"]
+    flags += ["--shares", "0.6", "--rounds", "1", "--steps", "2", "--threads", "1"]
+    assert bench_streamed.main([*flags, "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["n"] == 2 and row["streamed_bytes"] > 0 and row["ratio"] > 0
+    assert run_main(lambda: bench_streamed.main(["--shares", "1.5"])) == 2
