@@ -68,11 +68,6 @@ class EncodedWeight:
         return cls(record, layout, dtype=dtype, scratch=scratch)
 
     @property
-    def record(self) -> Tensor:
-        """The bytes that it computes from."""
-        return self._record
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of the record as far as it is read."""
         return self.layout.num_bytes
