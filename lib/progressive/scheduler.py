@@ -133,8 +133,7 @@ class Scheduler:
     def admit(self, now: float) -> list[int]:
         """Return those that start now, in the order they came; they hold memory from here on."""
         admitted: list[int] = []
-        ready = [each for each in self._waiting if not each.is_late(now)]
-        for request in ready:
+        for request in [each for each in self._waiting if not each.is_late(now)]:
             first = replace(request, room=self._sizes.room_for(request, request.prompt + 1))
             first.held = self._sizes.grown(first, first.tier, first.room)
             free = self._free - first.held
@@ -164,13 +163,14 @@ class Scheduler:
 
     # -- running requests --------------------------------------------------------------------------
 
-    def ask_climb(self, id: int, tier: int) -> bool:
-        """Ask for a higher tier: True if it is given. Else one that drafts goes on as it is, and
-        others stand still until ``granted`` names them; asking again meanwhile changes nothing.
+    def ask_climb(self, id: int, tier: int, tokens: int = 0) -> bool:
+        """Ask for a higher tier, for a text that may have got longer, ``tokens``, since ``grow``
+        was told: True if it is given. Else one that drafts goes on as it is, and others stand still
+        until ``granted`` names them; asking again meanwhile changes nothing.
         """
         request = self._running[id]
         assert request.tier < tier <= request.top, f"no climb from {request.tier} to {tier}"
-        ask = Grant(id, tier, request.room)
+        ask = Grant(id, tier, max(request.room, self._sizes.room_for(request, tokens)))
         if request.drafts and (self._line or not self._can_give(ask, first=True)):
             return False
         self._decide(request, climbed=True)
