@@ -104,7 +104,7 @@ class Engine:
                     self.ladder,
                     kv_budget,
                     slot_bytes=fixed_bytes,
-                    window=LONGEST_WINDOW + 1,
+                    window=LONGEST_WINDOW,
                     growth_tokens=BLOCK_TOKENS,
                     soft_quantile=_SOFT_QUANTILE,
                     history=history,
