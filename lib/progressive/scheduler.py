@@ -118,8 +118,7 @@ class Scheduler:
             decided=tier == top_tier,
         )
         request.claim = self._sizes.claimed(request, tier)
-        largest = self._sizes.largest(request)
-        if largest > self._budget:
+        if (largest := self._sizes.largest(request)) > self._budget:
             raise RequestError(
                 f"{prompt_tokens} tokens and {max_new_tokens} new ones take {largest} bytes "
                 f"of keys and values at tier {self.ladder.names[top_tier]}, and the budget is "
@@ -328,15 +327,16 @@ class Scheduler:
         request.held = self._sizes.grown(request, ask.tier, ask.room)
         request.claim = self._sizes.claimed(request, ask.tier)
 
-    def _step_down(
-        self, requests: Sequence[Account], *, until: Callable[[], bool]
-    ) -> list[Preemption]:
-        """Let those that may go to their lowest tier; not those that wait in line."""
+    def _step_down(self, some: Sequence[Account], *, until: Callable[[], bool]) -> list[Preemption]:
+        """Let those go to their lowest tier that need less there: not short texts, which get room
+        for drafts, nor those that wait in line.
+        """
         steps = []
-        for request in requests:
+        for request in some:
             if until():
                 break
-            if request.drafts and request.tier > request.lowest and request.id not in self._line:
+            less = self._sizes.claimed(request, request.lowest) < request.claim
+            if request.drafts and less and request.id not in self._line:
                 self._give(Grant(request.id, request.lowest, request.room))
                 steps.append(Preemption(request.id, request.lowest))
         return steps

@@ -339,6 +339,18 @@ def test_none_steps_down_where_that_is_not_enough_or_not_allowed() -> None:
     assert scheduler.bytes_held() == held
 
 
+def test_a_short_text_does_not_step_down_to_take_more() -> None:
+    """In full it has no room for drafts, and compact no page."""
+    scheduler = make(3, growth_tokens=16, window=16)
+    scheduler.submit(0, 500, 100, tier=FULL, top_tier=FULL)
+    scheduler.submit(1, 500, 100, tier=0, top_tier=FULL, drafts=True)
+    scheduler.submit(2, 60, 30, tier=0, top_tier=FULL, drafts=True)
+    assert scheduler.admit(0) == [0, 1, 2]
+    assert scheduler.ask_climb(1, FULL, 501) and scheduler.ask_climb(2, FULL, 61)
+    scheduler.resize(scheduler.bytes_held() - 1)
+    assert scheduler.preemptions() == [Preemption(1, 0)]
+
+
 def test_a_lower_budget_takes_tiers_before_requests_and_the_youngest_first() -> None:
     scheduler = make(4)
     submit(scheduler, 1)
