@@ -99,7 +99,7 @@ class Study:
             calibration=self.calibration if ladder is None else None,
             audited_share=1e-9,  # answers are measured apart, so that no run pays for it
             prefix_bytes=0,  # no two requests begin alike
-            history={"calibrated": (round(100 * rate), 100), "verified": (0, 100)},
+            history={"calibrated": (round(100 * rate), 100)},
             max_queue=100_000,
         )
 
