@@ -43,7 +43,7 @@ class Phase(Enum):
     JUDGE = auto()
     """Nothing, until it is said whether a calibrated bound holds at this tier."""
     CLIMB = auto()
-    """Nothing, until there is room for the next tier."""
+    """Nothing, until there is room for the next tier; what drafts goes on if there is none."""
 
 
 class Active:

@@ -55,7 +55,8 @@ class Engine:
     with a delta, of which a share is audited; ``audit_file``: where what audits find is kept, else
     it is forgotten with the engine. ``prefix_bytes``: of disk, for originals that later
     requests that begin alike take over; 0: none are kept. ``history``: kind of bound -> how many of
-    earlier requests climbed, and how many there were; without it all are taken to climb at first.
+    earlier requests climbed, and how many there were; without it all are taken to climb at first
+    but verified ones, for whose climbs nothing is kept free.
     Raises InputError for a model whose attention can't be served by request, and for a budget
     without room beside the slot.
     """
@@ -104,7 +105,7 @@ class Engine:
                     self.ladder,
                     kv_budget,
                     slot_bytes=fixed_bytes,
-                    window=LONGEST_WINDOW + 1,
+                    window=LONGEST_WINDOW,
                     growth_tokens=BLOCK_TOKENS,
                     soft_quantile=_SOFT_QUANTILE,
                     history=history,

@@ -31,7 +31,7 @@ def probable_bytes(
     """Return a quantile of the sum of what climbs take; (bytes, chance) of each, independent.
 
     The distribution is that of a sum of Bernoulli variables, in steps of a 1024th of the budget; at
-    most the whole budget.
+    most what all of them take, and the whole budget.
     """
     chances = np.zeros(_CELLS + 1)
     chances[0] = 1.0
@@ -43,7 +43,8 @@ def probable_bytes(
             chances[step:] += moved[: _CELLS + 1 - step]
             chances[-1] += moved[_CELLS + 1 - step :].sum()
     cell = int(np.searchsorted(np.cumsum(chances), quantile - 1e-12))
-    return min(budget_bytes, -(-cell * budget_bytes // _CELLS))
+    most = sum(num_bytes for num_bytes, _ in climbs)  # steps are rounded, up too
+    return min(most, budget_bytes, -(-cell * budget_bytes // _CELLS))
 
 
 class EscalationRates:

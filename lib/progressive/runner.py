@@ -229,7 +229,7 @@ class Runner:
             allowed = {grant.id: grant.tier for grant in self.scheduler.granted()}
             for active in self.active.values():
                 if active.phase is Phase.CLIMB and not active.asked:
-                    if self.scheduler.ask_climb(active.number, active.tier + 1):
+                    if self.scheduler.ask_climb(active.number, active.tier + 1, len(active.tokens)):
                         allowed[active.number] = active.tier + 1
                     active.has_asked()
         for number, tier in allowed.items():

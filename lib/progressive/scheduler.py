@@ -118,8 +118,7 @@ class Scheduler:
             decided=tier == top_tier,
         )
         request.claim = self._sizes.claimed(request, tier)
-        largest = self._sizes.largest(request)
-        if largest > self._budget:
+        if (largest := self._sizes.largest(request)) > self._budget:
             raise RequestError(
                 f"{prompt_tokens} tokens and {max_new_tokens} new ones take {largest} bytes "
                 f"of keys and values at tier {self.ladder.names[top_tier]}, and the budget is "
@@ -133,8 +132,7 @@ class Scheduler:
     def admit(self, now: float) -> list[int]:
         """Return those that start now, in the order they came; they hold memory from here on."""
         admitted: list[int] = []
-        ready = [each for each in self._waiting if not each.is_late(now)]
-        for request in ready:
+        for request in [each for each in self._waiting if not each.is_late(now)]:
             first = replace(request, room=self._sizes.room_for(request, request.prompt + 1))
             first.held = self._sizes.grown(first, first.tier, first.room)
             free = self._free - first.held
@@ -164,13 +162,14 @@ class Scheduler:
 
     # -- running requests --------------------------------------------------------------------------
 
-    def ask_climb(self, id: int, tier: int) -> bool:
-        """Ask for a higher tier: True if it is given. Else one that drafts goes on as it is, and
-        others stand still until ``granted`` names them; asking again meanwhile changes nothing.
+    def ask_climb(self, id: int, tier: int, tokens: int = 0) -> bool:
+        """Ask for a higher tier, for a text that may have got longer, ``tokens``, since ``grow``
+        was told: True if it is given. Else one that drafts goes on as it is, and others stand still
+        until ``granted`` names them; asking again meanwhile changes nothing.
         """
         request = self._running[id]
         assert request.tier < tier <= request.top, f"no climb from {request.tier} to {tier}"
-        ask = Grant(id, tier, request.room)
+        ask = Grant(id, tier, max(request.room, self._sizes.room_for(request, tokens)))
         if request.drafts and (self._line or not self._can_give(ask, first=True)):
             return False
         self._decide(request, climbed=True)
@@ -328,15 +327,16 @@ class Scheduler:
         request.held = self._sizes.grown(request, ask.tier, ask.room)
         request.claim = self._sizes.claimed(request, ask.tier)
 
-    def _step_down(
-        self, requests: Sequence[Account], *, until: Callable[[], bool]
-    ) -> list[Preemption]:
-        """Let those that may go to their lowest tier; not those that wait in line."""
+    def _step_down(self, some: Sequence[Account], *, until: Callable[[], bool]) -> list[Preemption]:
+        """Let those go to their lowest tier that need less there: not short texts, which get room
+        for drafts, nor those that wait in line.
+        """
         steps = []
-        for request in requests:
+        for request in some:
             if until():
                 break
-            if request.drafts and request.tier > request.lowest and request.id not in self._line:
+            less = self._sizes.claimed(request, request.lowest) < request.claim
+            if request.drafts and less and request.id not in self._line:
                 self._give(Grant(request.id, request.lowest, request.room))
                 steps.append(Preemption(request.id, request.lowest))
         return steps

@@ -6,7 +6,7 @@
 A small model that recalls (workload.py; trained first where there is none) answers mixes of easy
 and hard requests within a budget of fast memory for keys and values, by
 
-- ``full``: pages of full precision, admitted page by page as texts grow
+- ``full``: pages of full precision, given room by 16 tokens as texts grow
 - ``static K6V5`` and ``static K4V4``: such pages for all, and no guarantee
 - ``calibrated``: a compact tier where the bound of a calibration (delta 5 %) is within epsilon,
   else full
@@ -99,7 +99,7 @@ class Study:
             calibration=self.calibration if ladder is None else None,
             audited_share=1e-9,  # answers are measured apart, so that no run pays for it
             prefix_bytes=0,  # no two requests begin alike
-            history={"calibrated": (round(100 * rate), 100), "verified": (0, 100)},
+            history={"calibrated": (round(100 * rate), 100)},
             max_queue=100_000,
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lib.errors import InputError
 from lib.progressive.engine import Engine
 from lib.progressive.generation import Event, GenerationRequest, Outcome
 from lib.progressive.waiting import EngineStats
@@ -81,15 +82,18 @@ def saturate(
     engine: Engine, requests: Sequence[GenerationRequest], *, tier: int | None = None
 ) -> Saturated:
     """Submit all, and watch until none waits for memory any more: not how it fills up, when
-    prompts alone are computed.
+    prompts alone are computed. Raises InputError where there is nothing to watch.
     """
+    before = engine.stats().finished
     answers = submit(engine, requests, tier=tier)
     begin, first = time.perf_counter(), engine.stats()
     while (stats := engine.stats()).waiting:
-        if not first.finished:
+        if first.finished == before:
             begin, first = time.perf_counter(), stats
         time.sleep(_POLL_SECONDS)
     end = time.perf_counter()
+    if first.finished == before:
+        raise InputError(f"none of {len(requests)} requests waits when the first ends: give more")
     for answer in answers:
         answer.result()
     return Saturated(

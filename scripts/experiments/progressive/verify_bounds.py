@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verified["above"]
         or verified["other_tokens"]
         or calibrated["significantly_above"] > allowed
-        or document["caught"]["requests"] is None
+        or document["caught"]["tiers_after"] != ["full"]
     )
     return int(bool(failed))
 
@@ -327,10 +327,12 @@ def _ask_again(prompt: list[int], times: int) -> list[int]:
 def _answer(engine: Engine, request: GenerationRequest) -> Outcome:
     """Answer a request, and wait until that is measured, too."""
     answer = Answer(0.0)
-    audits = engine.stats().audits
+    before = engine.stats()
     engine.submit(request, answer)
     outcome = answer.result()
-    while engine.stats().audits == audits and not engine.stats().stopped_bounds:
+    while not (now := engine.stats()).stopped_bounds and (
+        now.audits + now.failed_audits == before.audits + before.failed_audits
+    ):
         time.sleep(_POLL_SECONDS)
     return outcome
 

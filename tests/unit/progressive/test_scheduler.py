@@ -305,6 +305,27 @@ def test_what_drafts_waits_for_no_climb_and_keeps_nothing_back() -> None:
     assert scheduler.state().rates == {"": (1, len(admitted))}
 
 
+@pytest.mark.parametrize("tier", [1, FULL])
+def test_a_climb_takes_room_for_what_a_check_has_made_of_the_text(tier: int) -> None:
+    scheduler = make(3, growth_tokens=16, window=17)
+    submit(scheduler, 1, drafts=True)
+    scheduler.admit(0)
+    assert scheduler.grow(1, 1028)  # the end of a block
+    assert scheduler.ask_climb(1, tier, 1045)
+    assert scheduler.bytes_held() >= LADDER.num_bytes(tier, 1045)
+    held = scheduler.bytes_held()
+    assert scheduler.grow(1, 1045) and scheduler.bytes_held() == held
+
+
+def test_who_just_fits_is_admitted_alone() -> None:
+    """Whatever is kept back for its climb, which is rounded."""
+    for length in range(60, LONG, 7):
+        for growth in (None, 16):
+            scheduler = Scheduler(LADDER, LADDER.peak_bytes(FULL, length), growth_tokens=growth)
+            scheduler.submit(1, length - 10, 10, tier=0, top_tier=FULL)
+            assert scheduler.admit(0) == [1]
+
+
 def test_none_steps_down_where_that_is_not_enough_or_not_allowed() -> None:
     scheduler = make(2)
     submit(scheduler, 1, 2)
@@ -316,6 +337,18 @@ def test_none_steps_down_where_that_is_not_enough_or_not_allowed() -> None:
     assert not scheduler.ask_climb(2, FULL)
     assert scheduler.preemptions() == []
     assert scheduler.bytes_held() == held
+
+
+def test_a_short_text_does_not_step_down_to_take_more() -> None:
+    """In full it has no room for drafts, and compact no page."""
+    scheduler = make(3, growth_tokens=16, window=16)
+    scheduler.submit(0, 500, 100, tier=FULL, top_tier=FULL)
+    scheduler.submit(1, 500, 100, tier=0, top_tier=FULL, drafts=True)
+    scheduler.submit(2, 60, 30, tier=0, top_tier=FULL, drafts=True)
+    assert scheduler.admit(0) == [0, 1, 2]
+    assert scheduler.ask_climb(1, FULL, 501) and scheduler.ask_climb(2, FULL, 61)
+    scheduler.resize(scheduler.bytes_held() - 1)
+    assert scheduler.preemptions() == [Preemption(1, 0)]
 
 
 def test_a_lower_budget_takes_tiers_before_requests_and_the_youngest_first() -> None:
@@ -482,8 +515,12 @@ class Machine:
             job.waits = True
 
     def _climb(self, job: Job, tier: int) -> None:
-        if self.scheduler.ask_climb(job.id, tier):
-            job.tier = tier
+        """Climb; a check has just made the text longer."""
+        checked = self.window if job.mode == "verified" else 0
+        tokens = min(job.tokens + checked, job.prompt + job.new)
+        if self.scheduler.ask_climb(job.id, tier, tokens):
+            job.tier, job.tokens = tier, tokens
+            assert self.scheduler.grow(job.id, tokens), "it came with the climb"
         elif job.mode == "verified":
             job.wants.clear()
         else:

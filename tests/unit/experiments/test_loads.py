@@ -1,0 +1,41 @@
+"""Loads on an engine: what is counted of a load of more requests than fit."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib.errors import InputError
+from lib.progressive.engine import Engine
+from lib.progressive.generation import GenerationRequest
+from scripts.experiments.progressive.loads import saturate
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        max_position_embeddings=300,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_what_fills_up_is_none_of_the_load(model: Any) -> None:
+    requests = [
+        GenerationRequest(prompt=[each % 50] * 40, max_new_tokens=30 + each) for each in range(12)
+    ]
+    with Engine(model, kv_budget=2**24, prefix_bytes=0) as engine:
+        engine.resize(engine.fixed_bytes + 3 * 84 * engine.shape.token_bytes)
+        found = saturate(engine, requests)
+        assert 0 < len(found.finished) < 11 and 0 not in found.finished
+        assert 2 <= found.concurrency <= 5
+        engine.resize(2**24)
+        with pytest.raises(InputError, match="give more"):
+            saturate(engine, requests[:2])
