@@ -28,7 +28,9 @@ class Beside:
             threading.Thread(target=job.run, daemon=True, name="tierhints-draft").start()
             yield
         finally:
-            self.end()
+            job.end()  # its own: another thread may have begun one meanwhile
+            if self._job is job:
+                self._job = None
         if job.error is not None:
             raise job.error
 

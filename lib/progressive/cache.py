@@ -158,10 +158,10 @@ class CroppableCache(Cache):
         for layer, source in zip(self._own, other._own, strict=True):
             layer.copy_tokens(source, places_BT)
 
-    def end_with(self, other: "CroppableCache") -> None:
-        """Have the lengths of another cache."""
+    def end_with(self, other: "CroppableCache", which_B: Tensor) -> None:
+        """Have the lengths of another cache for some sequences."""
         for layer, source in zip(self._own, other._own, strict=True):
-            layer.lengths.copy_(source.lengths)
+            layer.lengths.copy_(torch.where(which_B, source.lengths, layer.lengths))
 
     def take_back(self, counts: int | Tensor) -> None:
         """Take away so many tokens from the end of all sequences, or of each (B,)."""

@@ -130,8 +130,9 @@ class Drafter:
             self._own = None
             return
         own.copy_tokens(shared, shared.lengths - kept_B, window + 1)
-        if not goes_on:
-            own.end_with(shared)
+        # What has ended would grow on with the others, beyond the room that there is.
+        behind = [text.done or not goes_on for text in texts]
+        own.end_with(shared, torch.tensor(behind, device=kept_B.device))
 
     def _timed_step(self) -> None:
         begin = time.perf_counter()

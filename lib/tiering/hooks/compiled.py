@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from .pieces import CannotCut
 from .streamed_step import StreamedStep
 from .tracing import CompileRefused
 
@@ -104,9 +105,13 @@ class CompiledDecoding:
             else:
                 step = self._step = _compile(self._plain, _backend(self.streamed), {})
                 self._in_pieces = True
-            with self.streamed.tracing(), self._settings_of_dynamo:
-                return step(**kwargs)
-        except (torch._dynamo.exc.TorchDynamoException, CompileRefused) as error:
+            try:
+                with self.streamed.tracing(), self._settings_of_dynamo:
+                    return step(**kwargs)
+            except BaseException:  # such as an interrupt, which leaves half of a trace
+                self.reset()
+                raise
+        except (torch._dynamo.exc.TorchDynamoException, CompileRefused, CannotCut) as error:
             self.reset()
             self._fails.add(self._streams())
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

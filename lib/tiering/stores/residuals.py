@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...codecs import residuals
 from ...codecs.residuals import Residuals, coded_bytes, stream_bytes
+from ...errors import PlacementError
 from ...units import SECTOR_BYTES
 from ...vocabulary import Tier
 from .base import CHUNK_BYTES, NUM_READERS, StoreOptions, aligned_buffer, byte_view, check_range
@@ -79,9 +80,10 @@ class ResidualStore:
         if (how := self._known.find(key)) is None:
             self._files.put(key, num_bytes, parts)
             return
-        if self._files.has(key) and self.num_bytes(key) == num_bytes:
+        if self._holds(key, num_bytes):
             return
         self._heads.pop(key, None)
+        self._files.remove(key)
         self._files.check_room(key, num_bytes)
         with self._files.explained(key, num_bytes):
             spool = tempfile.TemporaryFile(buffering=0, dir=self._files.folder)
@@ -140,6 +142,13 @@ class ResidualStore:
     def capacity_bytes(self) -> int:
         """Return the free bytes of the disk."""
         return self._files.capacity_bytes()
+
+    def _holds(self, key: str, num_bytes: int) -> bool:
+        """Say whether there is a file with sound heads for so many bytes."""
+        try:
+            return self.num_bytes(key) == num_bytes
+        except PlacementError:
+            return False
 
     def _head(self, key: str) -> _Head:
         if (head := self._heads.get(key)) is None:

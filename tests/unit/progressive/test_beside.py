@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from lib.progressive.beside import Beside
 
 
-def wait_for(done: list[int], count: int) -> None:
+def wait_for(done: list[Any], count: int) -> None:
     while len(done) < count:
         time.sleep(0.001)
 
@@ -82,3 +83,34 @@ def test_a_thread_that_never_began_is_not_waited_for(monkeypatch: pytest.MonkeyP
     for _ in range(2):
         beside.end()
     assert not done
+
+
+def test_a_block_ends_what_it_has_begun_and_not_what_another_thread_has() -> None:
+    beside = Beside()
+    mine: list[None] = []
+    other: list[None] = []
+    entered, over = threading.Event(), threading.Event()
+
+    def add(done: list[None]) -> None:
+        time.sleep(0.001)
+        done.append(None)
+
+    def use() -> None:
+        with beside.repeat(lambda: add(other), 10**9):
+            entered.set()
+            over.wait()
+
+    thread = threading.Thread(target=use)
+    with beside.repeat(lambda: add(mine), 10**9):
+        beside._job = None  # as where both begin at the same moment
+        thread.start()
+        entered.wait()
+        wait_for(mine, 1)
+    count, begun = len(mine), len(other)
+    time.sleep(0.2)
+    over.set()
+    thread.join()
+    assert len(mine) == count and len(other) > begun
+    count = len(other)
+    time.sleep(0.01)
+    assert len(other) == count

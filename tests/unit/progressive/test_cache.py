@@ -157,5 +157,7 @@ def test_a_copy_goes_its_own_way_and_takes_tokens_over() -> None:
             assert torch.equal(ours[1, :, 5:8], theirs[1, :, 5:8])
     assert torch.equal(contents(copied, 1)[1][0, :, 9:], own[0, :, 9:])
     assert copied.lengths.tolist() == [10, 10]
-    copied.end_with(cache)
+    copied.end_with(cache, torch.tensor([False, True]))
+    assert copied.lengths.tolist() == [10, 8]
+    copied.end_with(cache, torch.tensor([True, True]))
     assert copied.lengths.tolist() == cache.lengths.tolist() == [9, 8]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lib.errors import PlacementError
 from lib.progressive.attach import attach
+from lib.progressive.drafter import Drafter
 from lib.progressive.exact import ExactRuntime
 from lib.progressive.windows import Windows
 
@@ -141,6 +142,29 @@ def test_samples_and_strict_texts_are_the_same(
         with torch.inference_mode():
             assert torch.equal(write(model), plain)
         assert runtime.stats().drafting.redone == 20
+
+
+def test_a_text_that_has_ended_takes_no_more_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made("llama")
+    plain = write(model, PADDED, attention_mask=MASK)
+    end = next(int(token) for token in plain[0, 8:] if token not in plain[1, 6:])
+    ends: dict[str, Any] = {"eos_token_id": end, "pad_token_id": 0, "attention_mask": MASK}
+    expected = write(model, PADDED, **ends)
+    follow, beyond = Drafter.follow, []
+
+    def look(self: Drafter, window: int, kept_B: Tensor) -> None:
+        follow(self, window, kept_B)
+        if self._own is not None and self._texts[0].done and self.held:
+            beyond.append(int((self._own.lengths - self._passes.cache.lengths)[0]))
+
+    monkeypatch.setattr(Drafter, "follow", look)
+    monkeypatch.setattr(Windows, "choose", lambda self: 2)
+    with exact(model, tmp_path) as runtime:
+        assert torch.equal(write(model, PADDED, **ends), expected)
+        assert runtime.stats().drafting.ahead > 0
+    assert beyond and not any(beyond)
 
 
 def test_fast_memory_stays_within_the_budget(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lib.tiering import attach
 from lib.tiering.hooks import surroundings
+from lib.tiering.hooks.streamed_step import StreamedStep
 from lib.tiering.runtime import Runtime
 
 LAYERS = 4
@@ -239,6 +240,56 @@ def test_what_cannot_be_compiled_runs_as_before_and_says_why_once(
             assert generate(model) == expected
         assert not is_compiled(runtime)
         del norm.forward
+
+
+def test_a_view_of_weights_that_outlives_its_module_is_not_cut() -> None:
+    model = llama()
+    layer = model.model.layers[1]
+    gate = layer.mlp.gate_proj
+    layer.mlp.forward = lambda x: gate.weight[:1]
+
+    def forward(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        view = layer.mlp(hidden_states)
+        return layer.self_attn(hidden_states=hidden_states, **kwargs)[0] + view
+
+    layer.forward = forward
+    with attach(model, budget={"HBM": None, "SSD": None}) as runtime:
+        limit(runtime, 0.8)
+        expected = generate(model)
+        runtime.compile()
+        with pytest.warns(RuntimeWarning, match="can't be compiled: .* a view of weights"):
+            assert generate(model) == expected
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert generate(model) == expected
+        assert not is_compiled(runtime)
+
+
+@pytest.mark.parametrize("where", ["backend", "cut"])
+def test_an_interrupt_while_a_step_is_traced_leaves_it_to_the_next(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"backend": "__call__", "cut": "_cut"}[where]
+    plain, left = getattr(StreamedStep, name), [1]
+
+    def interrupted(self: StreamedStep, *args: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+
+    model = llama()
+    with attach(model, budget={"HBM": None, "SSD": None}) as runtime:
+        limit(runtime, 0.8)
+        expected = generate(model)
+        runtime.compile()
+        monkeypatch.setattr(StreamedStep, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert generate(model) == expected
+        assert is_compiled(runtime)
 
 
 def test_a_piece_that_inductor_refuses_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,17 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, payload: Tenso
         read(damaged, KEY, 0, len(payload))
 
 
+def test_a_file_with_a_damaged_head_is_written_anew(tmp_path: Path, payload: Tensor) -> None:
+    make_store(tmp_path, payload)[0].put(KEY, len(payload), [payload])
+    path = only_file(tmp_path)
+    whole = path.read_bytes()
+    for place in (100, 2 * 4096 + 5):  # of the block file, and of the residuals in it
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        store, _ = make_store(tmp_path, payload)
+        store.put(KEY, len(payload), [payload])
+        assert torch.equal(read(store, KEY, 0, len(payload)), payload)
+
+
 def test_a_record_that_changed_in_memory_is_noticed(tmp_path: Path, payload: Tensor) -> None:
     store, known = make_store(tmp_path, payload)
     store.put(KEY, len(payload), [payload])
