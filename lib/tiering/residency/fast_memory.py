@@ -4,6 +4,7 @@ lookups, and what is taken beside them, never above the budget.
 
 import contextlib
 import ctypes
+import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -141,7 +142,11 @@ class FastMemory:
         want = look()
         if self._has_room(want):
             return False
-        self.watcher.make_room(want.groups, want.whole)
+        try:
+            self.watcher.make_room(want.groups, want.whole)
+        except PlacementError:
+            gc.collect()  # frames of an interrupted forward may have views, in cycles
+            self.watcher.make_room(want.groups, want.whole)
         if not self._has_room(look()):
             raise PlacementError(
                 f"there is no room for offloaded weights of {', '.join(sorted(want.groups))} "
