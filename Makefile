@@ -156,6 +156,7 @@ test: $(STAMP) ## Run the tests in two processes; PYTEST_ARGS="-m slow" runs the
 
 CODEC_TESTS := -q -n 2 tests/unit/codecs/test_kernels.py tests/unit/codecs/test_every_kernel.py \
 	tests/unit/codecs/test_attend.py tests/unit/codecs/test_native_encode.py \
+	tests/unit/codecs/test_residuals.py \
 	tests/unit/progressive/kv
 
 .PHONY: check-reference
