@@ -1,5 +1,7 @@
 """Models of a few thousand weights, the same each time, that several test files use."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,6 +51,20 @@ def tiny_llama() -> LlamaForCausalLM:
             initializer_range=0.3,
         )
     )
+
+
+def served_llama(**options: Any) -> LlamaForCausalLM:
+    """Whose heads our attention over pages takes, with a vocabulary of 50; seed 0."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes | options)).eval()
 
 
 def tiny_mixtral() -> MixtralForCausalLM:

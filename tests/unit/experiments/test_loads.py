@@ -3,28 +3,17 @@
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.errors import InputError
 from lib.progressive.engine import Engine
 from lib.progressive.generation import GenerationRequest
 from scripts.experiments.progressive.loads import saturate
+from tests.tiny_models import served_llama
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        max_position_embeddings=300,
-    )
-    return LlamaForCausalLM(config).eval()
+    return served_llama(max_position_embeddings=300)
 
 
 def test_what_fills_up_is_none_of_the_load(model: Any) -> None:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lib.progressive import active
 from lib.progressive.batch import Rows
@@ -15,6 +14,7 @@ from lib.progressive.engine import Engine
 from lib.progressive.generation import GenerationRequest
 from lib.progressive.verify import Scored
 from tests.answers import Answer
+from tests.tiny_models import served_llama
 
 EXACT = QualityBound(metric=Metric.EXACT)
 BOUNDS = (None, EXACT, QualityBound(epsilon=0.003), QualityBound(epsilon=0.1))
@@ -23,18 +23,7 @@ BOUNDS = (None, EXACT, QualityBound(epsilon=0.003), QualityBound(epsilon=0.1))
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     """One whose drafts are mostly rejected."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        max_position_embeddings=600,
-        initializer_range=0.35,
-    )
-    return LlamaForCausalLM(config).eval()
+    return served_llama(max_position_embeddings=600, initializer_range=0.35)
 
 
 def requests(draw: random.Random) -> list[GenerationRequest]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lib.errors import InputError
 from lib.progressive.bounds import Kind, Metric, QualityBound
@@ -18,6 +18,7 @@ from lib.progressive.generation import Finish, GenerationRequest, Outcome
 from lib.progressive.ladder import make_ladder
 from lib.progressive.served import ServedModel
 from tests.answers import Answer
+from tests.tiny_models import served_llama
 
 ROOMY = 2**24
 EXACT = QualityBound(metric=Metric.EXACT)
@@ -32,18 +33,7 @@ BOUNDS = (
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        max_position_embeddings=600,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return served_llama(max_position_embeddings=600, initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")
