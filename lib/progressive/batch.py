@@ -135,8 +135,8 @@ class Batch:
         readers = [each for each in self._passes if each.originals and each.originals.pages]
         self._reads = iter([(layer, each) for layer in range(shape.layers) for each in readers])
         self._next: tuple[int, Rows, Future[list[Tensor]]] | None = None
-        self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
-        """By numbers of queries and of keys, and window: layers share them."""
+        self._masks: dict[tuple[int, int, AttentionKind], Tensor | None] = {}
+        """By numbers of queries and of keys, and kind: layers share them."""
         self._read_ahead()
 
     def attend(
@@ -192,7 +192,7 @@ class Batch:
             keys, values = map(torch.cat, zip(states.read(layer), (key, value), strict=True))
         else:
             keys, values = key, value
-        seen = len(query), len(keys), kind.window
+        seen = len(query), len(keys), kind
         if seen not in self._masks:
             self._masks[seen] = causal_mask(query, len(keys), keys.shape[1], kind)
         found = attend_causal(query, keys, values, kind, self._masks[seen])
