@@ -220,6 +220,8 @@ class Forwards:
                 self._has_traced_all = True
                 self.follow_plan()
             self._memory.prefetcher.end_forward()
+        elif isinstance(failure, Exception):  # of which reads ahead may have the cause in common
+            self._memory.prefetcher.forget_failed()
         self._supervisor.end_forward(failure)
 
     def _expected_schedule(self) -> tuple[Step, ...]:

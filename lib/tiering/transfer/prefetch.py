@@ -158,6 +158,13 @@ class Prefetcher:
         taken = {live.ticket.slot for live in self._live.values()}
         self._free = [slot for slot in range(self._num_slots) if slot not in taken]
 
+    def forget_failed(self) -> None:
+        """Let go of what could not be read ahead, once all has arrived: a use reads it anew."""
+        for unit, live in list(self._live.items()):
+            live.ticket.arrived.wait()
+            if live.ticket.error is not None and not live.holds:
+                self._drop(unit)
+
     def drain(self) -> None:
         """Wait for what is on its way and forget it; nothing may be held."""
         for unit in list(self._live):

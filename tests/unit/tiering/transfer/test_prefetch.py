@@ -18,16 +18,19 @@ class RememberedLink:
         self.asked: list[str] = []
         self.slots: dict[int, Unit] = {}
         self.failing: set[str] = set()
+        self.tickets: dict[str, Ticket] = {}
 
     def submit(self, unit: Unit, slot: int) -> Ticket:
         self.asked.append(unit.group)
         self.slots[slot] = unit
-        ticket = Ticket(unit, slot)
+        ticket = self.tickets[unit.group] = Ticket(unit, slot)
         ticket.arrived.set()
         return ticket
 
     def wait(self, ticket: Ticket) -> Tensor | None:
         assert self.slots[ticket.slot] is ticket.unit, "the slot was given to another unit"
+        if ticket.error is not None:
+            raise ticket.error
         if ticket.unit.group in self.failing:
             raise PlacementError(f"{ticket.unit.group} is damaged")
         return None
@@ -119,6 +122,19 @@ def test_a_failed_transfer_raises_and_is_tried_again_next_time() -> None:
     prefetcher.acquire(unit("b"))
     prefetcher.release(unit("b"), shared=False)
     assert link.asked.count("b") == 2
+
+
+def test_what_failed_when_it_was_read_ahead_does_not_fail_the_next_forward() -> None:
+    prefetcher, link = make(3, "abc")
+    prefetcher.acquire(unit("a"))
+    assert link.asked == ["a", "b", "c"]
+    link.tickets["c"].error = PlacementError("c was damaged")
+    prefetcher.end_holds()
+    prefetcher.forget_failed()
+    prefetcher.begin_forward()
+    prefetcher.acquire(unit("c"))
+    assert link.asked.count("b") == 1
+    assert link.asked.count("c") == 2
 
 
 @given(
