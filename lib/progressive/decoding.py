@@ -77,7 +77,7 @@ class Decoding:
         streamer: Any,
     ) -> None:
         self._pair = pair
-        self._chooser = chooser
+        self._choosers = chooser.by_sequence(len(ids_BT))
         self._stopping = stopping
         self._streamer = streamer
         self._settings = settings
@@ -93,7 +93,11 @@ class Decoding:
         self._passes = Passes(pair.model, pair.draft, starts, longest, pair.device)
         pair.beside.end()  # of a text that was interrupted
         self._drafter = Drafter(
-            self._passes, guesser, self._texts, self._prompt_tokens, pair.beside
+            self._passes,
+            guesser.by_sequence(len(ids_BT)),
+            self._texts,
+            self._prompt_tokens,
+            pair.beside,
         )
         self._replay = Replay(pair.model) if pair.tolerance is not None else None
         if self._replay is not None and (len(ids_BT) > 1 or starts[0]):
@@ -183,7 +187,7 @@ class Decoding:
 
     def _choose(self, number: int, text: Text, logits_V: Tensor) -> int:
         """Add the next token of a sequence, and see whether that ends it."""
-        chooser, place = self._chooser, text.length - self._prompt_tokens
+        chooser, place = self._choosers[number], text.length - self._prompt_tokens
         token, scores_V = chooser.choose(text.so_far, logits_V, sequence=number, number=place)
         if self._replay is not None and self._pair.tolerance is not None:
             noisy_V = chooser.noisy(scores_V, sequence=number, number=place)

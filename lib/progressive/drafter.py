@@ -59,14 +59,14 @@ class Drafter:
     def __init__(
         self,
         passes: Passes,
-        guesser: Chooser,
+        guessers: Sequence[Chooser],
         texts: Sequence[Text],
         prompt_tokens: int,
         beside: Beside,
     ) -> None:
         self.beside_seconds = 0.0
         """What the tokens have taken that were drafted during the latest pass."""
-        self._passes, self._guesser, self._texts = passes, guesser, texts
+        self._passes, self._guessers, self._texts = passes, guessers, texts
         self._prompt_tokens = prompt_tokens
         self._beside = beside
         self._tries: list[Text] = []
@@ -148,7 +148,7 @@ class Drafter:
         for sequence, each in enumerate(tries):
             if each.done or each.is_full:
                 continue
-            drafted[sequence], _ = self._guesser.choose(
+            drafted[sequence], _ = self._guessers[sequence].choose(
                 each.so_far,
                 logits_BV[sequence],
                 sequence=sequence,

@@ -7,9 +7,10 @@ draft adds the same noise, so it mostly draws the same token (Daliri et al. 2024
 and the text is the full model's sample of that seed, whatever the draft.
 """
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ class Chooser:
 
     processors: Any
     seed: int | None
+
+    def by_sequence(self, batch: int) -> list["Chooser"]:
+        """Return one for each sequence of a batch: ``generate``'s processors of repetitions know
+        how much padding each of a batch has, and are called with one sequence.
+        """
+        return [replace(self, processors=_of_one(self.processors, n)) for n in range(batch)]
 
     def scores(self, ids_T: Tensor, logits_V: Tensor) -> Tensor:
         """Return the processed logits (V,) of the token after ``ids_T``, in fp32."""
@@ -51,6 +58,17 @@ class Chooser:
         """Return the token after ``ids_T``, and its processed logits (V,)."""
         scores_V = self.scores(ids_T, logits_V)
         return int(self.noisy(scores_V, sequence=sequence, number=number).argmax()), scores_V
+
+
+def _of_one(processors: Any, sequence: int) -> Any:
+    found = type(processors)()
+    for processor in processors:
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(ignored, Tensor):
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = ignored[sequence : sequence + 1]
+        found.append(processor)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

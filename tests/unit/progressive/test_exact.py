@@ -229,7 +229,9 @@ def test_processors_stops_and_scores_are_generate_s(tmp_path: Path) -> None:
     plain = greedy(model, **common, **dicts)
     ends = int(plain.sequences[0, 14])
     stopped = greedy(model, eos_token_id=ends, pad_token_id=0)
-    batch = greedy(model, PADDED, attention_mask=MASK, eos_token_id=ends, pad_token_id=0)
+    padded: dict[str, Any] = {"ids": PADDED, "attention_mask": MASK, "pad_token_id": 0}
+    batch = greedy(model, **padded, eos_token_id=ends)
+    unlike = greedy(model, **padded, **common)
     long = greedy(model, max_new_tokens=None, max_length=11)
 
     def after_twelve(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -245,9 +247,8 @@ def test_processors_stops_and_scores_are_generate_s(tmp_path: Path) -> None:
             assert len(ours) == len(theirs) == 20
             torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-4, atol=1e-4)
         assert torch.equal(greedy(model, eos_token_id=ends, pad_token_id=0), stopped)
-        assert torch.equal(
-            greedy(model, PADDED, attention_mask=MASK, eos_token_id=ends, pad_token_id=0), batch
-        )
+        assert torch.equal(greedy(model, **padded, eos_token_id=ends), batch)
+        assert torch.equal(greedy(model, **padded, **common), unlike)
         assert torch.equal(greedy(model, max_new_tokens=None, max_length=11), long)
         two = greedy(model, IDS, num_return_sequences=2, do_sample=True)
         assert len(two) == 2 and not torch.equal(two[0], two[1])
