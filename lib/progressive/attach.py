@@ -94,7 +94,7 @@ def attach(
         spill_dir=spill_dir,
         **common,
     )
-    if division.residuals:
+    if division.full.emulation is None:
         common["machine"] = division.full.machine
     try:
         full = attach_tiers(

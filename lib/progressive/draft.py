@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..codecs.encoded import EncodedWeight
 from ..codecs.layout import RecordLayout
+from ..codecs.records import RAW_DTYPES
 from ..codecs.residuals import RANK_BITS, decode_rate
 from ..errors import InputError
 from ..machine import MachineProfile
@@ -23,6 +24,7 @@ from ..tiering import Planned, Runtime, plan
 from ..tiering import attach as attach_tiers
 from ..tiering.payload.known import KnownWeights, is_coded
 from ..tiering.planning.budget import check_names_tiers
+from ..tiering.probe.compute import measure_rows
 from ..tiering.stores import STAGING_BYTES
 from ..units import GB, format_bytes, parse_bytes
 from ..vocabulary import Precision, Tier
@@ -106,13 +108,14 @@ def divide(
         rest = _without(budget, draft.plan.fast_bytes)
         if rest is None:
             continue
+        passes = {**common, "machine": _machine_of_passes(draft, common.get("machine"))}
         try:
-            full = plan(model, hints, budget=rest, **common)
+            full = plan(model, hints, budget=rest, **passes)
         except InputError as error:
             failure = error
             continue
         ways = [_predict(width, draft, full, rest)]
-        if (way := _with_residuals(ways[0], model, hints, budget, common)) is not None:
+        if (way := _with_residuals(ways[0], model, hints, budget, passes)) is not None:
             ways.append(way)
         found.append(max(ways, key=lambda each: each.tokens_per_second))
     if not found:
@@ -166,6 +169,23 @@ def _predict(width: Any, draft: Planned, full: Planned, rest: Mapping[str, int |
         tokens_per_second=rates[window],
         budget=rest,
     )
+
+
+def _machine_of_passes(draft: Planned, given: Any) -> Any:
+    """Return the machine that a pass's plan is for, whose products have as many rows as a pass:
+    this one's processor is timed with them, any other is taken as it is given.
+    """
+    here = draft.machine.measured or not draft.machine.compute
+    if draft.emulation is not None or draft.device.type != "cpu" or not here:
+        return given
+    compute = dict(draft.machine.compute)
+    dtypes = {parameter.dtype for parameter in draft.model.parameters()}
+    for precision, dtype in RAW_DTYPES.items():
+        if dtype not in dtypes:
+            continue
+        rate = measure_rows(LONGEST + 1, dtype)
+        compute[str(precision)] = min(rate, compute.get(str(precision), rate))
+    return replace(draft.machine, compute=compute)
 
 
 def _with_residuals(

@@ -200,9 +200,16 @@ def test_what_drafts_is_timed_as_a_whole_and_compared_limit_by_limit() -> None:
         "counted_by": "runtime",
         "link_bytes_per_s": [1e9, 1e9],
         "load_seconds": 4.0,
-        "drafting": {"windows": 1, "mean_window": 3.0, "acceptance": 1.0, "hidden_share": 0.5},
+        "drafting": {
+            "windows": 1,
+            "mean_window": 3.0,
+            "acceptance": 1.0,
+            "hidden_share": 0.5,
+            "draft_tokens_per_s": 3.5,
+        },
     }
-    figures = summarize_run([result], compute_seconds=0.1)
+    figures = summarize_run([result], compute_seconds=1.0)
+    assert figures["limit_tokens_per_s"] == 3.5
     assert figures["tokens_per_s"] == {"median": 2.0, "p95": None, "n": 4}
     assert figures["windows"] == 1 and figures["hidden_share"] == 0.5
     runs = [

@@ -1,10 +1,12 @@
 """Measures how fast this machine multiplies with weights that lie in fast memory, by precision.
 
-What decides decoding is products with a single row of activations: each reads every weight once.
+What decides decoding is products with a single row of activations: each reads every weight once. A
+pass of exact output has some more, and on a processor arithmetic may decide there.
 The form of a weight is the one in which a plan would hold it (``precision.kernels``); copies of it
 are cycled through, more than a cache holds. Precisions take turns: a busy machine slows all.
 """
 
+import functools
 import itertools
 import statistics
 import time
@@ -21,6 +23,8 @@ from ...vocabulary import Precision
 
 _SHAPE = (4096, 1024)
 """Rows and columns: out and in features."""
+_TRIES = 6
+"""Products with several rows that are timed, of which the first warms up."""
 _CYCLED_BYTES = {"cpu": 96 * MIB, "cuda": 256 * MIB}
 """Three times a large last-level cache."""
 _PRODUCTS = 12
@@ -46,6 +50,22 @@ def measure_compute(device: torch.device, *, rounds: int) -> dict[str, float]:
         str(precision): weight.numel() / statistics.median(found)
         for precision, found in seconds.items()
     }
+
+
+@functools.cache
+def measure_rows(rows: int, dtype: torch.dtype) -> float:
+    """Return the weights per second of this processor's products with so many rows of activations,
+    of ``dtype`` like the weights.
+    """
+    weight = torch.ones(_SHAPE, dtype=dtype, device="cpu")
+    x = torch.ones(rows, weight.shape[1], dtype=dtype, device="cpu")
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(_TRIES):
+            begin = time.perf_counter()
+            functional.linear(x, weight)
+            seconds.append(time.perf_counter() - begin)
+    return weight.numel() / min(seconds[1:])
 
 
 def _products(

@@ -39,8 +39,9 @@ def summarize_run(
 ) -> Fields:
     """Return the figures of one system under one limit, over the rounds that it was run.
 
-    Of a system that drafts the mean counts, since tokens come in windows.
-    ``compute_seconds`` is what a token takes with every weight in place, where that is known;
+    Of a system that drafts the mean counts, since tokens come in windows, and its limit is the rate
+    of drafting, or that of the link. Of others ``compute_seconds`` is what a token takes with every
+    weight in place, where that is known;
     ``contention``: the fields of ``lib.tiering.probe.links.Contention``.
     """
     timed = [
@@ -58,6 +59,9 @@ def summarize_run(
         for interval, result in timed
     )
     drafting = results[-1].get("drafting")
+    if drafting is not None:
+        rate = drafting["draft_tokens_per_s"]
+        compute_seconds, contention = rate and 1 / rate, None
     bandwidth = could_move / sum(seconds)
     per_token = None if num_bytes is None else num_bytes / len(timed)
     limits = [compute_seconds or 0.0, (per_token or 0.0) / bandwidth]

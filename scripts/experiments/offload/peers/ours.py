@@ -152,6 +152,7 @@ def _attach_exact(model: Any, task: Task, *, budget_bytes: int) -> Loaded:
         stats = runtime.stats()
         drafting = stats.drafting
         hidden = stats.link_seconds - stats.transfer_seconds
+        alone = drafting.drafted - drafting.ahead  # while no pass was computed
         return {
             "budget_bytes": budget_bytes,
             "plan": runtime.plan.to_json(),
@@ -160,6 +161,7 @@ def _attach_exact(model: Any, task: Task, *, budget_bytes: int) -> Loaded:
                 "mean_window": drafting.drafted / max(drafting.windows, 1),
                 "acceptance": drafting.acceptance,
                 "hidden_share": hidden / stats.link_seconds if stats.link_seconds else None,
+                "draft_tokens_per_s": alone / drafting.draft_seconds if alone else None,
                 "draft_seconds": drafting.draft_seconds,
                 "pass_seconds": drafting.pass_seconds,
                 "precision": str(runtime.draft.precision),

@@ -12,6 +12,7 @@ from lib.commands import probe as probe_machine
 from lib.errors import InputError, PlacementError
 from lib.machine import TierSpec, find_machine, load_machine
 from lib.tiering.probe import lanes
+from lib.tiering.probe.compute import measure_rows
 from lib.tiering.probe.links import FileProbe, make_profile, time_lanes
 from lib.tiering.stores import CHUNK_BYTES, FileStore
 from lib.units import MIB
@@ -97,18 +98,18 @@ def test_contention_is_how_much_computing_and_reading_slow_each_other(
     def note(self: FileStore, key: str, start: int, out: torch.Tensor) -> None:
         reading.set()
         real(self, key, start, out)
-        time.sleep(0.01 if computing.is_set() else 0.005)
+        time.sleep(0.06 if computing.is_set() else 0.03)
 
     def compute() -> None:
         reading.clear()
         computing.set()
-        time.sleep(0.02)
-        time.sleep(0.02 if reading.is_set() else 0)
+        time.sleep(0.12)
+        time.sleep(0.12 if reading.is_set() else 0)
         computing.clear()
 
     monkeypatch.setattr(FileStore, "read_into", note)
     with FileProbe(tmp_path, file_bytes=2 * MIB) as file_probe:
-        contention = file_probe.measure_contention(compute, unit_bytes=MIB, seconds=0.4)
+        contention = file_probe.measure_contention(compute, unit_bytes=MIB, seconds=1.2)
     assert 0.5 < contention.slowdown < 2
     assert 0.3 < contention.link_share < 0.9
     assert list(tmp_path.iterdir()) == []
@@ -169,3 +170,9 @@ def test_the_machine_file_goes_where_plans_look_for_it(
 def test_a_size_that_is_too_small_or_none_is_refused(tmp_path: Path, size: str) -> None:
     with pytest.raises(InputError, match=size):
         probe_machine.main(["--quick", "--size", size, "--output", str(tmp_path / "m.json")])
+
+
+def test_products_with_several_rows_are_timed_once() -> None:
+    rate = measure_rows(32, torch.float32)
+    assert rate > 0
+    assert measure_rows(32, torch.float32) == rate
