@@ -21,6 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.commands import calibrate_requests, monitor
+from scripts.experiments.serving import official_client
 from tests.integration.test_collect_fisher import byte_tokenizer
 from tests.integration.tiny_run import ROOT
 
@@ -193,6 +194,12 @@ class TestOfficialClient:
         assert texts == [choice.message.content for choice in whole.choices]
         assert last.usage.completion_tokens == whole.usage.completion_tokens  # type: ignore[union-attr]
         assert last.quality == whole.quality  # type: ignore[attr-defined]
+
+    def test_the_script_that_asks_an_endpoint_finds_nothing_wrong(
+        self, served: dict[str, Any]
+    ) -> None:
+        needs_words = ["stops", "tools", "tools_stream", "schemas"]  # of a trained model
+        assert official_client.main(["--url", served["url"], "--without", *needs_words]) == 0
 
     def test_errors_are_the_clients_own(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError) as missing:
