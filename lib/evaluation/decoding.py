@@ -68,7 +68,7 @@ def measure_decoding(
     with attach(model, hints, budget=budget, device=device, exact=True) as runtime:
         assert isinstance(runtime, ExactRuntime)
         drafted = _write(model, prompts, new_tokens, runtime)
-        precision = runtime.draft.precision
+        name = runtime.draft.name
         stats = runtime.stats().drafting
     texts_NT = drafted.pop("texts")
     wanted_NT = (streamed if whole is None else whole)["texts"]
@@ -82,7 +82,7 @@ def measure_decoding(
         "streamed": streamed,
         "exact": {
             **drafted,
-            "precision": None if precision is None else str(precision),
+            "precision": name,
             "windows": stats.windows,
             "mean_window": stats.drafted / max(stats.windows * len(prompts), 1),
             "acceptance": stats.acceptance,

@@ -6,8 +6,9 @@ the model's, or from its checkpoint.
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from ..codecs.records import RAW_DTYPES
 from ..codecs.residuals import RANK_BITS, decode_rate
 from ..errors import InputError
 from ..machine import MachineProfile
+from ..precision.allocate import allocate_precisions
 from ..precision.perturb import CURVE_PRECISIONS
+from ..precision.sizes import PrecisionMap, stored_sizes
 from ..tiering import Planned, Runtime, plan
 from ..tiering import attach as attach_tiers
 from ..tiering.payload.known import KnownWeights, is_coded
 from ..tiering.planning.budget import check_names_tiers
+from ..tiering.planning.needs import PrecisionChoice
 from ..tiering.probe.compute import measure_rows
 from ..tiering.stores import STAGING_BYTES
 from ..units import GB, format_bytes, parse_bytes
@@ -48,11 +52,12 @@ LONGEST = 31
 class Division:
     """How a budget is divided between the draft, which resides, and the full weights.
 
-    ``acceptance``: the share of drafted tokens that is predicted to be accepted; None: there is no
-    prediction. ``tokens_per_second``: predicted with windows of ``window`` tokens.
+    ``name`` says which draft it is; None: what epsilon allows. ``acceptance``: the share of drafted
+    tokens that is predicted to be accepted; None: there is no prediction. ``tokens_per_second``:
+    predicted with windows of ``window`` tokens.
     """
 
-    precision: Precision | None
+    precision: PrecisionChoice
     draft: Planned
     full: Planned
     acceptance: float | None
@@ -60,13 +65,14 @@ class Division:
     tokens_per_second: float
     budget: Mapping[str, int | None]
     """What the full weights have."""
+    name: str | None
     residuals: bool = False
     """Of the full weights, only what the draft's records lack comes from the SSD."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what was chosen, and predicted of it, as a document."""
         return {
-            "precision": None if self.precision is None else str(self.precision),
+            "precision": self.name,
             "residuals": self.residuals,
             "draft_bytes": self.draft.plan.fast_bytes,
             "full_bytes": self.full.plan.fast_bytes,
@@ -87,9 +93,10 @@ def divide(
     epsilon: float | str | None = None,
     **common: Any,
 ) -> Division:
-    """Divide a budget: of the widths that leave room for the full weights to stream, the one with
-    the most tokens per second by what calibrated hints predict, or a given ``precision`` or
-    ``epsilon``. Of ``common`` both sides' plans are made.
+    """Divide a budget: of the drafts that leave room for the full weights to stream, the one with
+    the most tokens per second by what calibrated hints predict, or one of a given ``precision`` or
+    ``epsilon``. A draft is of one width, or of the bytes of one, mixed as the hints' KL curves have
+    it. Of ``common`` both sides' plans are made.
 
     Raises InputError where the budget doesn't hold any draft beside the full weights' slots.
     """
@@ -103,8 +110,10 @@ def divide(
     everything = {**budget, "HBM": None}
     found: list[Division] = []
     failure: InputError | None = None
-    for width in (precision,) if given else WIDTHS:
-        draft = plan(model, hints, budget=everything, precision=width, epsilon=epsilon, **common)
+    for draft, choice, name in _drafts(
+        partial(plan, model, hints, budget=everything, epsilon=epsilon, **common),
+        [precision] if given else WIDTHS,
+    ):
         rest = _without(budget, draft.plan.fast_bytes)
         if rest is None:
             continue
@@ -114,7 +123,7 @@ def divide(
         except InputError as error:
             failure = error
             continue
-        ways = [_predict(width, draft, full, rest)]
+        ways = [_predict(draft, full, rest, precision=choice, name=name)]
         if (way := _with_residuals(ways[0], model, hints, budget, passes)) is not None:
             ways.append(way)
         found.append(max(ways, key=lambda each: each.tokens_per_second))
@@ -150,7 +159,41 @@ def predict_acceptance(nats: float) -> float:
     return math.exp(-_SPREAD * math.sqrt(2 * nats / math.pi))
 
 
-def _predict(width: Any, draft: Planned, full: Planned, rest: Mapping[str, int | None]) -> Division:
+def _drafts(
+    plan_draft: Callable[..., Planned], choices: Sequence[PrecisionChoice]
+) -> Iterator[tuple[Planned, PrecisionChoice, str | None]]:
+    """Yield drafts with what to attach them with, and their names."""
+    for choice in choices:
+        draft = plan_draft(precision=choice)
+        name = None if choice is None else "mixed" if isinstance(choice, Mapping) else str(choice)
+        yield draft, choice, name
+        if len(choices) > 1 and (mixed := _mix(draft, Precision(str(choice)))) is not None:
+            yield plan_draft(precision=mixed), mixed, f"mixed, of {name}'s bytes"
+
+
+def _mix(draft: Planned, width: Precision) -> PrecisionMap | None:
+    """Return the precisions of the least KL in the bytes of a width; None: nothing predicts them,
+    or they are those of the width.
+    """
+    hints = {} if draft.hints is None else draft.hints.blocks
+    names = [name for name, hint in hints.items() if set(WIDTHS) <= hint.kl.keys()]
+    if not names:
+        return None
+    sizes = stored_sizes(draft.model, WIDTHS, names=names)
+    uniform = sizes.uniform(width)
+    options = sizes.options({name: hints[name].kl for name in sizes.num_params})
+    mixed = allocate_precisions(options, cost_budget=sizes.bytes_of(uniform)).precisions
+    return None if mixed == uniform else mixed
+
+
+def _predict(
+    draft: Planned,
+    full: Planned,
+    rest: Mapping[str, int | None],
+    *,
+    precision: PrecisionChoice,
+    name: str | None,
+) -> Division:
     nats = draft.veto.to_json(draft.plan)["predicted_nats"]
     acceptance = None if nats is None else predict_acceptance(nats)
     assumed = 0.9 if acceptance is None else acceptance
@@ -161,7 +204,8 @@ def _predict(width: Any, draft: Planned, full: Planned, rest: Mapping[str, int |
     }
     window = max(rates, key=lambda length: rates[length])
     return Division(
-        precision=width,
+        precision=precision,
+        name=name,
         draft=draft,
         full=full,
         acceptance=acceptance,
@@ -203,7 +247,8 @@ def _with_residuals(
         full = plan(model, hints, budget=rest, **{**common, "machine": machine})
     except InputError:
         return None
-    return replace(_predict(plain.precision, plain.draft, full, rest), residuals=True)
+    way = _predict(plain.draft, full, rest, precision=plain.precision, name=plain.name)
+    return replace(way, residuals=True)
 
 
 def _machine_with_residuals(draft: Planned, full: Planned) -> MachineProfile | None:
@@ -263,8 +308,8 @@ class Draft:
         """Make one of a model that isn't attached yet."""
         self.staging_bytes = STAGING_BYTES if division.residuals else 0
         """The memory in which residuals are decoded."""
-        self.precision = division.precision
-        """The width that was asked for; None: what epsilon allows."""
+        self.name = division.name
+        """Its width, or which mixture of widths; None: what epsilon allows."""
         self.model: Any = _copy_structure(model)
         self.runtime: Runtime = attach_tiers(
             self.model, hints, precision=division.precision, **common

@@ -293,7 +293,7 @@ def _ends(model: Any) -> set[int]:
 def _drafting(runtime: ExactRuntime) -> dict[str, Any]:
     stats = runtime.stats()
     return {
-        "precision": str(runtime.draft.precision),
+        "precision": runtime.draft.name,
         "windows": stats.drafting.windows,
         "drafted": stats.drafting.drafted,
         "accepted": stats.drafting.accepted,

@@ -164,7 +164,7 @@ def _attach_exact(model: Any, task: Task, *, budget_bytes: int) -> Loaded:
                 "draft_tokens_per_s": alone / drafting.draft_seconds if alone else None,
                 "draft_seconds": drafting.draft_seconds,
                 "pass_seconds": drafting.pass_seconds,
-                "precision": str(runtime.draft.precision),
+                "precision": runtime.draft.name,
             },
         }
 
