@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             demo_folder=ROOT / "runs" / "demo",
             work_dir=args.work_dir,
         )
-        rows += [{"model": name, **row} for row in _measure(model, args)]
+        label = args.model.name if args.model and model.trained else name
+        rows += [{"model": label, **row} for row in _measure(model, args)]
     document = {
         "machine": describe_machine("cpu", args.threads, None),
         "rounds": args.rounds,

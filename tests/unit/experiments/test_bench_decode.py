@@ -252,6 +252,7 @@ def test_attached_steps_take_turns_with_the_untouched_model(tmp_path: Path) -> N
     assert bench_attached.main([*flags, "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["width"] for row in rows] == ["plain", "lossless", "int4"]
+    assert {row["model"] for row in rows} == {checkpoint.name}
     assert [row["n"] for row in rows] == [6, 6, 6] and rows[0]["ratio"] == 1
     for row in rows:
         low, high = row["ratio_interval"]
