@@ -2,10 +2,11 @@
 
 Only this decides it, for the runtime that stores weights and for the predictions of what that
 costs. Records are made of matrices (rows, cols) with a group's weights along a row, hence along the
-inputs: transformers' Conv1D keeps (in, out) and is stored transposed; packed experts (E, out, in)
-are stored one below the other; the kernel of a convolution belongs to its inputs. Vectors (norms,
-biases) stay raw, and so does a weight that a record would make larger. Routers stay raw as well:
-they take a few KB, and an error that swaps experts costs what no gradient predicts.
+inputs: transformers' Conv1D keeps (in, out) and is stored transposed, and so is an expert of packed
+ones that are kept so; those of (E, out, in) may be stored one below the other; the kernel of a
+convolution belongs to its inputs. Vectors (norms, biases) stay raw, and so does a weight that a
+record would make larger. Routers stay raw as well: they take a few KB, and an error that swaps
+experts costs what no gradient predicts.
 """
 
 import math
@@ -43,17 +44,23 @@ def native_precision(dtype: torch.dtype) -> Precision:
 
 
 def stored_form(
-    name: str, weight: Tensor, owner: nn.Module, precision: Precision | None
+    name: str,
+    weight: Tensor,
+    owner: nn.Module,
+    precision: Precision | None,
+    *,
+    is_expert: bool = False,
 ) -> StoredForm | None:
     """Say how ``owner``'s parameter (meta will do) is stored at a precision; None: raw, lossless.
 
     ``name``: of the parameter in the model. ``precision`` None is lossless for every weight.
+    ``is_expert``: the weight is one expert's slice of the parameter.
     """
     if precision is None or not is_lossy(weight, precision) or is_router(name, weight, owner):
         return None
     codec = default_codec(precision)
-    transposed = is_transposed(owner)
-    record = codec.layout(*matrix_shape(weight.shape, owner))
+    transposed = is_transposed(owner) or is_expert and getattr(owner, "is_transposed", False)
+    record = codec.layout(*matrix_shape(weight.shape, owner, transposed=transposed))
     if record.num_bytes >= weight.numel() * weight.element_size():
         # Rows of a few weights (small convolutions) would grow by their scales.
         return None
@@ -67,9 +74,10 @@ def weight_form(model: nn.Module, name: str, precision: Precision) -> StoredForm
     model = unwrap_model(model)
     owner = model.get_submodule(name.rpartition(".")[0])
     weight: Tensor = model.get_parameter(name)
-    if takes_single_experts(owner):
+    is_expert = takes_single_experts(owner)
+    if is_expert:
         weight = torch.empty(weight.shape[1:], dtype=weight.dtype, device="meta")
-    return stored_form(name, weight, owner, precision)
+    return stored_form(name, weight, owner, precision, is_expert=is_expert)
 
 
 def is_router(name: str, weight: Tensor, owner: nn.Module) -> bool:
@@ -97,9 +105,9 @@ def is_transposed(owner: nn.Module) -> bool:
     return type(owner).__name__ in _TRANSPOSED
 
 
-def matrix_shape(shape: torch.Size, owner: nn.Module) -> tuple[int, int]:
+def matrix_shape(shape: torch.Size, owner: nn.Module, *, transposed: bool) -> tuple[int, int]:
     """Return rows (output features, vocabulary) and columns (inputs) of a weight, not a vector."""
-    if is_transposed(owner):
+    if transposed:
         return shape[1], shape[0]
     if isinstance(owner, _ConvNd):
         return shape[0], math.prod(shape[1:])
@@ -107,10 +115,11 @@ def matrix_shape(shape: torch.Size, owner: nn.Module) -> tuple[int, int]:
 
 
 def as_matrix(weight: Tensor, form: StoredForm) -> Tensor:
-    """View a weight, or one expert's slice of it, as the matrix that its record holds (a copy where
-    no view exists).
+    """View a weight, one expert's slice of it, or the slices of some, as the matrix that a record
+    holds (a copy where no view exists).
     """
-    return weight.t() if form.transposed else weight.reshape(-1, form.record.cols)
+    weight = weight.mT if form.transposed else weight
+    return weight.reshape(-1, form.record.cols)
 
 
 def name_weights(

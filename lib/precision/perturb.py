@@ -48,7 +48,7 @@ def round_trip(weight: Tensor, form: StoredForm) -> Tensor:
     layout = form.codec.layout(*matrix.shape)
     record = encode(matrix, form.codec).to(weight.device)
     decoded = decode(record, layout, dtype=weight.dtype)
-    return decoded.t() if form.transposed else decoded.view(weight.shape)
+    return decoded.view(weight.mT.shape).mT if form.transposed else decoded.view(weight.shape)
 
 
 def weight_error(model: nn.Module, name: str, precision: Precision) -> Tensor | None:

@@ -151,9 +151,7 @@ class _Products:
         weight, bias = weights[name], weights.get(f"{name}_bias")
         assert bias is None or isinstance(bias, Tensor)
         if not isinstance(weight, Tensor):
-            if not self._module.is_transposed:
-                return weight.linear(x, bias)
-            weight = weight.expand(0, weight.shape[0])
+            return weight.linear(x, bias)
         # transformers' grouped products are left alone by autocast, and no others.
         grouped = self._implementation == "grouped_mm"
         if grouped and torch.is_autocast_enabled(x.device.type):

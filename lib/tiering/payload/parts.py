@@ -71,7 +71,7 @@ def make_part(
     if expert is not None:
         weight = torch.empty(weight.shape[1:], dtype=weight.dtype, device="meta")
     owner = owners[0]
-    form = stored_form(name, weight, owner, precision)
+    form = stored_form(name, weight, owner, precision, is_expert=expert is not None)
     record = form.record if form else None
     native_bytes = weight.numel() * weight.element_size()
     rows, columns = math.prod(weight.shape[:-1]), weight.shape[-1] if weight.shape else 1

@@ -85,7 +85,8 @@ class HeldExpert(HeldGroup):
             )
         if isinstance(weight, Tensor):
             return weight
-        return weight.expand(0, part.rows).view(part.shape)
+        matrix = weight.expand(0, part.rows)
+        return matrix.t() if part.transposed else matrix.view(part.shape)
 
     def view(self, buffer: Tensor) -> dict[str, ExpertWeight]:
         """Return its weights, by parameter, from the bytes of its payload in fast memory."""

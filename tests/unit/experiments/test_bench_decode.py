@@ -11,7 +11,13 @@ import torch
 
 from lib.commands.cli import run_main
 from lib.tiering.hooks import surroundings
-from scripts.experiments.decode import bench_decode, bench_kernels, bench_streamed, models
+from scripts.experiments.decode import (
+    bench_attached,
+    bench_decode,
+    bench_kernels,
+    bench_streamed,
+    models,
+)
 from scripts.experiments.decode.figures import RATIOS, Cell, Judged, find_ratios, make_row
 from scripts.experiments.decode.gguf_file import write_gguf
 from scripts.experiments.decode.peers import SYSTEMS, Sizes, Task
@@ -237,3 +243,18 @@ def test_streamed_steps_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (row,) = json.loads(path.read_text())["rows"]
     assert row["n"] == 2 and row["streamed_bytes"] > 0 and row["ratio"] > 0
     assert run_main(lambda: bench_streamed.main(["--shares", "1.5"])) == 2
+
+
+def test_attached_steps_take_turns_with_the_untouched_model(tmp_path: Path) -> None:
+    checkpoint, path = make_checkpoint(SHAPE, tmp_path), tmp_path / "attached.json"
+    flags = ["--model", str(checkpoint), "--models", "smollm2", "--widths", "lossless", "int4"]
+    flags += ["--rounds", "3", "--steps", "2", "--threads", "1", "--work-dir", str(tmp_path)]
+    assert bench_attached.main([*flags, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["width"] for row in rows] == ["plain", "lossless", "int4"]
+    assert {row["model"] for row in rows} == {checkpoint.name}
+    assert [row["n"] for row in rows] == [6, 6, 6] and rows[0]["ratio"] == 1
+    for row in rows:
+        low, high = row["ratio_interval"]
+        assert low <= row["ratio"] <= high
+    assert run_main(lambda: bench_attached.main(["--rounds", "0"])) == 2

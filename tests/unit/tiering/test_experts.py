@@ -24,6 +24,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lib.blocks import BlockKind, partition_model
 from lib.errors import InputError, PlacementError
+from lib.precision.perturb import perturb, weight_error
 from lib.tiering import attach, load
 from lib.tiering.residency.experts import ExpertSlots
 from lib.tiering.stores.file import FileStore
@@ -92,6 +93,27 @@ def test_compressed_experts_compute_the_same_from_below_as_in_fast_memory(model:
             found.append(outputs(model))
             assert bool(runtime.plan.cache_bytes) == (share < 1)
     assert same(*found)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "bf16"])
+def test_compressed_experts_compute_with_what_their_records_decode_to(
+    model: Any, precision: str
+) -> None:
+    names = [block.name for block in partition_model(model) if block.kind is BlockKind.EXPERT]
+    wanted = {name: Precision(precision) for name in names}
+    packed = [name for name, each in model.named_parameters() if each.dim() == 3]
+    errors = {name: weight_error(model, name, Precision(precision)) for name in packed}
+    given = {name: model.get_parameter(name).detach().clone() for name in packed}
+    with perturb(model, wanted):
+        expected = outputs(model)[:2]
+        decoded = {name: model.get_parameter(name).detach().clone() for name in packed}
+    assert all(torch.equal(decoded[name] - given[name], errors[name]) for name in packed)
+    for budget in ({"HBM": None, "SSD": None}, budget_for(model, 0.5)):
+        with torch.no_grad(), attach(model, budget=budget, precision=dict(wanted)):
+            for found, known in zip(outputs(model), expected, strict=False):
+                assert torch.allclose(found, known, atol=2e-2 * float(known.abs().max()))
+            for name in packed if budget["HBM"] is None else ():
+                assert torch.equal(model.get_parameter(name) * 1, decoded[name])
 
 
 def test_each_expert_has_a_precision_and_a_floor_of_its_own() -> None:
