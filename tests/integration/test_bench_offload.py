@@ -217,9 +217,11 @@ def test_what_drafts_is_timed_as_a_whole_and_compared_limit_by_limit() -> None:
         make_run("ours-lossless", 800, 2.0),
         make_run("ours-exact", 800, 8.0),
         make_run("accelerate", 800, 0.5, peer=True),
+        make_run("llama.cpp", 800, 10.0, peer=True),
     ]
     ratios = add_ratios(runs)
     assert ratios["exact_vs_best_peer"] == {"800": 16.0}
+    assert ratios["exact_vs_llama_cpp"] == {"800": 0.8}
     assert ratios["exact_vs_lossless"] == {"800": 4.0}
     assert ratios["exact_vs_resident"] == {"800": 2.0}
 

@@ -125,7 +125,7 @@ def compare_to_resident(result: Fields, resident: Fields) -> Fields:
 
 def add_ratios(runs: Sequence[Fields], *, gpu_limit_mib: int | None = None) -> Fields:
     """Put each run's ratios to its peers into it; return the document's, those of exact output by
-    limit.
+    limit: to the best peer that runs the same PyTorch model, and to llama.cpp apart.
 
     ``gpu_limit_mib``: the runs are those of a GPU, and this limit of it is looked at.
     """
@@ -153,11 +153,13 @@ def add_ratios(runs: Sequence[Fields], *, gpu_limit_mib: int | None = None) -> F
         )
         ratios["cuda_lossless_vs_accelerate"] = _ratio(lossless, accelerate)
         ratios["cuda_int4_vs_lossless"] = _ratio(int4, lossless)
+    of_same_model = [run for run in runs if not run["name"].startswith("llama.cpp")]
     for run in runs:
         if run["name"] == "ours-exact":
             limit = run["limit_mib"]
             for what, other in (
-                ("best_peer", _best_peer(runs, limit)),
+                ("best_peer", _best_peer(of_same_model, limit)),
+                ("llama_cpp", speeds.get(("llama.cpp", limit))),
                 ("lossless", speeds.get(("ours-lossless", limit))),
                 ("resident", resident),
             ):
