@@ -63,6 +63,20 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gemma": lambda: build("GemmaForCausalLM", {**SMALL, "head_dim": 8}),
     "gemma2": lambda: build("Gemma2ForCausalLM", MIXED),
     "gemma3": lambda: build("Gemma3ForCausalLM", MIXED),
+    "gemma3n": lambda: build(
+        "Gemma3nForCausalLM",
+        {
+            **MIXED,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": 40,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+    ),
     "gpt_oss": lambda: build("GptOssForCausalLM", {**MIXED, "num_local_experts": 4}),
     "olmo2": lambda: build("Olmo2ForCausalLM", SMALL),
     "cohere": lambda: build("CohereForCausalLM", SMALL),
@@ -303,6 +317,24 @@ def test_strict_computes_near_ties_as_generate_does(
         assert runtime.stats().drafting.redone == 20
         with pytest.raises(InputError, match="one sequence"):
             greedy(model, PADDED, attention_mask=MASK)
+
+
+@pytest.mark.parametrize("name", ["cohere", "gpt2", "olmo2", "qwen3"])
+def test_strict_knows_how_bf16_rounds(name: str, tmp_path: Path) -> None:
+    model = perturb(FAMILIES[name]()).to(torch.bfloat16)
+    plain = greedy(model)
+    with exact(model, tmp_path, exact="strict") as runtime:
+        assert runtime.tolerance > 0
+        assert torch.equal(greedy(model), plain)
+
+
+def test_strict_refuses_routers_that_round(tmp_path: Path) -> None:
+    model = perturb(tiny_mixtral()).to(torch.bfloat16)
+    budget = {"HBM": 400_000, "SSD": None}
+    with pytest.raises(InputError, match="experts of a MixtralForCausalLM in bfloat16"):
+        attach(model, budget=budget, exact="strict")
+    with exact(model, tmp_path):
+        assert greedy(model).shape == (1, 28)
 
 
 def test_the_budget_holds_both(tmp_path: Path) -> None:
