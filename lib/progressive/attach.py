@@ -91,7 +91,7 @@ def attach(
         model,
         hints,
         division,
-        budget={**budget, "HBM": None},
+        budget={**budget, "HBM": division.draft_limit},
         epsilon=epsilon,
         spill_dir=spill_dir,
         **common,

@@ -93,6 +93,14 @@ def fixed_positions(config: Any) -> tuple[int | None, str]:
     return None, ""
 
 
+def num_positions(config: Any) -> int | None:
+    """Return how many positions a model has embeddings or a table for; None: it computes any."""
+    config = config.get_text_config(decoder=True)
+    if getattr(config, "rope_parameters", None):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
 def check_arguments(given: Mapping[str, Any]) -> None:
     """Raise InputError for arguments of ``generate`` that exact output has no use for."""
     from transformers import GenerationConfig
