@@ -17,7 +17,7 @@ from ..tiering.planning.needs import PrecisionChoice
 from ..tiering.planning.plans import Mode
 from .draft import Draft, divide
 from .exact import ExactRuntime
-from .requests import check_can_draft
+from .requests import check_can_draft, check_strict
 
 Exact = bool | Literal["strict"]
 
@@ -77,6 +77,8 @@ def attach(
     if measure is not None:
         raise InputError("measure has no effect with exact, whose text is the full model's")
     check_can_draft(model)
+    if exact == "strict":
+        check_strict(model)
     common: dict[str, Any] = {
         "weights": weights,
         "machine": machine,
@@ -89,7 +91,7 @@ def attach(
         model,
         hints,
         division,
-        budget={**budget, "HBM": None},
+        budget={**budget, "HBM": division.draft_limit},
         epsilon=epsilon,
         spill_dir=spill_dir,
         **common,

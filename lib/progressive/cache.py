@@ -6,7 +6,7 @@ sequence of a batch has a length of its own, and what lies beyond is masked out.
 sliding window keep all tokens as well; ``Masks`` makes their window.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -148,25 +148,33 @@ class CroppableCache(Cache):
     def copy(self) -> "CroppableCache":
         """Return another one that holds the same."""
         made = CroppableCache(len(self._own), self.room)
-        for layer, own in zip(made._own, self._own, strict=True):
+        for layer, own in made._beside(self):
             layer.copy_of(own)
         return made
 
     def copy_tokens(self, other: "CroppableCache", starts_B: Tensor, count: int) -> None:
         """Take so many tokens of each sequence, from a place on, from another cache."""
         places_BT = starts_B[:, None] + torch.arange(count, device=starts_B.device)
-        for layer, source in zip(self._own, other._own, strict=True):
+        for layer, source in self._beside(other):
             layer.copy_tokens(source, places_BT)
 
     def end_with(self, other: "CroppableCache", which_B: Tensor) -> None:
         """Have the lengths of another cache for some sequences."""
-        for layer, source in zip(self._own, other._own, strict=True):
+        for layer, source in self._beside(other):
             layer.lengths.copy_(torch.where(which_B, source.lengths, layer.lengths))
 
     def take_back(self, counts: int | Tensor) -> None:
         """Take away so many tokens from the end of all sequences, or of each (B,)."""
         for layer in self._own:
             layer.crop(-counts)
+
+    def _beside(self, other: "CroppableCache") -> Iterator[tuple[CroppableLayer, CroppableLayer]]:
+        """Yield each layer with another cache's; not those without tokens, which look at the keys
+        and values of a layer before them.
+        """
+        for layer, source in zip(self._own, other._own, strict=True):
+            if source.is_initialized:
+                yield layer, source
 
 
 class Masks:

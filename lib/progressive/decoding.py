@@ -13,6 +13,7 @@ from .beside import Beside
 from .draft import LONGEST
 from .drafter import Drafter, Text
 from .passes import ROWS, Passes, Replay
+from .requests import num_positions
 from .verify import Chooser, top_gap
 from .windows import Windows
 
@@ -125,7 +126,7 @@ class Decoding:
         """Draft, check, and take back what is none of the text."""
         windows, stats, texts = self._pair.windows, self._pair.drafting, self._texts
         drafter = self._drafter
-        left = max(self._settings.max_length - text.length for text in texts if not text.done)
+        left = self._left()
         longest = min(LONGEST, left - 1)
         begin = time.perf_counter()
         held = min(drafter.held, longest)
@@ -160,6 +161,17 @@ class Decoding:
         stats.windows += 1
         stats.draft_seconds += middle - begin
         stats.pass_seconds += end - middle
+
+    def _left(self) -> int:
+        """Return how many tokens may come at most; a draft sees no position that there isn't, which
+        a text may end before.
+        """
+        lengths = [text.length for text in self._texts if not text.done]
+        left: int = self._settings.max_length - min(lengths)
+        positions = num_positions(self._pair.model.config)
+        if positions is not None:
+            left = min(left, max(positions + 1 - max(lengths), 1))
+        return left
 
     def _most_beside(self, window: int, left: int) -> int:
         """Return how many tokens to draft at most while a pass checks a window."""

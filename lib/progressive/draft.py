@@ -69,6 +69,13 @@ class Division:
     residuals: bool = False
     """Of the full weights, only what the draft's records lack comes from the SSD."""
 
+    @property
+    def draft_limit(self) -> int | None:
+        """The fast memory that the draft may take: what was planned for it, also where it turns out
+        to need more room for weights as they compute; None: any.
+        """
+        return None if self.budget[Tier.HBM] is None else self.draft.plan.fast_bytes
+
     def to_json(self) -> dict[str, Any]:
         """Return what was chosen, and predicted of it, as a document."""
         return {
@@ -308,17 +315,14 @@ class Draft:
         """Make one of a model that isn't attached yet."""
         self.staging_bytes = STAGING_BYTES if division.residuals else 0
         """The memory in which residuals are decoded."""
+        self.fast_bytes = division.draft.plan.fast_bytes + self.staging_bytes
+        """The fast memory that it takes, and that in which residuals are decoded."""
         self.name = division.name
         """Its width, or which mixture of widths; None: what epsilon allows."""
         self.model: Any = _copy_structure(model)
         self.runtime: Runtime = attach_tiers(
             self.model, hints, precision=division.precision, **common
         )
-
-    @property
-    def fast_bytes(self) -> int:
-        """The fast memory that it takes, and that in which residuals are decoded."""
-        return self.runtime.plan.fast_bytes + self.staging_bytes
 
     def known_weights(self) -> KnownWeights:
         """Return what it knows of the full weights."""

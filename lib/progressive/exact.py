@@ -69,7 +69,8 @@ class ExactRuntime(Runtime):
     @property
     def tolerance(self) -> float:
         """The largest difference of logits between a pass and the ordinary forward of one token, as
-        measured on random tokens, times four; measured when it is first asked for.
+        measured on random tokens, or what the model's dtype rounds the largest logit by, where that
+        is more; times four. Measured when it is first asked for.
         """
         if self._tolerance is None:
             self._tolerance = self._measure_tolerance()
@@ -176,7 +177,8 @@ class ExactRuntime(Runtime):
         passes = Passes(self._model, None, [0], longest, self._pair.device)
         passes.prompt(ids_1T[:, :_TRIED_TOKENS])
         checked_TV = passes.check(ids_1T[:, _TRIED_TOKENS:])[0]
-        replay, largest = Replay(self._model), 0.0
+        rounding = torch.finfo(checked_TV.dtype).eps
+        replay, largest = Replay(self._model), rounding * float(checked_TV.abs().max())
         for step in range(_TRIED_STEPS):
             logits_V = replay.logits(ids_1T[0, : _TRIED_TOKENS + step + 1], _TRIED_TOKENS)
             largest = max(largest, float((logits_V - checked_TV[step]).abs().max()))

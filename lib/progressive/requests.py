@@ -32,6 +32,19 @@ def check_can_draft(model: Any) -> None:
     Masks(model.config, 1, [0], torch.device("cpu"))
 
 
+def check_strict(model: Any) -> None:
+    """Raise InputError for a model of which a pass may say anything else than its ordinary forward:
+    in 16 bits routers, too, round otherwise, and choose other experts.
+    """
+    routed = any(name.lower().endswith("experts") for name, _ in model.named_modules())
+    if routed and model.dtype.itemsize < 4:
+        raise InputError(
+            f"exact='strict' can't tell where the experts of a {type(model).__name__} in "
+            f"{str(model.dtype).removeprefix('torch.')} are chosen otherwise than by plain "
+            "generate: load it in float32, or attach with exact=True"
+        )
+
+
 def why_unfit(model: Any, needed: set[str]) -> str | None:
     """Return why a model's tokens can't be computed at places that are given and taken back; None:
     they can. ``needed``: what its ``forward`` has to take.
@@ -78,6 +91,14 @@ def fixed_positions(config: Any) -> tuple[int | None, str]:
         if kind in _LENGTHENED:
             return limit or config.max_position_embeddings, kind
     return None, ""
+
+
+def num_positions(config: Any) -> int | None:
+    """Return how many positions a model has embeddings or a table for; None: it computes any."""
+    config = config.get_text_config(decoder=True)
+    if getattr(config, "rope_parameters", None):
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

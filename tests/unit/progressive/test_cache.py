@@ -161,3 +161,14 @@ def test_a_copy_goes_its_own_way_and_takes_tokens_over() -> None:
     assert copied.lengths.tolist() == [10, 8]
     copied.end_with(cache, torch.tensor([True, True]))
     assert copied.lengths.tolist() == cache.lengths.tolist() == [9, 8]
+
+
+def test_a_layer_without_tokens_of_its_own_is_copied_as_such() -> None:
+    cache, states = CroppableCache(2, 10), torch.randn(1, 1, 3, 2)
+    cache.update(states, states, 0)
+    copied = cache.copy()
+    cache.update(states, states, 0)
+    copied.copy_tokens(cache, torch.tensor([3]), 3)
+    copied.end_with(cache, torch.tensor([True]))
+    assert torch.equal(copied._own[0].keys, cache._own[0].keys)
+    assert copied.lengths.item() == 6 and not copied._own[1].is_initialized

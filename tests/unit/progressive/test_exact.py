@@ -18,6 +18,7 @@ from transformers import StoppingCriteriaList
 from lib.errors import InputError, PlacementError
 from lib.progressive.attach import attach
 from lib.progressive.exact import ExactRuntime
+from lib.progressive.windows import Windows
 
 IDS = torch.arange(1, 9).view(1, -1)
 PADDED = torch.tensor([[3, 4, 5, 6, 7, 8], [0, 0, 9, 10, 11, 12], [0, 0, 0, 0, 0, 13]])
@@ -63,6 +64,20 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gemma": lambda: build("GemmaForCausalLM", {**SMALL, "head_dim": 8}),
     "gemma2": lambda: build("Gemma2ForCausalLM", MIXED),
     "gemma3": lambda: build("Gemma3ForCausalLM", MIXED),
+    "gemma3n": lambda: build(
+        "Gemma3nForCausalLM",
+        {
+            **MIXED,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": 40,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+    ),
     "gpt_oss": lambda: build("GptOssForCausalLM", {**MIXED, "num_local_experts": 4}),
     "olmo2": lambda: build("Olmo2ForCausalLM", SMALL),
     "cohere": lambda: build("CohereForCausalLM", SMALL),
@@ -305,6 +320,24 @@ def test_strict_computes_near_ties_as_generate_does(
             greedy(model, PADDED, attention_mask=MASK)
 
 
+@pytest.mark.parametrize("name", ["cohere", "gpt2", "olmo2", "qwen3"])
+def test_strict_knows_how_bf16_rounds(name: str, tmp_path: Path) -> None:
+    model = perturb(FAMILIES[name]()).to(torch.bfloat16)
+    plain = greedy(model)
+    with exact(model, tmp_path, exact="strict") as runtime:
+        assert runtime.tolerance > 0
+        assert torch.equal(greedy(model), plain)
+
+
+def test_strict_refuses_routers_that_round(tmp_path: Path) -> None:
+    model = perturb(tiny_mixtral()).to(torch.bfloat16)
+    budget = {"HBM": 400_000, "SSD": None}
+    with pytest.raises(InputError, match="experts of a MixtralForCausalLM in bfloat16"):
+        attach(model, budget=budget, exact="strict")
+    with exact(model, tmp_path):
+        assert greedy(model).shape == (1, 28)
+
+
 def test_the_budget_holds_both(tmp_path: Path) -> None:
     model = perturb(tiny_llama())
     for limit in (200_000, 260_000, 400_000):
@@ -370,6 +403,34 @@ def test_texts_go_to_the_end_of_the_context(precision: str, length: int, tmp_pat
     with exact(model, tmp_path, precision=precision):
         assert torch.equal(greedy(model, ids[:1], max_new_tokens=None, max_length=length), one)
         assert torch.equal(greedy(model, ids, max_new_tokens=None, max_length=length), batch)
+
+
+def test_a_text_may_end_before_a_context_that_its_length_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Windows, "choose", lambda _: 31)
+    model = perturb(tiny_gpt2())
+    plain = greedy(model)
+    ends: dict[str, Any] = {"eos_token_id": int(plain[0, 20]), "pad_token_id": 0}
+    stopped = greedy(model, max_new_tokens=80, **ends)
+    with exact(model, tmp_path):
+        assert torch.equal(greedy(model, max_new_tokens=80, **ends), stopped)
+        with pytest.raises(IndexError):  # as plain generate
+            greedy(model, max_new_tokens=80)
+        assert torch.equal(greedy(model), plain)
+
+
+def test_a_draft_that_needs_more_room_than_was_planned_keeps_to_its_own(tmp_path: Path) -> None:
+    experts = {"num_local_experts": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}
+    config = {**SMALL, "head_dim": 8, "attention_chunk_size": 8, **experts}
+    model = perturb(build("Llama4ForCausalLM", config))  # experts that compute all at once
+    plain = greedy(model)
+    with pytest.raises(InputError) as refusal:
+        exact(model, tmp_path, budget={"HBM": 60_000, "SSD": None}).__enter__()
+    least = int(str(refusal.value).rpartition("=")[2])
+    with exact(model, tmp_path, budget={"HBM": least, "SSD": None}) as runtime:
+        assert torch.equal(greedy(model), plain)
+        assert runtime.stats().peak_resident_bytes <= least == runtime.budget["HBM"]
 
 
 def test_rotary_embeddings_that_change_on_the_way_are_refused(tmp_path: Path) -> None:
