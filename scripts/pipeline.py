@@ -149,7 +149,7 @@ def check_budget(config: Config) -> None:
 
     from gpt2.model import make_network
     from lib.commands.flags import parse_device
-    from lib.progressive.draft import divide
+    from lib.progressive.division import divide
     from lib.tiering import plan
 
     precision = None if bench.precision == "native" else bench.precision

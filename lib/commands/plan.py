@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ..checkpoint.models import quiet_transformers
 from ..machine import choose_machine
-from ..progressive.draft import divide
+from ..progressive.division import divide
 from ..progressive.requests import check_can_draft
 from ..report.plan_table import division_text, plan_sections
 from ..tiering import plan

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..precision.quality import QualityMeter
-from ..progressive.draft import WIDTHS, predict_acceptance
+from ..progressive.division import WIDTHS, predict_acceptance
 from ..tiering import attach, plan
 from ..tiering.planning.inputs import HintsGiven
 from ..tiering.planning.needs import PrecisionChoice

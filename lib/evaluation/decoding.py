@@ -15,7 +15,7 @@ from ..blocks import storage_bytes
 from ..errors import InputError
 from ..hints import Hints
 from ..progressive.attach import attach
-from ..progressive.draft import divide
+from ..progressive.division import divide
 from ..progressive.exact import ExactRuntime
 from ..progressive.requests import check_can_draft
 from ..tiering import Runtime

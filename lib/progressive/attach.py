@@ -15,7 +15,8 @@ from ..tiering.planning.budget import Budget
 from ..tiering.planning.inputs import HintsGiven
 from ..tiering.planning.needs import PrecisionChoice
 from ..tiering.planning.plans import Mode
-from .draft import Draft, divide
+from .division import divide
+from .draft import Draft
 from .exact import ExactRuntime
 from .requests import check_can_draft, check_strict
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .beside import Beside
-from .draft import LONGEST
+from .division import LONGEST
 from .drafter import Drafter, Text
 from .passes import ROWS, Passes, Replay
 from .requests import num_positions

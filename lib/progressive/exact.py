@@ -19,7 +19,8 @@ from ..tiering import Runtime, Stats
 from ..units import parse_bytes
 from ..vocabulary import Tier
 from .decoding import Decoding, Drafting, Pair
-from .draft import LONGEST, Draft
+from .division import LONGEST
+from .draft import Draft
 from .passes import ROWS, Passes, Replay
 from .requests import (
     arguments_to_pass,

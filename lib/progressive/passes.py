@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import CroppableCache, Masks
-from .draft import LONGEST
+from .division import LONGEST
 
 ROWS = LONGEST + 1
 """Tokens of a pass."""

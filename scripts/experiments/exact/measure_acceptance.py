@@ -41,7 +41,7 @@ from lib.hints import Hints, load_hints
 from lib.precision.allocate import allocate_precisions
 from lib.precision.sizes import PrecisionMap, StoredSizes, stored_sizes
 from lib.progress import show_progress
-from lib.progressive.draft import WIDTHS
+from lib.progressive.division import WIDTHS
 from lib.report.acceptance_plots import plot_acceptance
 from lib.text.held_out import load_tokenizer
 from lib.tiering import attach

@@ -29,7 +29,7 @@ from lib.commands.cli import emit_json, run_main
 from lib.commands.flags import whole_number
 from lib.errors import InputError
 from lib.progressive.attach import attach
-from lib.progressive.draft import LONGEST
+from lib.progressive.division import LONGEST
 from lib.progressive.exact import ExactRuntime
 from lib.progressive.windows import Windows
 from scripts.experiments.offload.trained import find_trained

@@ -26,7 +26,7 @@ from lib.commands.cli import emit_json, run_main
 from lib.commands.flags import whole_number
 from lib.errors import InputError
 from lib.progressive.attach import attach
-from lib.progressive.draft import WIDTHS
+from lib.progressive.division import WIDTHS
 from lib.progressive.exact import ExactRuntime
 from lib.text.held_out import load_tokenizer
 from scripts.experiments.exact.prompts import read_prompts

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_llama
 
 from lib.evaluation.acceptance import measure_acceptance
-from lib.progressive.draft import predict_acceptance
+from lib.progressive.division import predict_acceptance
 from lib.tiering import load
 from lib.vocabulary import Precision
 

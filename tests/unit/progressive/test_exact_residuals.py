@@ -13,7 +13,7 @@ from lib.codecs.native import load_native
 from lib.errors import InputError, PlacementError
 from lib.machine import UNMEASURED, MachineProfile, TierSpec
 from lib.progressive.attach import attach
-from lib.progressive.draft import divide
+from lib.progressive.division import divide
 from lib.progressive.exact import ExactRuntime
 from lib.vocabulary import Tier
 

@@ -13,9 +13,9 @@ from lib.blocks import partition_model
 from lib.codecs.kernels import kernel_name
 from lib.hints import BlockHint, Hints
 from lib.machine import UNMEASURED
-from lib.progressive import draft
+from lib.progressive import division
 from lib.progressive.attach import attach
-from lib.progressive.draft import LONGEST, WIDTHS, divide
+from lib.progressive.division import LONGEST, WIDTHS, divide
 from lib.progressive.exact import ExactRuntime
 from lib.vocabulary import Tier
 
@@ -27,7 +27,7 @@ def test_a_pass_is_planned_with_the_rate_of_products_with_as_many_rows(
         assert rows == LONGEST + 1 and dtype == torch.float32
         return 1e6
 
-    monkeypatch.setattr(draft, "measure_rows", rate)
+    monkeypatch.setattr(division, "measure_rows", rate)
     budget = {"HBM": "10MiB", "SSD": None}
     here = divide(tiny_llama(), None, budget=budget, precision="int8")
     assert here.full.machine.compute == {"fp32": 1e6}
