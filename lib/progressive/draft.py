@@ -30,7 +30,7 @@ class Draft:
         """The fast memory that it takes, and that in which residuals are decoded."""
         self.name = division.name
         """Its width, or which mixture of widths; None: what epsilon allows."""
-        self.model: Any = _copy_structure(model)
+        self.model: Any = _copy_structure(model).eval()  # dropout would only draft worse
         self.runtime: Runtime = attach_tiers(
             self.model, hints, precision=division.precision, **common
         )
