@@ -237,24 +237,30 @@ def test_the_present_length_counts_as_used() -> None:
         scheduler.grow(1, 1201)
 
 
-def test_room_in_portions_lets_more_run_and_then_wait() -> None:
+def test_room_in_portions_lets_more_run_where_answers_are_short_and_one_may_wait() -> None:
     whole, portions = make(3), make(3, growth_tokens=64)
     for scheduler in (whole, portions):
-        for each in range(40):
+        for each in range(60):
             scheduler.submit(each, 100, 1100, tier=FULL, top_tier=FULL)
-    assert len(whole.admit(0)) == 3
-    running = portions.admit(0)
-    assert len(running) > 10
+    assert len(whole.admit(0)) == len(portions.admit(0)) == 3  # nothing is known of them
+    ended = 0
+    while ended < 30:
+        assert portions.grow(ended, 110)
+        portions.finish(ended)
+        ended += 1
+        portions.admit(0)
+    assert portions.state().running > 10
+    first, second, *others = range(ended, ended + portions.state().running)
     for tokens in range(133, 1200, 64):
-        assert portions.grow(0, tokens)  # what is kept back is enough for one
+        assert portions.grow(first, tokens)  # what is kept back is enough for one
     tokens = 133
-    while portions.grow(1, tokens):
+    while portions.grow(second, tokens):
         tokens += 64
     assert tokens < 1200
-    for each in running[2:]:
+    for each in others:
         portions.finish(each)
-    assert portions.granted() == [Grant(1, FULL, tokens + 63)]
-    assert portions.grow(1, tokens)
+    assert portions.granted() == [Grant(second, FULL, tokens + 63)]
+    assert portions.grow(second, tokens)
 
 
 # -- deadlines and preemption ----------------------------------------------------------------------
