@@ -25,6 +25,8 @@ from .reserve import EscalationRates, probable_bytes
 
 _LATEST = 512
 """Answers whose lengths count."""
+_PATIENCE = 16
+"""Steps after which those that didn't fit are looked at again, if nothing else happens."""
 _DEVIATIONS = 2.0
 """Added to the average: with 1 or none more stand still, and fewer go on."""
 
@@ -42,6 +44,7 @@ class Outlook:
         self._sizes = sizes
         self._quantile = quantile
         self._tables: dict[tuple[int, bool], NDArray[np.float64]] = {}
+        self._refused: object = None
 
     def count(self, request: Account, *, cancelled: bool) -> None:
         """Hear that a request has ended: by itself, unless that was at its cap or ``cancelled``."""
@@ -63,6 +66,18 @@ class Outlook:
             (self._sizes.climb(each), self._chance(each)) for each in running if not each.drafts
         ]
         return probable_bytes(climbs, quantile=self._quantile, budget_bytes=budget_bytes)
+
+    def fits(self, running: Sequence[Account], budget_bytes: int) -> bool:
+        """Say whether the projected peak is within a budget. A no stands while the same ones run,
+        for some more steps.
+        """
+        paces = sum(each.length for each in running) // (_PATIENCE * len(running))
+        asked = budget_bytes, paces, [(each.id, each.tier, each.top) for each in running]
+        if asked == self._refused:
+            return False
+        fit = self.peak_bytes(running) <= budget_bytes
+        self._refused = None if fit else asked
+        return fit
 
     def peak_bytes(self, running: Sequence[Account]) -> int:
         """Return the projected peak."""

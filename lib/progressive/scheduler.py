@@ -298,7 +298,7 @@ class Scheduler:
         return (
             free >= max(each.need for each in running)
             and free >= self._outlook.soft_reserve(running, self._budget)
-            and (len(running) == 1 or self._outlook.peak_bytes(running) <= self._budget)
+            and (len(running) == 1 or self._outlook.fits(running, self._budget))
         )
 
     def _ask(self, ask: Grant) -> bool:

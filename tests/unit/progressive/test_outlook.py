@@ -108,6 +108,20 @@ def test_the_peak_is_the_mean_and_two_deviations_of_all_outcomes(
     assert outlook.peak_bytes(running) == pytest.approx(peak, rel=1e-6, abs=2)
 
 
+def test_what_didnt_fit_is_asked_anew_when_something_changes() -> None:
+    outlook = Outlook(Sizes(LADDER, window=0, portion=16), quantile=0.5)
+    running = [account(400, 1, 50, FULL), account(300, 1, 90, FULL)]
+    peak = outlook.peak_bytes(running)
+    assert outlook.fits(running, peak)
+    assert not outlook.fits(running, peak - 1) and not outlook.fits(running, peak - 1)
+    assert outlook.fits(running, peak)
+    assert not outlook.fits(running, peak - 1)
+    assert outlook.fits(running[:1], peak - 1)
+    assert not outlook.fits(running, peak - 1)
+    grown = [replace(each, tokens=each.tokens + 16, cap=each.cap - 30) for each in running]
+    assert outlook.fits(grown, peak - 1)
+
+
 def test_chances_are_those_of_answers_seen_and_of_one_that_goes_on() -> None:
     lengths = AnswerLengths()
     assert lengths.chances(3, 2).tolist() == [1, 1, 1]
