@@ -449,6 +449,8 @@ class Job:
     """(tokens, tier): from this length on, no lower tier will do."""
     deadline: float | None
     tokens: int = 0
+    pages_of: int = 0
+    """Tokens whose pages are made: all of them once there is to be another."""
     tier: int = 0
     settled: bool = False
     waits: bool = False
@@ -514,6 +516,7 @@ class Machine:
             self.end(job)
 
     def _grow(self, job: Job, tokens: int) -> None:
+        job.pages_of = job.tokens if tokens > job.tokens else job.pages_of
         if self.scheduler.grow(job.id, tokens):
             job.tokens = tokens
         else:
@@ -524,6 +527,7 @@ class Machine:
         """Climb; a check has just made the text longer."""
         checked = self.window if job.mode == "verified" else 0
         tokens = min(job.tokens + checked, job.prompt + job.new)
+        job.pages_of = job.tokens if tokens > job.tokens else job.pages_of
         if self.scheduler.ask_climb(job.id, tier, tokens):
             job.tier, job.tokens = tier, tokens
             assert self.scheduler.grow(job.id, tokens), "it came with the climb"
@@ -552,7 +556,7 @@ class Machine:
                     max(job.prompt, job.tokens),
                     job.new - max(0, job.tokens - job.prompt),
                 )
-                job.tokens, job.waits = 0, False
+                job.tokens, job.pages_of, job.waits = 0, 0, False
                 job.tier = job.tier if job.settled or job.mode == "full" else 0
                 self.running.remove(job.id)
                 self.evicted.add(job.id)
@@ -583,8 +587,7 @@ class Machine:
     def _most(self, job: Job) -> int:
         """Return what a text takes before its last page is made, with drafted tokens behind it."""
         window = self.window if job.mode == "verified" and job.tier < FULL else 0
-        start = max(0, job.tokens - 1)
-        return LADDER.peak_bytes(job.tier, job.tokens, start=start, window=window)
+        return LADDER.peak_bytes(job.tier, job.tokens, start=job.pages_of, window=window)
 
     def drain(self) -> None:
         """Nothing more comes: all that is there ends, and something moves in every round."""
