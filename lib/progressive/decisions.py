@@ -54,9 +54,12 @@ class Account:
     order: int
     """Of coming."""
     kind: str
+    begun: int
     prompt: int
     cap: int
-    """Tokens of the prompt, and with all new ones."""
+    """Tokens that it came with, those to begin with (more, if it was evicted), and with all new
+    ones.
+    """
     lowest: int
     tier: int
     top: int
@@ -69,6 +72,8 @@ class Account:
     tokens: int = 0
     room: int = 0
     """The length that its text has, and that it may have without asking."""
+    settled: int = 0
+    """Tokens of its text of which pages have been made, where they are to be."""
     held: int = 0
     claim: int = 0
     """Bytes at its tier and room, and the most that it has to get to end."""
@@ -79,9 +84,19 @@ class Account:
         return self.claim - self.held
 
     @property
+    def length(self) -> int:
+        """Tokens of its text, the whole prompt from the beginning on."""
+        return max(self.tokens, self.prompt)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of its answer so far."""
+        return self.length - self.begun
+
+    @property
     def left(self) -> float:
         """Share of its new tokens that it may still make: its chance to climb falls with it."""
-        return (self.cap - max(self.tokens, self.prompt)) / max(1, self.cap - self.prompt)
+        return (self.cap - self.length) / max(1, self.cap - self.prompt)
 
     def is_late(self, now: float) -> bool:
         """Say whether its deadline has passed."""
@@ -100,31 +115,48 @@ class Sizes:
 
     def grown(self, request: Account, tier: int, room: int) -> int:
         """Return the most bytes of a text until it has ``room`` tokens."""
-        window = self.window if request.drafts and tier < self.ladder.full else 0
-        start = max(0, request.tokens - 1)  # of a prompt, which has yet to come, all pieces count
-        return self.ladder.peak_bytes(tier, room, start=start, window=window)
+        window = self._window(tier, request.drafts)
+        return self.ladder.peak_bytes(tier, room, start=request.settled, window=window)
+
+    def settle(self, request: Account, tokens: int) -> None:
+        """Take back what a text held before its latest page was made: if there are more tokens now,
+        those before have been settled.
+        """
+        if tokens > request.tokens:
+            request.settled = request.tokens
+            request.held = self.grown(request, request.tier, request.room)
+
+    def at_length(self, tokens: int, tier: int, *, drafts: bool) -> int:
+        """Return the bytes that a text holds while it has so many tokens, its portion included."""
+        room, window = self._portions(tokens), self._window(tier, drafts)
+        return self.ladder.peak_bytes(tier, room, start=max(0, tokens - 1), window=window)
 
     def claimed(self, request: Account, tier: int) -> int:
         """Return the most bytes that it has to get to end, if it is at ``tier``: what drafts may
         stay there.
         """
-        return self._whole(request, tier) if request.drafts else self._whole(request, request.top)
+        return self.whole(request, tier) if request.drafts else self.whole(request, request.top)
 
     def largest(self, request: Account) -> int:
         """Return the most bytes that it may ever hold."""
         tiers = {max(request.lowest, request.top - 1), request.top}
-        return max(self._whole(request, tier) for tier in tiers)
+        return max(self.whole(request, tier) for tier in tiers)
 
     def climb(self, request: Account) -> int:
         """Return what its climb to the top would take more now."""
         return self.grown(request, request.top, request.room) - request.held
 
-    def _whole(self, request: Account, tier: int) -> int:
-        return self.grown(replace(request, tokens=0), tier, request.cap)
+    def whole(self, request: Account, tier: int) -> int:
+        """Return the most bytes that it may hold at a tier."""
+        return self.grown(replace(request, settled=0), tier, request.cap)
 
     def room_for(self, request: Account, tokens: int) -> int:
         """Return the length that a text is given room for which is to have so many tokens."""
-        if self.portion is None:
-            return request.cap
-        portions = -(-(tokens - SINK_TOKENS) // self.portion)
-        return min(request.cap, SINK_TOKENS + portions * self.portion)
+        return request.cap if self.portion is None else min(request.cap, self._portions(tokens))
+
+    def _portions(self, tokens: int) -> int:
+        assert self.portion is not None
+        return SINK_TOKENS + -(-(tokens - SINK_TOKENS) // self.portion) * self.portion
+
+    def _window(self, tier: int, drafts: bool) -> int:
+        return self.window if drafts and tier < self.ladder.full else 0

@@ -56,19 +56,23 @@ class EscalationRates:
     def __init__(self, history: Mapping[str, tuple[int, int]] | None = None) -> None:
         history = history or {}
         self._climbed = Counter({kind: climbed for kind, (climbed, _) in history.items()})
-        self._seen = Counter({kind: seen for kind, (_, seen) in history.items()})
+        self._decided = Counter({kind: seen for kind, (_, seen) in history.items()})
 
     def count(self, kind: str, *, climbed: bool) -> None:
         """Take one request into account."""
-        self._seen[kind] += 1
+        self._decided[kind] += 1
         self._climbed[kind] += climbed
 
     def upper(self, kind: str) -> float:
         """Return the upper limit (Clopper-Pearson, 95 %) of the chance to climb: 1 for a class of
         which none was seen.
         """
-        return upper_limit(self._climbed[kind], self._seen[kind])
+        return upper_limit(self._climbed[kind], self._decided[kind])
+
+    def seen(self, kind: str) -> float:
+        """Return the share of a class that climbed: 0 while none was seen."""
+        return self._climbed[kind] / max(1, self._decided[kind])
 
     def to_dict(self) -> dict[str, tuple[int, int]]:
         """Return class -> (climbed, seen)."""
-        return {kind: (self._climbed[kind], seen) for kind, seen in self._seen.items()}
+        return {kind: (self._climbed[kind], seen) for kind, seen in self._decided.items()}

@@ -10,7 +10,9 @@ sum of held:
                 gives back all it holds (``is_safe``); so sum of held <= B
     admission   free afterwards >= the largest need of all that then run (the *hard reserve*: one
                 full escalation at its length's cap), and >= what climbs will probably take (the
-                *soft reserve*, a quantile; it shortens waits and no promise rests on it)
+                *soft reserve*, a quantile); and B >= what all will probably have grown to (the
+                *projected peak*, ``outlook.py``). The latter two shorten waits, and no promise
+                rests on them
     the line    what can't be given at once waits, its state kept, first come first served, before
                 any admission: its first gets what it asks for if the invariant then holds; one
                 behind it, only if with what is free it could finish
@@ -40,7 +42,8 @@ from ..errors import InputError
 from .bounds import RequestError
 from .decisions import Account, Grant, Preemption, SchedulerState, Sizes
 from .ladder import Ladder
-from .reserve import EscalationRates, is_safe, probable_bytes
+from .outlook import Outlook
+from .reserve import is_safe
 
 
 class Scheduler:
@@ -71,11 +74,10 @@ class Scheduler:
                 f"{slot_bytes} that all requests share: give more"
             )
         self.ladder = ladder
-        self.rates = EscalationRates(history)
         self._budget = budget_bytes - slot_bytes
         self._slot = slot_bytes
         self._sizes = Sizes(ladder, window=window, portion=growth_tokens)
-        self._quantile = soft_quantile
+        self._outlook = Outlook(self._sizes, quantile=soft_quantile, history=history)
         self._submitted = 0
         self._waiting: list[Account] = []
         self._running: dict[int, Account] = {}
@@ -108,6 +110,7 @@ class Scheduler:
             id=id,
             order=self._submitted,
             kind=kind,
+            begun=prompt_tokens,
             prompt=prompt_tokens,
             cap=prompt_tokens + max_new_tokens,
             lowest=tier,
@@ -135,9 +138,7 @@ class Scheduler:
         for request in [each for each in self._waiting if not each.is_late(now)]:
             first = replace(request, room=self._sizes.room_for(request, request.prompt + 1))
             first.held = self._sizes.grown(first, first.tier, first.room)
-            free = self._free - first.held
-            then = [*self._running.values(), first]
-            if self._line or free < max(each.need for each in then) or free < self._probable(then):
+            if self._line or not self._has_room_for([*self._running.values(), first]):
                 break
             self._running[request.id] = first
             self._waiting.remove(request)
@@ -147,13 +148,13 @@ class Scheduler:
     def finish(self, id: int, *, cancelled: bool = False) -> None:
         """Forget a request, running or not: it has given back its memory.
 
-        A ``cancelled`` one says nothing about how often its class climbs.
+        A ``cancelled`` one says nothing about how often its class climbs, nor how long answers get.
         """
         request = self._running.pop(id, None)
         if request is None:
             self._waiting = [each for each in self._waiting if each.id != id]
-        elif not cancelled:
-            self._decide(request, climbed=False)
+        else:
+            self._outlook.count(request, cancelled=cancelled)
         self._line.pop(id, None)
 
     def expired(self, now: float) -> list[int]:
@@ -169,10 +170,11 @@ class Scheduler:
         """
         request = self._running[id]
         assert request.tier < tier <= request.top, f"no climb from {request.tier} to {tier}"
+        self._sizes.settle(request, tokens)
         ask = Grant(id, tier, max(request.room, self._sizes.room_for(request, tokens)))
         if request.drafts and (self._line or not self._can_give(ask, first=True)):
             return False
-        self._decide(request, climbed=True)
+        self._outlook.decide(request, climbed=True)
         return self._ask(ask)
 
     def grow(self, id: int, tokens: int) -> bool:
@@ -184,6 +186,7 @@ class Scheduler:
         request = self._running[id]
         assert tokens <= request.cap, f"{tokens} tokens, and {request.cap} were announced"
         assert tokens >= request.tokens, f"{tokens} tokens, after {request.tokens}"
+        self._sizes.settle(request, tokens)
         if tokens > request.room:
             room = self._sizes.room_for(request, tokens)
             if not self._ask(Grant(id, request.tier, room)):
@@ -207,7 +210,7 @@ class Scheduler:
         and if it is evicted it starts there again.
         """
         request = self._running[id]
-        self._decide(request, climbed=False)
+        self._outlook.decide(request, climbed=False)
         self._line.pop(id, None)
         request.lowest = request.top = request.tier
         request.claim = self._sizes.claimed(request, request.tier)
@@ -270,11 +273,11 @@ class Scheduler:
             used_bytes=self.bytes_used(),
             held_bytes=self.bytes_held(),
             hard_reserve_bytes=max((each.need for each in running), default=0),
-            soft_reserve_bytes=self._probable(running),
+            soft_reserve_bytes=self._outlook.soft_reserve(running, self._budget),
             running=len(running),
             asking=len(self._line),
             waiting=len(self._waiting),
-            rates=self.rates.to_dict(),
+            rates=self._outlook.rates.to_dict(),
         )
 
     # -- inside ------------------------------------------------------------------------------------
@@ -289,18 +292,14 @@ class Scheduler:
     def _is_safe(self) -> bool:
         return is_safe(self._free, ((each.held, each.need) for each in self._running.values()))
 
-    def _probable(self, running: Sequence[Account]) -> int:
-        climbs = [
-            (self._sizes.climb(each), self.rates.upper(each.kind) * each.left)
-            for each in running
-            if each.tier < each.top and not each.drafts
-        ]
-        return probable_bytes(climbs, quantile=self._quantile, budget_bytes=self._budget)
-
-    def _decide(self, request: Account, *, climbed: bool) -> None:
-        if not request.decided:
-            self.rates.count(request.kind, climbed=climbed)
-            request.decided = True
+    def _has_room_for(self, running: Sequence[Account]) -> bool:
+        """Say whether these may run, the last of them as well; alone it stands still for nobody."""
+        free = self._budget - sum(each.held for each in running)
+        return (
+            free >= max(each.need for each in running)
+            and free >= self._outlook.soft_reserve(running, self._budget)
+            and (len(running) == 1 or self._outlook.fits(running, self._budget))
+        )
 
     def _ask(self, ask: Grant) -> bool:
         if ask.id in self._line:
@@ -345,6 +344,7 @@ class Scheduler:
         del self._running[request.id]
         self._line.pop(request.id, None)
         request.prompt = max(request.prompt, request.tokens)
-        request.tier, request.tokens, request.room, request.held = request.lowest, 0, 0, 0
+        request.tier, request.tokens, request.settled = request.lowest, 0, 0
+        request.room = request.held = 0
         request.claim = self._sizes.claimed(request, request.tier)
         self._waiting = sorted([*self._waiting, request], key=lambda each: each.order)

@@ -15,8 +15,9 @@ and hard requests within a budget of fast memory for keys and values, by
 Hard requests are those of the pool whose calibrated bound at the compact tier is above epsilon, so
 a mix has the escalation rate p by construction; *identity* is 1/(c + (1 - c) p) with c the compact
 tier's share of full bytes, on average while a text grows. Requests that have memory and wait for
-more count in no concurrency. A *good* answer has a measured mean KL within epsilon. Tables first;
-the last line of stdout is one JSON document.
+more count in no concurrency. A *good* answer has a measured mean KL within epsilon, and counts by
+the share of its tokens that came while it was watched. Tables first; the last line of stdout is one
+JSON document.
 """
 
 import argparse
@@ -314,12 +315,14 @@ def describe(study: Study, system: str, mix: Sequence[Pooled], found: Saturated)
         else:
             errors.append(each.measured.get(system, each.measured["compact"]))
     good = [error <= study.epsilon for error in errors]
+    shares = [n / o.new_tokens for n, o in zip(found.tokens, outcomes, strict=True)]
     violations, count = len(good) - sum(good), len(good)
     low, high = proportion_interval(violations, count)
     return {
         "concurrency": found.concurrency,
-        "tokens_per_s": found.tokens / found.seconds,
-        "goodput": sum(good[index] for index in found.finished) / found.seconds,
+        "tokens_per_s": sum(found.tokens) / found.seconds,
+        "goodput": sum(shares[index] for index, is_good in enumerate(good) if is_good)
+        / found.seconds,
         "fast_bytes": mean(outcome.quality.kv_bytes for outcome in outcomes),
         "total_bytes": mean(outcome.quality.total_bytes for outcome in outcomes),
         "most_kv_bytes": found.stats.most_kv_bytes,

@@ -68,10 +68,8 @@ class Saturated:
 
     answers: list[Answer]
     seconds: float
-    tokens: int
-    """Released in that time."""
-    finished: list[int]
-    """Indices of the requests that ended in it."""
+    tokens: list[int]
+    """Of each request, released in that time."""
     concurrency: float
     """Mean over its steps."""
     stats: EngineStats
@@ -99,8 +97,7 @@ def saturate(
     return Saturated(
         answers=answers,
         seconds=end - begin,
-        tokens=sum(n for answer in answers for when, n in answer.times if begin < when <= end),
-        finished=[index for index, answer in enumerate(answers) if begin < answer.ended <= end],
+        tokens=[sum(n for when, n in each.times if begin < when <= end) for each in answers],
         concurrency=(stats.running_steps - first.running_steps) / max(1, stats.steps - first.steps),
         stats=stats,
     )

@@ -237,24 +237,30 @@ def test_the_present_length_counts_as_used() -> None:
         scheduler.grow(1, 1201)
 
 
-def test_room_in_portions_lets_more_run_and_then_wait() -> None:
+def test_room_in_portions_lets_more_run_where_answers_are_short_and_one_may_wait() -> None:
     whole, portions = make(3), make(3, growth_tokens=64)
     for scheduler in (whole, portions):
-        for each in range(40):
+        for each in range(60):
             scheduler.submit(each, 100, 1100, tier=FULL, top_tier=FULL)
-    assert len(whole.admit(0)) == 3
-    running = portions.admit(0)
-    assert len(running) > 10
+    assert len(whole.admit(0)) == len(portions.admit(0)) == 3  # nothing is known of them
+    ended = 0
+    while ended < 30:
+        assert portions.grow(ended, 110)
+        portions.finish(ended)
+        ended += 1
+        portions.admit(0)
+    assert portions.state().running > 10
+    first, second, *others = range(ended, ended + portions.state().running)
     for tokens in range(133, 1200, 64):
-        assert portions.grow(0, tokens)  # what is kept back is enough for one
+        assert portions.grow(first, tokens)  # what is kept back is enough for one
     tokens = 133
-    while portions.grow(1, tokens):
+    while portions.grow(second, tokens):
         tokens += 64
     assert tokens < 1200
-    for each in running[2:]:
+    for each in others:
         portions.finish(each)
-    assert portions.granted() == [Grant(1, FULL, tokens + 63)]
-    assert portions.grow(1, tokens)
+    assert portions.granted() == [Grant(second, FULL, tokens + 63)]
+    assert portions.grow(second, tokens)
 
 
 # -- deadlines and preemption ----------------------------------------------------------------------
@@ -443,6 +449,8 @@ class Job:
     """(tokens, tier): from this length on, no lower tier will do."""
     deadline: float | None
     tokens: int = 0
+    pages_of: int = 0
+    """Tokens whose pages are made: all of them once there is to be another."""
     tier: int = 0
     settled: bool = False
     waits: bool = False
@@ -508,6 +516,7 @@ class Machine:
             self.end(job)
 
     def _grow(self, job: Job, tokens: int) -> None:
+        job.pages_of = job.tokens if tokens > job.tokens else job.pages_of
         if self.scheduler.grow(job.id, tokens):
             job.tokens = tokens
         else:
@@ -518,6 +527,7 @@ class Machine:
         """Climb; a check has just made the text longer."""
         checked = self.window if job.mode == "verified" else 0
         tokens = min(job.tokens + checked, job.prompt + job.new)
+        job.pages_of = job.tokens if tokens > job.tokens else job.pages_of
         if self.scheduler.ask_climb(job.id, tier, tokens):
             job.tier, job.tokens = tier, tokens
             assert self.scheduler.grow(job.id, tokens), "it came with the climb"
@@ -546,7 +556,7 @@ class Machine:
                     max(job.prompt, job.tokens),
                     job.new - max(0, job.tokens - job.prompt),
                 )
-                job.tokens, job.waits = 0, False
+                job.tokens, job.pages_of, job.waits = 0, 0, False
                 job.tier = job.tier if job.settled or job.mode == "full" else 0
                 self.running.remove(job.id)
                 self.evicted.add(job.id)
@@ -577,8 +587,7 @@ class Machine:
     def _most(self, job: Job) -> int:
         """Return what a text takes before its last page is made, with drafted tokens behind it."""
         window = self.window if job.mode == "verified" and job.tier < FULL else 0
-        start = max(0, job.tokens - 1)
-        return LADDER.peak_bytes(job.tier, job.tokens, start=start, window=window)
+        return LADDER.peak_bytes(job.tier, job.tokens, start=job.pages_of, window=window)
 
     def drain(self) -> None:
         """Nothing more comes: all that is there ends, and something moves in every round."""
