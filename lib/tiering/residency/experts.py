@@ -6,7 +6,7 @@ less.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -70,6 +70,8 @@ class ExpertSlots:
         self._shape: CacheShape | None = None
         self._plan: Plan | None = None
         self._has_warned = False
+        self._asked_at = 0.0
+        """When the present use has asked for what it lacks."""
         self.is_busy = False
         """A use has begun and not come to its end."""
         self._slots: dict[Expert, tuple[Ticket, Weights | None]] = {}
@@ -153,9 +155,12 @@ class ExpertSlots:
 
     # -- use ---------------------------------------------------------------------------------------
 
-    def use(self, layer: int, tokens: Tokens) -> Iterator[tuple[int, Weights]]:
+    def use(
+        self, layer: int, tokens: Tokens, *, meanwhile: Callable[[], None]
+    ) -> Iterator[tuple[int, Weights]]:
         """Yield each expert that the tokens of a layer are routed to with its weights in fast
         memory, those first that are there. What was yielded may go when the next is asked for.
+        ``meanwhile`` is done once what is missing is on its way.
 
         Raises PlacementError where stored bytes are not sound.
         """
@@ -165,6 +170,10 @@ class ExpertSlots:
         admission = self._admit(layer, tokens)
         for number in admission.misses:
             self._submit(experts[number], urgent=True)
+        assert self.cache is not None
+        self._asked_at = self._memory.charges.now()
+        meanwhile()
+        self.cache.learn()
         for number in (*admission.hits, *admission.misses):
             yield number, self._weights(layer, experts[number])
             self.transport.done_with(self._slots[experts[number]][0].slot, shared=False)
@@ -185,7 +194,7 @@ class ExpertSlots:
         ``let_go``. Raises PlacementError where stored bytes are not sound.
         """
         expert = self._layers[layer].experts[number]
-        self.is_busy = True
+        self.is_busy, self._asked_at = True, self._memory.charges.now()
         if not (again and expert in self._slots):
             self._admit(layer, tokens, goes_on=goes_on)
         self._submit(expert, urgent=True)
@@ -208,6 +217,8 @@ class ExpertSlots:
         returns whether it is on its way for that.
         """
         assert self.cache is not None
+        if (layer, number) in self.cache:
+            return False
         expert = self._layers[layer].experts[number]
         self.is_busy = True
         evicted = self.cache.admit_predicted(layer, number)
@@ -226,11 +237,6 @@ class ExpertSlots:
         if self.cache is not None:
             self.cache.counters = self._counters
 
-    def wants(self, layer: int) -> bool:
-        """Say whether the routing of a layer's next call should be predicted."""
-        known = self.cache is not None and layer in self.cache.sizes
-        return known and self.foresight.speculation.wants()
-
     def _admit(self, layer: int, tokens: Tokens, *, goes_on: bool = False) -> Admission:
         """Ask the cache, and let go of what it evicts."""
         cache = self.cache
@@ -240,8 +246,11 @@ class ExpertSlots:
         self._withdraw(layer)
         self.foresight.guesses.settle(layer, distinct)
         if len(tokens) <= FEW_TOKENS and needed <= cache.capacity_bytes:
-            self.ready += sum(self._is_there(layer, number) for number in distinct)
+            there = {number for number in distinct if self._is_there(layer, number)}
+            self.ready += len(there)
             admission = cache.use(layer, distinct, goes_on=goes_on)
+            hits = sorted(admission.hits, key=lambda number: number not in there)
+            admission = admission._replace(hits=tuple(hits))
             for number in admission.misses:
                 self.foresight.miss(layer, number, _unit(self._layers[layer].experts[number]))
         else:
@@ -294,7 +303,8 @@ class ExpertSlots:
             if ticket.error is not None:  # not an interrupt: the read has failed
                 self._forget(layer, expert)
             raise
-        self.foresight.judge(layer, expert.number, ticket, self._memory.charges.now() - begun)
+        waited, since = self._memory.charges.now() - begun, begun - self._asked_at
+        self.foresight.judge(layer, expert.number, ticket, waited, since)
         self._memory.transitions.arrive(
             expert.name, ticket.asked, ticket.ended, ticket.unit.num_bytes
         )

@@ -4,10 +4,6 @@ from ...policy.experts.speculation import Speculation
 from ..transfer.transport import Ticket, Unit
 from .guesses import Guesses
 
-_LATE = 0.25
-"""Share of a read's time that may be waited for what was read ahead, and of the reads that may be
-late.
-"""
 _LEARNT = 0.1
 """Weight of the latest read in what is known of reads."""
 
@@ -22,13 +18,7 @@ class Foresight:
         """What is read ahead."""
         self._read_seconds: dict[int, float] = {}
         """What a read takes lately, by its bytes."""
-        self._lateness = 0.0
         self._last_ended = 0.0
-
-    @property
-    def reads_late(self) -> bool:
-        """What is read ahead for the layer that begins mostly comes too late."""
-        return self._lateness > _LATE
 
     def clear(self) -> None:
         """Forget what is on its way, and try anew whether it pays; what reads take stays known."""
@@ -40,15 +30,16 @@ class Foresight:
         if self.guesses.take_gone(layer, number):
             self.speculation.lose(self._read_time(unit))
 
-    def judge(self, layer: int, number: int, ticket: Ticket, waited: float) -> None:
-        """Learn from a read that was waited for so many seconds."""
+    def judge(self, layer: int, number: int, ticket: Ticket, waited: float, since: float) -> None:
+        """Learn from a read that was waited for so many seconds, ``since`` so many after its layer
+        had asked: a read on demand would have gone on for as long meanwhile.
+        """
         usual = self._read_time(ticket.unit)
+        left = max(usual - since, 0.0)
         if self.guesses.take_right(layer, number):
-            self.speculation.gain(usual - waited)
-            late = waited > _LATE * usual
-            self._lateness += _LEARNT * (late - self._lateness)
+            self.speculation.gain(left - waited)
         elif self.guesses:
-            self.speculation.lose(max(waited - usual, 0.0))
+            self.speculation.lose(max(waited - left, 0.0))
         took = max(ticket.ended - max(ticket.asked, self._last_ended), 0.0)
         self._last_ended = max(self._last_ended, ticket.ended)
         learnt = usual + _LEARNT * (took - usual) if usual else took
