@@ -124,7 +124,7 @@ class ExpertCache:
         call = self._calls[layer] if goes_on else self._begin(layer)
         self.values.touch(layer, experts, call)
         self._settle(layer, experts)
-        enter = self._residents.offer if self._bypasses else self._residents.admit
+        enter = self._residents.offer if self.bypasses else self._residents.admit
         admission = enter(layer, experts, self.values.key)
         self._current = frozenset((layer, index) for index in experts)
         counters = self.counters
@@ -205,12 +205,13 @@ class ExpertCache:
         return evicted
 
     @property
-    def _bypasses(self) -> bool:
+    def bypasses(self) -> bool:
+        """What is worth least goes through the slots beside the cache's."""
         return self._spare and self.below_cycle
 
     def _resize(self, capacity_bytes: int) -> None:
         self._residents.capacity_bytes = capacity_bytes
-        self.values.resize(capacity_bytes, bypasses=self._bypasses)
+        self.values.resize(capacity_bytes, bypasses=self.bypasses)
 
     def _begin(self, layer: int) -> int:
         """Start a layer's next call: its residents are older by one; returns its number."""

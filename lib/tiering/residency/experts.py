@@ -5,7 +5,6 @@ what the next layers are expected to route to is read behind that, into room tha
 less.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from ...policy.experts import Admission, Counters, ExpertCache
 from ...policy.plan import Plan
-from ...units import format_bytes
 from ..payload.layout import Payload
 from ..transfer.transport import Ticket, Unit
-from .cache_shape import CacheShape, shape_cache
+from .cache_shape import CacheShape, shape_cache, warn_below_cycle
 from .fast_memory import FastMemory
 from .foresight import Foresight
 from .held_expert import ExpertWeight, HeldExpert
@@ -70,8 +68,6 @@ class ExpertSlots:
         self._shape: CacheShape | None = None
         self._plan: Plan | None = None
         self._has_warned = False
-        self._asked_at = 0.0
-        """When the present use has asked for what it lacks."""
         self.is_busy = False
         """A use has begun and not come to its end."""
         self._slots: dict[Expert, tuple[Ticket, Weights | None]] = {}
@@ -131,13 +127,7 @@ class ExpertSlots:
         self.cache.counters = self._counters
         if self.cache.below_cycle and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                f"{format_bytes(self.cache.capacity_bytes)} for experts is less than a token uses, "
-                f"{format_bytes(self.cache.cycle_bytes)}: most are read for every token; give that "
-                "much more HBM, or fewer bits",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_below_cycle(self.cache)
         for layer, number in self.cache.experts():
             self._submit(self._layers[layer].experts[number], urgent=False)
 
@@ -171,7 +161,7 @@ class ExpertSlots:
         for number in admission.misses:
             self._submit(experts[number], urgent=True)
         assert self.cache is not None
-        self._asked_at = self._memory.charges.now()
+        self.foresight.begin(self._memory.charges.now())
         meanwhile()
         self.cache.learn()
         for number in (*admission.hits, *admission.misses):
@@ -194,7 +184,8 @@ class ExpertSlots:
         ``let_go``. Raises PlacementError where stored bytes are not sound.
         """
         expert = self._layers[layer].experts[number]
-        self.is_busy, self._asked_at = True, self._memory.charges.now()
+        self.is_busy = True
+        self.foresight.begin(self._memory.charges.now())
         if not (again and expert in self._slots):
             self._admit(layer, tokens, goes_on=goes_on)
         self._submit(expert, urgent=True)
@@ -243,8 +234,9 @@ class ExpertSlots:
         assert cache is not None
         distinct = list(dict.fromkeys(number for token in tokens for number in token))
         needed = sum(cache.sizes[layer][number] for number in distinct)
-        self._withdraw(layer)
-        self.foresight.guesses.settle(layer, distinct)
+        guessed = self.foresight.guesses.of(layer)
+        self.foresight.guesses.settle(layer, distinct, bypasses=cache.bypasses)
+        self._withdraw(layer, guessed)
         if len(tokens) <= FEW_TOKENS and needed <= cache.capacity_bytes:
             there = {number for number in distinct if self._is_there(layer, number)}
             self.ready += len(there)
@@ -258,10 +250,9 @@ class ExpertSlots:
         self._evict(admission.evicted)
         return admission
 
-    def _withdraw(self, layer: int) -> None:
+    def _withdraw(self, layer: int, guessed: Sequence[int]) -> None:
         """Take back what was to be read ahead for a layer and has not begun."""
-        assert self.cache is not None
-        for number in self.foresight.guesses.of(layer):
+        for number in guessed:
             held = self._slots.get(expert := self._layers[layer].experts[number])
             if held is not None and self.transport.withdraw(held[0]):
                 self._forget(layer, expert)
@@ -303,8 +294,8 @@ class ExpertSlots:
             if ticket.error is not None:  # not an interrupt: the read has failed
                 self._forget(layer, expert)
             raise
-        waited, since = self._memory.charges.now() - begun, begun - self._asked_at
-        self.foresight.judge(layer, expert.number, ticket, waited, since)
+        waited = self._memory.charges.now() - begun
+        self.foresight.judge(layer, expert.number, ticket, begun, waited)
         self._memory.transitions.arrive(
             expert.name, ticket.asked, ticket.ended, ticket.unit.num_bytes
         )

@@ -19,6 +19,10 @@ class Foresight:
         self._read_seconds: dict[int, float] = {}
         """What a read takes lately, by its bytes."""
         self._last_ended = 0.0
+        self._asked = self._free = self._gained = 0.0
+        """Of the present use: when it asked for what it lacks, when its reads on demand would have
+        ended, and the seconds gained so far.
+        """
 
     def clear(self) -> None:
         """Forget what is on its way, and try anew whether it pays; what reads take stays known."""
@@ -30,16 +34,24 @@ class Foresight:
         if self.guesses.take_gone(layer, number):
             self.speculation.lose(self._read_time(unit))
 
-    def judge(self, layer: int, number: int, ticket: Ticket, waited: float, since: float) -> None:
-        """Learn from a read that was waited for so many seconds, ``since`` so many after its layer
-        had asked: a read on demand would have gone on for as long meanwhile.
+    def begin(self, now: float) -> None:
+        """Hear that a use has asked for what it lacks."""
+        self._asked = self._free = now
+        self._gained = 0.0
+
+    def judge(self, layer: int, number: int, ticket: Ticket, begun: float, waited: float) -> None:
+        """Learn from a read that was waited for so many seconds.
+
+        On demand this use's reads would have gone one after the other since it asked, and it would
+        be behind by what was gained so far.
         """
         usual = self._read_time(ticket.unit)
-        left = max(usual - since, 0.0)
-        if self.guesses.take_right(layer, number):
-            self.speculation.gain(left - waited)
-        elif self.guesses:
-            self.speculation.lose(max(waited - left, 0.0))
+        foreseen = self.guesses.take_right(layer, number)
+        asked = self._asked if foreseen else ticket.asked + self._gained
+        self._free = max(self._free, asked) + usual
+        gained = max(self._free - begun - self._gained, 0.0) - waited
+        self._gained += gained
+        self.speculation.gain(gained)
         took = max(ticket.ended - max(ticket.asked, self._last_ended), 0.0)
         self._last_ended = max(self._last_ended, ticket.ended)
         learnt = usual + _LEARNT * (took - usual) if usual else took
