@@ -158,10 +158,10 @@ class ExpertSlots:
         experts[0].refuse_written()
         self.is_busy = True
         admission = self._admit(layer, tokens)
+        self.foresight.begin(self._memory.charges.now())
         for number in admission.misses:
             self._submit(experts[number], urgent=True)
         assert self.cache is not None
-        self.foresight.begin(self._memory.charges.now())
         meanwhile()
         self.cache.learn()
         for number in (*admission.hits, *admission.misses):
@@ -191,7 +191,7 @@ class ExpertSlots:
         self._submit(expert, urgent=True)
         ticket, known = self._slots[expert]
         buffer = self._wait(layer, expert) if known is None else self.transport.wait(ticket)
-        self._slots[expert] = ticket, {}
+        self._slots[expert] = self._slots[expert][0], {}
         moved = ticket.unit.data_bytes if known is None else 0
         return (expert.shard_in_memory(0) if buffer is None else buffer), moved
 
@@ -281,13 +281,21 @@ class ExpertSlots:
             buffer = self._wait(layer, expert)
             moved(ticket.unit.data_bytes)
         made: Weights = expert.view(expert.shard_in_memory(0) if buffer is None else buffer)
-        self._slots[expert] = ticket, made
+        self._slots[expert] = self._slots[expert][0], made
         return made
 
     def _wait(self, layer: int, expert: Expert) -> Tensor | None:
-        """Wait for an expert that is on its way, and learn from that."""
-        ticket = self._slots[expert][0]
+        """Wait for an expert that is on its way, and learn from that. What could not be read ahead
+        of this use is read once more.
+        """
         begun = self._memory.charges.now()
+        ticket = self._slots[expert][0]
+        if ticket.asked < self.foresight.asked:
+            ticket.arrived.wait()
+            if ticket.error is not None:
+                self._release(expert)
+                self._submit(expert, urgent=True)
+                ticket = self._slots[expert][0]
         try:
             buffer = self.transport.wait(ticket)
         except BaseException:

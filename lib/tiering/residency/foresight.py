@@ -19,10 +19,10 @@ class Foresight:
         self._read_seconds: dict[int, float] = {}
         """What a read takes lately, by its bytes."""
         self._last_ended = 0.0
-        self._asked = self._free = self._gained = 0.0
-        """Of the present use: when it asked for what it lacks, when its reads on demand would have
-        ended, and the seconds gained so far.
-        """
+        self.asked = 0.0
+        """When the present use has asked for what it lacks."""
+        self._free = self._gained = 0.0
+        """When its reads on demand would have ended, and the seconds gained so far."""
 
     def clear(self) -> None:
         """Forget what is on its way, and try anew whether it pays; what reads take stays known."""
@@ -35,8 +35,8 @@ class Foresight:
             self.speculation.lose(self._read_time(unit))
 
     def begin(self, now: float) -> None:
-        """Hear that a use has asked for what it lacks."""
-        self._asked = self._free = now
+        """Hear that a use asks for what it lacks."""
+        self.asked = self._free = now
         self._gained = 0.0
 
     def judge(self, layer: int, number: int, ticket: Ticket, begun: float, waited: float) -> None:
@@ -47,7 +47,7 @@ class Foresight:
         """
         usual = self._read_time(ticket.unit)
         foreseen = self.guesses.take_right(layer, number)
-        asked = self._asked if foreseen else ticket.asked + self._gained
+        asked = self.asked if foreseen else ticket.asked + self._gained
         self._free = max(self._free, asked) + usual
         gained = max(self._free - begun - self._gained, 0.0) - waited
         self._gained += gained
