@@ -78,6 +78,7 @@ class ExpertCache:
         self._spare = spare
         self.values = _make_values(policy, sizes, per_token, counts)
         self._residents = Residents(sizes, capacity_bytes)
+        self._may_learn = False
         self._resize(capacity_bytes)
         self._calls: dict[int, int] = dict.fromkeys(sizes, 0)
         self._chosen = self.values.chosen
@@ -119,10 +120,11 @@ class ExpertCache:
         """
         self._check_experts(layer, experts)
         self._check_fit(layer, experts)
+        self.learn()
         call = self._calls[layer] if goes_on else self._begin(layer)
         self.values.touch(layer, experts, call)
         self._settle(layer, experts)
-        enter = self._residents.offer if self._bypasses else self._residents.admit
+        enter = self._residents.offer if self.bypasses else self._residents.admit
         admission = enter(layer, experts, self.values.key)
         self._current = frozenset((layer, index) for index in experts)
         counters = self.counters
@@ -132,7 +134,16 @@ class ExpertCache:
         counters.misses += len(read)
         counters.missed_bytes += self._bytes(layer, read)
         self._note_evicted(admission.evicted)
+        self._may_learn = bool(read)
         return admission
+
+    def learn(self) -> None:
+        """Do what was put off until something is read: call it once reads are on their way. The
+        next call does it otherwise, with the same decisions.
+        """
+        if self._may_learn:
+            self._may_learn = False
+            self.values.learn()
 
     def use_many(
         self, layer: int, tokens: Sequence[Sequence[int]], *, goes_on: bool = False
@@ -147,6 +158,7 @@ class ExpertCache:
         for experts in tokens:
             self._check_experts(layer, experts)
         experts = distinct(tokens)
+        self.learn()
         call = self._calls[layer] if goes_on else self._begin(layer)
         self.values.touch_prompt(layer, tokens, call)
         self._settle(layer, experts, decodes=False)
@@ -193,12 +205,13 @@ class ExpertCache:
         return evicted
 
     @property
-    def _bypasses(self) -> bool:
+    def bypasses(self) -> bool:
+        """What is worth least goes through the slots beside the cache's."""
         return self._spare and self.below_cycle
 
     def _resize(self, capacity_bytes: int) -> None:
         self._residents.capacity_bytes = capacity_bytes
-        self.values.resize(capacity_bytes, bypasses=self._bypasses)
+        self.values.resize(capacity_bytes, bypasses=self.bypasses)
 
     def _begin(self, layer: int) -> int:
         """Start a layer's next call: its residents are older by one; returns its number."""

@@ -1,7 +1,7 @@
 """Whether reading ahead pays, by what it was measured to gain.
 
-A use that a read ahead served has gained the time that its read would have taken; a demand that
-waited for a read ahead to end has lost that time, and so has one for an expert that was evicted
+A use that a read ahead served has gained the time that it would have waited on demand; one that
+waited for a wrong guess to end has lost that time, and so has one for an expert that was evicted
 for a guess. While the balance of the last uses is not positive no guess is read, but for a short
 trial now and then.
 """
@@ -21,6 +21,7 @@ class Speculation:
 
     def __init__(self) -> None:
         self.balance = 0.0
+        self._is_on = True
         self._trial = _TRIAL
         self._paused = 0
 
@@ -29,18 +30,22 @@ class Speculation:
         self.balance *= _FADE
         if self._trial:
             self._trial -= 1
-            return True
-        if self.balance > 0:
-            return True
-        self._paused += 1
-        if self._paused == _PAUSE * _TRIAL:
-            self._paused, self._trial, self.balance = 0, _TRIAL, 0.0
-        return False
+        elif self.balance <= 0:
+            self._paused += 1
+            if self._paused == _PAUSE * _TRIAL:
+                self._paused, self._trial, self.balance = 0, _TRIAL, 0.0
+            self._is_on = False
+            return False
+        self._is_on = True
+        return True
 
     def gain(self, seconds: float) -> None:
-        """A use found ready what would have taken so long."""
-        self.balance += seconds
+        """A use waited so much less, or more (negative), than it would have on demand. Without
+        guesses that is chance.
+        """
+        if self._is_on:
+            self.balance += seconds
 
     def lose(self, seconds: float) -> None:
-        """A demand waited so long for a guess, or for what a guess evicted."""
+        """Guessing took so long, or reading anew what a guess evicted."""
         self.balance -= seconds

@@ -31,6 +31,9 @@ class Values:
         """Count a prompt's pass over a layer: the experts of each of its tokens, first to last."""
         self.touch(layer, distinct(tokens), call)
 
+    def learn(self) -> None:
+        """Do what was put off until there is time for it."""
+
     def key(self, expert: Expert) -> float:
         """Return an expert's key at the rate chosen."""
         return 0.0
@@ -131,14 +134,16 @@ class FadingUses(Values):
             return -math.inf
         return math.log2(scores[way]) + self._calls[expert] * self.rates[way]
 
-    def _add(self, expert: Expert, call: int, added: Sequence[float] | None) -> None:
+    def _add(self, expert: Expert, call: int, added: list[float] | None) -> None:
+        more = added or [1.0] * len(self._fades)
         scores = self._scores.get(expert)
-        if scores is None:
-            self._scores[expert] = list(added) if added else [1.0] * len(self._fades)
-        else:
+        if scores is not None:
             since = call - self._calls[expert]
-            for way, fade in enumerate(self._fades):
-                scores[way] = scores[way] * fade**since + (added[way] if added else 1.0)
+            more = [
+                score * fade**since + each
+                for score, fade, each in zip(scores, self._fades, more, strict=True)
+            ]
+        self._scores[expert] = more
         self._calls[expert] = call
 
     def _start_warm(self, counts: Mapping[Expert, float], per_token: Mapping[int, int]) -> None:

@@ -8,6 +8,7 @@ that. Compressed experts are multiplied with as records.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class RoutedExperts:
         self._packed = packed
         self._slots = slots
         self._products = _Products(packed)
+        self._learn = partial(lookahead.learn, layer)
 
     def __call__(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Return what the experts make of hidden, in its dtype."""
@@ -85,7 +87,6 @@ class RoutedExperts:
         outputs: Tensor | None = None
         with self._packed.memory.watcher.alone():
             for expert, held in self._held(tokens):
-                self._lookahead.look_on(self._layer)
                 rows = torch.tensor(pairs[expert], device=hidden.device)
                 output = self._products(hidden[rows // routed], held)
                 if outputs is None:
@@ -106,7 +107,6 @@ class RoutedExperts:
         found: dict[int, Tensor] = {}
         with self._packed.memory.watcher.alone():
             for expert, held in self._held(tokens):
-                self._lookahead.look_on(self._layer)
                 found[expert] = self._products(hidden, held)
         (experts,) = tokens
         weighted = torch.cat([found[expert] for expert in experts]) * weights.reshape(-1, 1)
@@ -120,7 +120,7 @@ class RoutedExperts:
     def _held(self, tokens: Sequence[Sequence[int]]) -> Iterator[tuple[int, Weights]]:
         """Yield the experts that are routed to, each with its weights in fast memory."""
         if self._slots.cache is not None and self._layer in self._slots.cache.sizes:
-            yield from self._slots.use(self._layer, tokens)
+            yield from self._slots.use(self._layer, tokens, meanwhile=self._learn)
             return
         for expert in dict.fromkeys(number for token in tokens for number in token):
             self._packed.memory.watcher.called(self._packed.experts[expert].name)

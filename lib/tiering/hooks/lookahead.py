@@ -4,9 +4,7 @@ At the entrance of a layer the hidden state is nearly what its router will see: 
 are applied to it, and what they choose and isn't in fast memory is read ahead
 (``residency.experts``). Nearer still it is with what attention added to the tokens before, of which
 a running mean is kept: on a small mixture that raises the share of experts foreseen from 0.80 to
-0.88. Where such reads come late, the layer after the present one is asked as well, with what its
-router's input had more than the present one's. Which module is a layer's norm and which its router
-shows in the first forward (``routers``).
+0.88. Which module is a layer's norm and which its router shows in the first forward (``routers``).
 """
 
 import time
@@ -20,19 +18,13 @@ from torch.utils.hooks import RemovableHandle
 from ..residency.experts import FEW_TOKENS, ExpertSlots
 from ..residency.listed import ListedExperts
 from ..residency.packed import PackedExperts
-from ..residency.stand_ins import plain_tensors
 from ..telemetry import ExpertStats
 from .routers import RoutedLayer, find_layer
 
-MARGINS = (0.0, 0.2)
-"""How far above the first expert that isn't chosen the router's logit must be for an expert to be
-read ahead: of the layer that begins, and of the one after it, which is known less well. What a
-router is in two minds about is as often wrong as right.
-"""
 PER_LAYER = 2
 """Experts of a layer that are read ahead each time, at most."""
 _LATEST = 0.25
-"""Weight of the latest token in what layers add to tokens."""
+"""Weight of the latest token in what attention adds to tokens."""
 
 
 class LookAhead:
@@ -60,8 +52,6 @@ class LookAhead:
         self._learning: list[RemovableHandle] = []
         self._hooked: frozenset[int] = frozenset()
         """The layers that have experts below."""
-        self._asked: int | None = None
-        """The layer whose router's input came last, until the one after it was asked."""
 
     def follow(self) -> None:
         """Work where the plan has experts below."""
@@ -71,8 +61,7 @@ class LookAhead:
             self.remove()
             self._hooked = below
             for number in sorted(below):
-                if (watched := self._layers[number]) is not None:
-                    self._hook(number, watched)
+                self._hook(number)
 
     def remove(self) -> None:
         """Leave no hook behind."""
@@ -120,31 +109,46 @@ class LookAhead:
             self._uses += len(used)
             self._foreseen += len(used.intersection(watched.named))
         watched.named = []
+        if number in self._hooked and watched.layer.norm is not None and len(tokens) <= FEW_TOKENS:
+            self._turn(self._slots.foresight.speculation.wants())
 
-    def look_on(self, number: int) -> None:
-        """Ask the layer after one whose own reads are on their way, where reads come late."""
-        if self._asked != number:
+    def learn(self, number: int) -> None:
+        """Learn from what a layer's router has just seen, once its reads are on their way."""
+        watched = self._layers[number]
+        if watched is None or watched.entered is None or watched.input is None:
             return
-        self._asked = None
-        here, watched = self._layers[number], self._layer(number + 1)
-        if here is None or here.input is None or watched is None or watched.step is None:
+        begun = time.thread_time()
+        with torch.no_grad():
+            watched.drift = _follow(watched.drift, watched.input, watched.entered)
+        watched.entered = watched.input = None
+        self._slots.foresight.speculation.lose(time.thread_time() - begun)
+
+    def _turn(self, on: bool) -> None:
+        """Have hooks only while predictions are wanted: a module with hooks is called slower."""
+        if self._learning or on == bool(self._handles):
             return
-        if self._slots.foresight.reads_late and here.input.shape == watched.step.shape:
-            self._predict(number + 1, watched, here.input, watched.step, MARGINS[1])
+        if on:
+            for number in sorted(self._hooked):
+                self._hook(number)
+        else:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
 
-    def _layer(self, number: int) -> "_Watched | None":
-        return self._layers[number] if number < len(self._layers) else None
-
-    def _hook(self, number: int, watched: "_Watched") -> None:
+    def _hook(self, number: int) -> None:
+        watched = self._layers[number]
+        if watched is None:
+            return
         layer = watched.layer
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs.get("hidden_states")
             layer.seen.clear()
-            if isinstance(hidden, Tensor) and layer.norm is not None:
-                watched.entered = hidden
-                if _is_few(hidden):
-                    self._predict(number, watched, hidden, watched.drift, MARGINS[0])
+            if not isinstance(hidden, Tensor) or layer.norm is None:
+                return
+            watched.entered = hidden
+            if _is_few(hidden) and layer.is_known:
+                self._predict(number, watched, hidden)
 
         self._handles.append(layer.module.register_forward_pre_hook(enter, with_kwargs=True))
         if layer.norm is None:
@@ -154,14 +158,7 @@ class LookAhead:
 
     def _hook_norm(self, number: int, watched: "_Watched", norm: nn.Module) -> None:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            before = (
-                self._layers[number - 1] if number and self._slots.foresight.reads_late else None
-            )
-            with torch.no_grad():
-                watched.note(args[0], None if before is None else before.input)
-            if before is not None:
-                before.input = None
-            self._asked = number if _is_few(args[0]) else None
+            watched.input = args[0]
 
         self._handles.append(norm.register_forward_pre_hook(note))
 
@@ -176,35 +173,23 @@ class LookAhead:
                 handle.remove()
             self._learning.clear()
 
-    def _predict(
-        self,
-        number: int,
-        watched: "_Watched",
-        hidden: Tensor,
-        added: Tensor | None,
-        margin: float,
-    ) -> None:
+    def _predict(self, number: int, watched: "_Watched", hidden: Tensor) -> None:
         """Ask a layer's router about a hidden state (batch, tokens, width)."""
-        if not watched.layer.is_known or not self._slots.wants(number):
-            return
         begun = time.thread_time()
-        with plain_tensors():
-            if added is not None and added.shape == hidden.shape:
-                hidden = hidden + added
-            chosen, sure = watched.layer.predict(hidden, margin)
-        # Of this thread: what others take of a core is not the prediction's.
-        self._slots.foresight.speculation.lose(time.thread_time() - begun)
-        if margin == MARGINS[0]:
-            watched.named = chosen
+        if watched.drift is not None and watched.drift.shape == hidden.shape:
+            hidden = hidden + watched.drift
+        watched.named = watched.layer.predict(hidden)
         asked = 0
-        for expert in dict.fromkeys(sure):
+        for expert in dict.fromkeys(watched.named):
             asked += self._slots.expect(number, expert)
             if asked == PER_LAYER:
                 break
+        # Of this thread: what others take of a core is not the prediction's.
+        self._slots.foresight.speculation.lose(time.thread_time() - begun)
 
 
 class _Watched:
-    """A layer, and what it lately added to its tokens: tensors are (batch, 1, width)."""
+    """A layer, and what attention lately added to its tokens: tensors are (batch, 1, width)."""
 
     def __init__(self, layer: RoutedLayer) -> None:
         self.layer = layer
@@ -216,19 +201,11 @@ class _Watched:
         """What its router's norm was called with."""
         self.drift: Tensor | None = None
         """What that had more than the layer's input."""
-        self.step: Tensor | None = None
-        """What that had more than the input of the router before it."""
-
-    def note(self, hidden: Tensor, before: Tensor | None) -> None:
-        """Learn from what the router's norm is called with, and was in the layer before."""
-        self.drift = _follow(self.drift, hidden, self.entered)
-        self.step = _follow(self.step, hidden, before)
-        self.entered, self.input = None, hidden
 
 
-def _follow(mean: Tensor | None, hidden: Tensor, before: Tensor | None) -> Tensor | None:
+def _follow(mean: Tensor | None, hidden: Tensor, before: Tensor) -> Tensor | None:
     """Return the running mean of what was added, with what was added this time."""
-    if before is None or before.shape != hidden.shape or before.device != hidden.device:
+    if before.shape != hidden.shape or before.device != hidden.device:
         return mean
     if hidden.dim() != 3:
         return None

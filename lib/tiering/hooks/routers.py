@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from ..residency.stand_ins import OffloadedParameter
+from ..residency.stand_ins import OffloadedParameter, plain_tensors
 
 _CLOSE = 1e-2
 """Relative difference within which an RMSNorm is one, in whatever precision it computes."""
@@ -34,8 +34,6 @@ class RoutedLayer:
     router: nn.Module | None = None
     place: int = 0
     """Of the ids in the router's output."""
-    logits: int | None = None
-    """The place of its logits for all experts, if it returns them."""
     flat: bool = False
     """The router takes (tokens, width)."""
     epsilon: float | None = None
@@ -53,33 +51,25 @@ class RoutedLayer:
         """Its routing can be predicted now."""
         return self.router is not None and self.norm is not None and _is_here(self.norm)
 
-    def predict(self, hidden: Tensor, margin: float) -> tuple[list[int], list[int]]:
+    def predict(self, hidden: Tensor) -> list[int]:
         """Return the experts that its router would choose for a hidden state (batch, tokens,
-        width), and of these those whose logit is so far above the first that isn't chosen (all,
-        where the router doesn't return its logits).
+        width).
         """
-        norm = self.norm
-        assert norm is not None and self.router is not None
-        if self.epsilon is None:
-            x: Tensor = type(norm).forward(norm, hidden)
-        else:
-            x = F.rms_norm(hidden, hidden.shape[-1:], _weight(norm), self.epsilon)
-        logits: Tensor | None
-        if self.is_linear and _is_here(self.router):
-            logits = _linear(self.router, x.reshape(-1, x.shape[-1]))
-            ids = logits.topk(self.routed).indices
-        else:
+        assert self.norm is not None and self.router is not None
+        if self.is_linear and self.epsilon is not None and _is_here(self.router):
+            bias = self.router._parameters.get("bias")
+            if bias is None:  # the norm's division changes no order
+                x = hidden * _weight(self.norm)
+            else:
+                x = F.rms_norm(hidden, hidden.shape[-1:], _weight(self.norm), self.epsilon)
+            logits = F.linear(x.reshape(-1, x.shape[-1]), _weight(self.router), bias)
+            return logits.topk(self.routed).indices.flatten().tolist()
+        with plain_tensors():
+            x = type(self.norm).forward(self.norm, hidden)
             if self.flat:
                 x = x.reshape(-1, x.shape[-1])
-            output = type(self.router).forward(self.router, x)
-            ids = output[self.place].reshape(-1, output[self.place].shape[-1])
-            logits = None if self.logits is None else output[self.logits]
-        chosen = ids.flatten().tolist()
-        if not margin or logits is None or self.routed == self.num_experts:
-            return chosen, chosen
-        logits = logits.reshape(-1, logits.shape[-1]).float()
-        first_out = logits.topk(self.routed + 1).values[:, self.routed :]
-        return chosen, ids[logits.gather(-1, ids) - first_out >= margin].tolist()
+            ids: Tensor = type(self.router).forward(self.router, x)[self.place]
+            return ids.flatten().tolist()
 
     def learn_by(self) -> list[RemovableHandle]:
         """Watch the next forward; returns the hooks that do."""
@@ -108,16 +98,6 @@ class RoutedLayer:
 
     def _adopt(self, router: nn.Module, x: Tensor, outputs: Any, index: Tensor) -> None:
         self.place = next(place for place, each in enumerate(outputs) if each is index)
-        self.logits = next(
-            (
-                place
-                for place, each in enumerate(outputs)
-                if isinstance(each, Tensor)
-                and each.is_floating_point()
-                and each.shape[-1] == self.num_experts
-            ),
-            None,
-        )
         self.flat = x.dim() == 2
         self.router, self.routed = router, index.shape[-1]
         shapes = {name: tuple(each.shape) for name, each in router.named_parameters()}

@@ -2,9 +2,12 @@
 bytes.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ...policy.experts import ExpertCache
+from ...units import format_bytes
 from .listed import ListedExperts
 from .packed import PackedExperts
 
@@ -55,4 +58,15 @@ def shape_cache(
         },
         aside_bytes=(2 if passes_two else 1) * largest,
         passes_two=passes_two,
+    )
+
+
+def warn_below_cycle(cache: ExpertCache) -> None:
+    """Say that a cache holds less than one token uses."""
+    warnings.warn(
+        f"{format_bytes(cache.capacity_bytes)} for experts is less than a token uses, "
+        f"{format_bytes(cache.cycle_bytes)}: most are read for every token; give that much more "
+        "HBM, or fewer bits",
+        RuntimeWarning,
+        stacklevel=3,
     )

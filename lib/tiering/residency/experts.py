@@ -5,18 +5,16 @@ what the next layers are expected to route to is read behind that, into room tha
 less.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ...policy.experts import Admission, Counters, ExpertCache
 from ...policy.plan import Plan
-from ...units import format_bytes
 from ..payload.layout import Payload
 from ..transfer.transport import Ticket, Unit
-from .cache_shape import CacheShape, shape_cache
+from .cache_shape import CacheShape, shape_cache, warn_below_cycle
 from .fast_memory import FastMemory
 from .foresight import Foresight
 from .held_expert import ExpertWeight, HeldExpert
@@ -129,13 +127,7 @@ class ExpertSlots:
         self.cache.counters = self._counters
         if self.cache.below_cycle and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
-                f"{format_bytes(self.cache.capacity_bytes)} for experts is less than a token uses, "
-                f"{format_bytes(self.cache.cycle_bytes)}: most are read for every token; give that "
-                "much more HBM, or fewer bits",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_below_cycle(self.cache)
         for layer, number in self.cache.experts():
             self._submit(self._layers[layer].experts[number], urgent=False)
 
@@ -153,9 +145,12 @@ class ExpertSlots:
 
     # -- use ---------------------------------------------------------------------------------------
 
-    def use(self, layer: int, tokens: Tokens) -> Iterator[tuple[int, Weights]]:
+    def use(
+        self, layer: int, tokens: Tokens, *, meanwhile: Callable[[], None]
+    ) -> Iterator[tuple[int, Weights]]:
         """Yield each expert that the tokens of a layer are routed to with its weights in fast
         memory, those first that are there. What was yielded may go when the next is asked for.
+        ``meanwhile`` is done once what is missing is on its way.
 
         Raises PlacementError where stored bytes are not sound.
         """
@@ -163,8 +158,12 @@ class ExpertSlots:
         experts[0].refuse_written()
         self.is_busy = True
         admission = self._admit(layer, tokens)
+        self.foresight.begin(self._memory.charges.now())
         for number in admission.misses:
             self._submit(experts[number], urgent=True)
+        assert self.cache is not None
+        meanwhile()
+        self.cache.learn()
         for number in (*admission.hits, *admission.misses):
             yield number, self._weights(layer, experts[number])
             self.transport.done_with(self._slots[experts[number]][0].slot, shared=False)
@@ -186,12 +185,13 @@ class ExpertSlots:
         """
         expert = self._layers[layer].experts[number]
         self.is_busy = True
+        self.foresight.begin(self._memory.charges.now())
         if not (again and expert in self._slots):
             self._admit(layer, tokens, goes_on=goes_on)
         self._submit(expert, urgent=True)
         ticket, known = self._slots[expert]
         buffer = self._wait(layer, expert) if known is None else self.transport.wait(ticket)
-        self._slots[expert] = ticket, {}
+        self._slots[expert] = self._slots[expert][0], {}
         moved = ticket.unit.data_bytes if known is None else 0
         return (expert.shard_in_memory(0) if buffer is None else buffer), moved
 
@@ -208,6 +208,8 @@ class ExpertSlots:
         returns whether it is on its way for that.
         """
         assert self.cache is not None
+        if (layer, number) in self.cache:
+            return False
         expert = self._layers[layer].experts[number]
         self.is_busy = True
         evicted = self.cache.admit_predicted(layer, number)
@@ -226,22 +228,21 @@ class ExpertSlots:
         if self.cache is not None:
             self.cache.counters = self._counters
 
-    def wants(self, layer: int) -> bool:
-        """Say whether the routing of a layer's next call should be predicted."""
-        known = self.cache is not None and layer in self.cache.sizes
-        return known and self.foresight.speculation.wants()
-
     def _admit(self, layer: int, tokens: Tokens, *, goes_on: bool = False) -> Admission:
         """Ask the cache, and let go of what it evicts."""
         cache = self.cache
         assert cache is not None
         distinct = list(dict.fromkeys(number for token in tokens for number in token))
         needed = sum(cache.sizes[layer][number] for number in distinct)
-        self._withdraw(layer)
-        self.foresight.guesses.settle(layer, distinct)
+        guessed = self.foresight.guesses.of(layer)
+        self.foresight.guesses.settle(layer, distinct, bypasses=cache.bypasses)
+        self._withdraw(layer, guessed)
         if len(tokens) <= FEW_TOKENS and needed <= cache.capacity_bytes:
-            self.ready += sum(self._is_there(layer, number) for number in distinct)
+            there = {number for number in distinct if self._is_there(layer, number)}
+            self.ready += len(there)
             admission = cache.use(layer, distinct, goes_on=goes_on)
+            hits = sorted(admission.hits, key=lambda number: number not in there)
+            admission = admission._replace(hits=tuple(hits))
             for number in admission.misses:
                 self.foresight.miss(layer, number, _unit(self._layers[layer].experts[number]))
         else:
@@ -249,10 +250,9 @@ class ExpertSlots:
         self._evict(admission.evicted)
         return admission
 
-    def _withdraw(self, layer: int) -> None:
+    def _withdraw(self, layer: int, guessed: Sequence[int]) -> None:
         """Take back what was to be read ahead for a layer and has not begun."""
-        assert self.cache is not None
-        for number in self.foresight.guesses.of(layer):
+        for number in guessed:
             held = self._slots.get(expert := self._layers[layer].experts[number])
             if held is not None and self.transport.withdraw(held[0]):
                 self._forget(layer, expert)
@@ -281,20 +281,29 @@ class ExpertSlots:
             buffer = self._wait(layer, expert)
             moved(ticket.unit.data_bytes)
         made: Weights = expert.view(expert.shard_in_memory(0) if buffer is None else buffer)
-        self._slots[expert] = ticket, made
+        self._slots[expert] = self._slots[expert][0], made
         return made
 
     def _wait(self, layer: int, expert: Expert) -> Tensor | None:
-        """Wait for an expert that is on its way, and learn from that."""
-        ticket = self._slots[expert][0]
+        """Wait for an expert that is on its way, and learn from that. What could not be read ahead
+        of this use is read once more.
+        """
         begun = self._memory.charges.now()
+        ticket = self._slots[expert][0]
+        if ticket.asked < self.foresight.asked:
+            ticket.arrived.wait()
+            if ticket.error is not None:
+                self._release(expert)
+                self._submit(expert, urgent=True)
+                ticket = self._slots[expert][0]
         try:
             buffer = self.transport.wait(ticket)
         except BaseException:
             if ticket.error is not None:  # not an interrupt: the read has failed
                 self._forget(layer, expert)
             raise
-        self.foresight.judge(layer, expert.number, ticket, self._memory.charges.now() - begun)
+        waited = self._memory.charges.now() - begun
+        self.foresight.judge(layer, expert.number, ticket, begun, waited)
         self._memory.transitions.arrive(
             expert.name, ticket.asked, ticket.ended, ticket.unit.num_bytes
         )

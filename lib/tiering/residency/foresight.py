@@ -4,10 +4,6 @@ from ...policy.experts.speculation import Speculation
 from ..transfer.transport import Ticket, Unit
 from .guesses import Guesses
 
-_LATE = 0.25
-"""Share of a read's time that may be waited for what was read ahead, and of the reads that may be
-late.
-"""
 _LEARNT = 0.1
 """Weight of the latest read in what is known of reads."""
 
@@ -22,13 +18,11 @@ class Foresight:
         """What is read ahead."""
         self._read_seconds: dict[int, float] = {}
         """What a read takes lately, by its bytes."""
-        self._lateness = 0.0
         self._last_ended = 0.0
-
-    @property
-    def reads_late(self) -> bool:
-        """What is read ahead for the layer that begins mostly comes too late."""
-        return self._lateness > _LATE
+        self.asked = 0.0
+        """When the present use has asked for what it lacks."""
+        self._free = self._gained = 0.0
+        """When its reads on demand would have ended, and the seconds gained so far."""
 
     def clear(self) -> None:
         """Forget what is on its way, and try anew whether it pays; what reads take stays known."""
@@ -40,15 +34,24 @@ class Foresight:
         if self.guesses.take_gone(layer, number):
             self.speculation.lose(self._read_time(unit))
 
-    def judge(self, layer: int, number: int, ticket: Ticket, waited: float) -> None:
-        """Learn from a read that was waited for so many seconds."""
+    def begin(self, now: float) -> None:
+        """Hear that a use asks for what it lacks."""
+        self.asked = self._free = now
+        self._gained = 0.0
+
+    def judge(self, layer: int, number: int, ticket: Ticket, begun: float, waited: float) -> None:
+        """Learn from a read that was waited for so many seconds.
+
+        On demand this use's reads would have gone one after the other since it asked, and it would
+        be behind by what was gained so far.
+        """
         usual = self._read_time(ticket.unit)
-        if self.guesses.take_right(layer, number):
-            self.speculation.gain(usual - waited)
-            late = waited > _LATE * usual
-            self._lateness += _LEARNT * (late - self._lateness)
-        elif self.guesses:
-            self.speculation.lose(max(waited - usual, 0.0))
+        foreseen = self.guesses.take_right(layer, number)
+        asked = self.asked if foreseen else ticket.asked + self._gained
+        self._free = max(self._free, asked) + usual
+        gained = max(self._free - begun - self._gained, 0.0) - waited
+        self._gained += gained
+        self.speculation.gain(gained)
         took = max(ticket.ended - max(ticket.asked, self._last_ended), 0.0)
         self._last_ended = max(self._last_ended, ticket.ended)
         learnt = usual + _LEARNT * (took - usual) if usual else took

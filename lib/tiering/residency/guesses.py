@@ -14,7 +14,7 @@ class Guesses:
         self._right: dict[Expert, None] = {}
         """Asked for by its layer's call, and not handed out yet."""
         self._gone: dict[Expert, None] = {}
-        """Evicted for what nobody asked for."""
+        """Evicted for what nobody asked for, or would have taken no room."""
 
     def __bool__(self) -> bool:
         return any(self._open.values())
@@ -32,14 +32,14 @@ class Guesses:
         self._open.get(layer, {}).pop(number, None)
         self._right.pop((layer, number), None)
 
-    def settle(self, layer: int, used: Collection[int]) -> None:
+    def settle(self, layer: int, used: Collection[int], *, bypasses: bool) -> None:
         """Hear what a layer's call uses. What a right guess took the room of would have left for a
-        read on demand as well.
+        read on demand as well, unless that ``bypasses`` the cache.
         """
         for number, evicted in self._open.pop(layer, {}).items():
             if number in used:
                 self._right[layer, number] = None
-            else:
+            if number not in used or bypasses:
                 self._gone |= dict.fromkeys(evicted)
 
     def take_right(self, layer: int, number: int) -> bool:

@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a minute: too short to judge by")
     parser.add_argument("--sequences", type=whole_number(1), default=4, help="of held-out text")
     parser.add_argument(
-        "--rounds", type=whole_number(1), default=1, help="of which the best counts"
+        "--rounds", type=whole_number(1), default=1, help="of a mixture, from empty caches"
     )
     parser.add_argument("--threads", type=whole_number(1), default=1, help="of torch")
     parser.add_argument(

@@ -4,9 +4,11 @@
 
 The text is given: held-out tokens are fed one by one after a prompt, so that every policy meets the
 same routing, and outputs are compared bit for bit. All policies run in the engine; only the
-choice of what stays differs, and whether anything is read ahead. The link is emulated on a virtual
-clock, with the bandwidth at which an expert's transfer takes x times a layer's compute c (measured
-in the engine, with nothing to wait for): seconds are those of computing and those charged.
+choice of what stays differs, and whether anything is read ahead. Each has a copy of the model, and
+they take turns at every token, so that what the machine does meanwhile is the same for all. The
+link is emulated on a virtual clock, with the bandwidth at which an expert's transfer takes x times
+a layer's compute c (that of LRU in such turns, with nothing to wait for): seconds are those of
+computing and those charged.
 ``--spill-dir`` adds a run on a real disk.
 
 Two bounds, not to be taken for one another: ``bound`` reads Belady's bytes and hides all it can
@@ -179,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequences", type=whole_number(1), default=4, help="of held-out text")
     parser.add_argument("--prompt-tokens", type=whole_number(1), default=16, help="of each")
     parser.add_argument(
-        "--rounds", type=whole_number(1), default=3, help="of which the best counts"
+        "--rounds", type=whole_number(1), default=1, help="of all, from empty caches"
     )
     parser.add_argument("--threads", type=whole_number(1), default=1, help="of torch")
     parser.add_argument(

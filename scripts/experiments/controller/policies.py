@@ -1,7 +1,9 @@
 """Each policy in the engine, with a share of a mixture's experts in fast memory, and the bounds."""
 
+import contextlib
+import copy
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,8 +23,9 @@ from scripts.experiments.controller.budgets import (
     measure_experts,
     smallest_budget,
 )
-from scripts.experiments.controller.decoding import Given, decode
+from scripts.experiments.controller.decoding import Decoded, Given, decode
 from scripts.experiments.controller.routing import Recording, record
+from scripts.experiments.controller.turns import Player, Stopwatch, decode_in_turn
 
 POLICIES = ("ours", "ours_on_demand", "lru", "lfu", "popularity")
 _GROUP_SHARE = 0.3
@@ -49,13 +52,15 @@ class Bench:
         slots = max(round(share * self._experts), 1)
         budget, cache = self._budget(slots)
         found: dict[float, dict[str, Any]] = {}
-        with self._attach(budget, self._spec(ratios[0])) as runtime:
-            self._use_clock(runtime)
-            decode(self._model, self._given)
+        with contextlib.ExitStack() as stack:
+            players = {policy: self._play(stack, policy, budget) for policy in POLICIES}
+            decode_in_turn(players, self._given)
+            self.layer_seconds = self._computing(decode_in_turn(players, self._given)["lru"])
             for ratio in ratios:
-                runtime.emulation = self._spec(ratio)
-                found[ratio] = self._run_policies(runtime)
-                found[ratio] |= self._bounds(runtime, ratio)
+                for player in players.values():
+                    player.runtime.emulation = self._spec(ratio)
+                found[ratio] = self._run_in_turn(players)
+                found[ratio] |= self._bounds(players["ours"].runtime, ratio, found[ratio]["lru"])
                 found[ratio]["cache_bytes"] = cache
         return found
 
@@ -114,9 +119,40 @@ class Bench:
 
     def _run(self, runtime: Runtime) -> dict[str, Any]:
         runtime.reset_stats()
-        done = decode(self._model, self._given, runtime)
-        self.outputs_equal &= torch.equal(done.logits, self._reference)
-        tokens = self._given.num_decoded
+        return self._figures(runtime, [decode(self._model, self._given, runtime)])
+
+    def _play(self, stack: contextlib.ExitStack, policy: str, budget: int) -> Player:
+        """Attach to a copy of the model, with a link on which nothing is waited for."""
+        model = copy.deepcopy(self._model)
+        runtime = stack.enter_context(self._attach(budget, self._spec(1e-9), model))
+        self._choose(runtime, policy)
+        return Player(model=model, runtime=runtime, watch=Stopwatch(self._given.clock))
+
+    def _computing(self, done: Decoded) -> float:
+        """Return the seconds of computing per layer and token."""
+        seconds = done.seconds - done.stall_seconds
+        return seconds / self._given.num_decoded / self._layers
+
+    def _run_in_turn(self, players: Mapping[str, Player]) -> dict[str, Any]:
+        """Return each policy's figures over all rounds, each of them from an empty cache."""
+        runs: dict[str, list[Decoded]] = {policy: [] for policy in players}
+        for player in players.values():
+            player.runtime.reset_stats()
+        for _ in range(self._rounds):
+            for policy, player in players.items():
+                self._choose(player.runtime, policy)
+            for policy, done in decode_in_turn(players, self._given).items():
+                runs[policy].append(done)
+        return {
+            policy: self._figures(player.runtime, runs[policy])
+            for policy, player in players.items()
+        }
+
+    def _figures(self, runtime: Runtime, runs: Sequence[Decoded]) -> dict[str, Any]:
+        """Return what runs since the last reset of the statistics were like."""
+        for done in runs:
+            self.outputs_equal &= torch.equal(done.logits, self._reference)
+        tokens = self._given.num_decoded * len(runs)
         stats = runtime.stats().experts
         assert stats is not None
         read = stats.reads + stats.useful + stats.wasted
@@ -125,8 +161,8 @@ class Bench:
             "resident_hit": stats.resident / stats.uses,
             "ready_hit": stats.ready / stats.uses,
             "bytes": read * self.expert_bytes / tokens,
-            "tokens_per_s": tokens / done.seconds,
-            "stall_s": done.stall_seconds / tokens,
+            "tokens_per_s": tokens / sum(done.seconds for done in runs),
+            "stall_s": sum(done.stall_seconds for done in runs) / tokens,
             "reads": stats.reads,
             "predicted": stats.predicted,
             "useful": stats.useful,
@@ -135,20 +171,22 @@ class Bench:
             "wasted_per_useful": stats.wasted / stats.useful if stats.useful else None,
         }
 
-    def _bounds(self, runtime: Runtime, ratio: float) -> dict[str, Any]:
+    def _bounds(self, runtime: Runtime, ratio: float, lru: dict[str, Any]) -> dict[str, Any]:
+        """Return what could be, with the computing of ``lru`` in the same run."""
         cache = runtime._keeper.residency.experts.cache
         assert cache is not None
         tokens = self._given.num_decoded
         calls = self.recording.calls
         misses = belady_misses(calls, cache.capacity_bytes // self.expert_bytes)
-        compute = self.layer_seconds * self._layers * tokens
+        compute = tokens * (1 / lru["tokens_per_s"] - lru["stall_s"])
         transfer = ratio * self.layer_seconds
         seconds = least_seconds(
             compute, misses * self.expert_bytes, bytes_per_second=self.expert_bytes / transfer
         )
         uses = sum(len(call.tokens[0]) for call in calls if call.decode)
         machine = Machine(
-            seconds_per_byte=transfer / self.expert_bytes, compute_seconds=self.layer_seconds
+            seconds_per_byte=transfer / self.expert_bytes,
+            compute_seconds=compute / tokens / self._layers,
         )
         simulated = simulate_decode(
             calls, self._cache_like(cache), machine, guesses=self.recording.guesses()
@@ -196,9 +234,9 @@ class Bench:
             rates = self._rate(runtime)
         return 1 / (rates * self._layers), recording
 
-    def _attach(self, budget: int, spec: EmulationSpec) -> Runtime:
+    def _attach(self, budget: int, spec: EmulationSpec, model: Any = None) -> Runtime:
         return attach(
-            self._model,
+            self._model if model is None else model,
             self._hints,
             budget={"HBM": budget, "SSD": None},
             mode="emulated",

@@ -5,9 +5,11 @@ those of the engine's look-ahead for the layer that begins, and the control: the
 with its true input, which must choose what was chosen.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from lib.policy.experts.routing import Call
 from lib.policy.experts.simulate import Guesses
 from lib.tiering import Runtime
+from lib.tiering.residency.foresight import Foresight
 
 
 @dataclass(slots=True)
@@ -64,11 +67,11 @@ def record(runtime: Runtime, decode: Callable[[], Any]) -> Recording:
             if hidden.shape[1] == 1:
                 added = watched.drift
                 moved = hidden if added is None or added.shape != hidden.shape else hidden + added
-                named[number] = watched.layer.predict(moved, 0.0)[0]
+                named[number] = watched.layer.predict(moved)
 
         def note(module: nn.Module, args: Any, number: int = number, layer: Any = layer) -> None:
             if args[0].shape[1] == 1:
-                true[number] = layer.predict(args[0], 0.0)[0]
+                true[number] = layer.predict(args[0])
 
         def route(module: nn.Module, args: Any, kwargs: Any, number: int = number) -> None:
             index: Tensor = [*args, *kwargs.values()][1]
@@ -89,9 +92,18 @@ def record(runtime: Runtime, decode: Callable[[], Any]) -> Recording:
             packed.module.register_forward_pre_hook(route, with_kwargs=True),
         ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _always_predicting(keeper.residency.experts.foresight):
             decode()
     finally:
         for handle in handles:
             handle.remove()
     return recording
+
+
+@contextlib.contextmanager
+def _always_predicting(foresight: Foresight) -> Iterator[None]:
+    """Predict, and learn what attention adds, whether it pays or not."""
+    foresight.clear()
+    with mock.patch.object(foresight.speculation, "wants", return_value=True):
+        yield
+    foresight.clear()

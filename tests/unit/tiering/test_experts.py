@@ -28,6 +28,7 @@ from lib.precision.perturb import perturb, weight_error
 from lib.tiering import attach, load
 from lib.tiering.residency.experts import ExpertSlots
 from lib.tiering.stores.file import FileStore
+from lib.tiering.transfer.readers import ReaderTransport
 from lib.vocabulary import Precision
 
 
@@ -215,6 +216,36 @@ def test_what_fails_in_a_use_leaves_a_model_that_computes(
         assert same(outputs(model), expected)
         assert runtime.stats().peak_resident_bytes <= runtime.budget["HBM"]
     assert same(outputs(model), expected)
+
+
+def test_what_could_not_be_read_ahead_is_read_when_it_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_qwen_moe(num_hidden_layers=4).eval()
+    texts = [IDS[:1, place : place + 2] for place in range(4)]
+    with torch.no_grad(), attach(model, budget=budget_for(model, 0.3)) as runtime:
+        slots = slots_of(runtime)
+        slots.foresight.speculation.wants = lambda: True  # type: ignore[method-assign]
+        expected = [model(text).logits for text in texts]
+        read, submit = FileStore.read_into, ReaderTransport.submit
+        ahead: set[str] = set()
+        failed = []
+
+        def note(self: Any, unit: Any, slot: int, *, urgent: bool = True) -> Any:
+            (ahead.discard if urgent else ahead.add)(unit.key)
+            return submit(self, unit, slot, urgent=urgent)
+
+        def broken(self: FileStore, key: str, offset: int, target: torch.Tensor) -> None:
+            if key in ahead:
+                failed.append(key)
+                raise OSError("not now")
+            read(self, key, offset, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ReaderTransport, "submit", note)
+            patch.setattr(FileStore, "read_into", broken)
+            assert same([model(text).logits for text in texts], expected)
+    assert failed
 
 
 def test_the_cache_begins_with_what_training_has_routed_to() -> None:

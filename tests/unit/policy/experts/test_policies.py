@@ -53,7 +53,7 @@ def test_the_half_life_goes_where_the_hits_are() -> None:
 
 
 def test_between_pauses_it_still_finds_the_half_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"FIRST": 8, "PERIOD": 48, "WATCHED": 24, "SETTLING": 4}.items():
+    for name, value in {"PERIOD": 48, "WATCHED": 24, "SETTLING": 4}.items():
         monkeypatch.setattr(choice, name, value)
     trace = toy_trace("zipf", steps=240)
     cache = ExpertCache(
