@@ -13,7 +13,7 @@ from torch import Tensor
 from ...policy.experts import Admission, Counters, ExpertCache
 from ...policy.plan import Plan
 from ..payload.layout import Payload
-from ..transfer.transport import Ticket, Unit
+from ..transfer.transport import Ticket
 from .cache_shape import CacheShape, shape_cache, warn_below_cycle
 from .fast_memory import FastMemory
 from .foresight import Foresight
@@ -244,7 +244,7 @@ class ExpertSlots:
             hits = sorted(admission.hits, key=lambda number: number not in there)
             admission = admission._replace(hits=tuple(hits))
             for number in admission.misses:
-                self.foresight.miss(layer, number, _unit(self._layers[layer].experts[number]))
+                self.foresight.miss(layer, number, self._layers[layer].experts[number].units[0])
         else:
             admission = cache.use_many(layer, tokens, goes_on=goes_on)
         self._evict(admission.evicted)
@@ -315,7 +315,7 @@ class ExpertSlots:
         """Ask for an expert in a slot, unless it has one."""
         if expert in self._slots:
             return
-        unit = _unit(expert)
+        unit = expert.units[0]
         slot = self.pool.take(unit.num_bytes)
         try:
             self._slots[expert] = self.transport.submit(unit, slot, urgent=urgent), None
@@ -330,8 +330,7 @@ class ExpertSlots:
 
     def _release(self, expert: Expert) -> None:
         """Let an expert's slot serve another; of a list's, callers may have kept views."""
-        held = self._slots.pop(expert, None)
-        if held is not None:
+        if (held := self._slots.pop(expert, None)) is not None:
             ticket, weights = held
             if weights is not None:
                 self._memory.transitions.leave(expert.name)
@@ -349,8 +348,3 @@ class ExpertSlots:
             self.cache.forget(layer, expert.number)
         self.foresight.guesses.drop(layer, expert.number)
         self._release(expert)
-
-
-def _unit(expert: Expert) -> Unit:
-    (unit,) = expert.units
-    return unit
