@@ -126,10 +126,13 @@ class Sizes:
             request.settled = request.tokens
             request.held = self.grown(request, request.tier, request.room)
 
-    def at_length(self, tokens: int, tier: int, *, drafts: bool) -> int:
-        """Return the bytes that a text holds while it has so many tokens, its portion included."""
-        room, window = self._portions(tokens), self._window(tier, drafts)
-        return self.ladder.peak_bytes(tier, room, start=max(0, tokens - 1), window=window)
+    def in_portion(self, room: int, tier: int, *, drafts: bool) -> int:
+        """Return the most bytes of a text while it grows to ``room`` from where the portion before
+        ends.
+        """
+        assert self.portion is not None
+        start, window = max(0, room - self.portion), self._window(tier, drafts)
+        return self.ladder.peak_bytes(tier, room, start=start, window=window)
 
     def claimed(self, request: Account, tier: int) -> int:
         """Return the most bytes that it has to get to end, if it is at ``tier``: what drafts may
@@ -152,11 +155,10 @@ class Sizes:
 
     def room_for(self, request: Account, tokens: int) -> int:
         """Return the length that a text is given room for which is to have so many tokens."""
-        return request.cap if self.portion is None else min(request.cap, self._portions(tokens))
-
-    def _portions(self, tokens: int) -> int:
-        assert self.portion is not None
-        return SINK_TOKENS + -(-(tokens - SINK_TOKENS) // self.portion) * self.portion
+        if self.portion is None:
+            return request.cap
+        portions = -(-(tokens - SINK_TOKENS) // self.portion)
+        return min(request.cap, SINK_TOKENS + portions * self.portion)
 
     def _window(self, tier: int, drafts: bool) -> int:
         return self.window if drafts and tier < self.ladder.full else 0

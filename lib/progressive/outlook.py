@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decisions import Account, Sizes
+from .ladder import SINK_TOKENS
 from .reserve import EscalationRates, probable_bytes
 
 _LATEST = 512
@@ -109,9 +110,13 @@ class Outlook:
         key = tier, request.drafts
         table = self._tables.get(key, np.zeros(0))
         if len(table) <= request.cap:
-            lengths = range(max(request.cap + 1, 2 * len(table)))
-            held = [self._sizes.at_length(n, tier, drafts=request.drafts) for n in lengths]
-            table = self._tables[key] = np.array(held, dtype=np.float64)
+            portion = self._sizes.portion
+            assert portion is not None
+            last = max(request.cap, 2 * len(table)) + portion
+            rooms = range(SINK_TOKENS, last, portion)
+            held = [self._sizes.in_portion(each, tier, drafts=request.drafts) for each in rooms]
+            lengths = [SINK_TOKENS + 1] + [portion] * (len(held) - 1)  # in each of them, from 0 on
+            table = self._tables[key] = np.repeat(np.array(held, dtype=np.float64), lengths)
         whole = self._sizes.whole(request, tier)  # at its cap a portion is cut off
         return np.minimum(table[request.length : request.cap + 1], whole)
 
