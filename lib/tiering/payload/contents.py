@@ -13,7 +13,7 @@ from ...errors import InputError
 from .layout import _PART_BYTES, Payload, Shard
 from .parts import Part
 
-_FORMAT = 3
+_FORMAT = 4
 """The version of payloads and of their records: with a new one, what earlier versions stored isn't
 read.
 """
@@ -66,7 +66,9 @@ def payload_pieces(payload: Payload, read: Reader) -> Iterator[Piece]:
         return
     for part in payload.parts:
         if part.record is None:
-            yield part, 0, read_part(part, read), None
+            data = read_part(part, read)
+            # Rows may be lent until the next are read, and what is yielded is to stay.
+            yield part, 0, data if part.expert is None else data.clone(), None
         else:
             yield part, 0, _encode_part(payload, part, part.record, read), part.record
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lib.blocks import BlockKind, partition_model
+from lib.checkpoint.ahead import ReadAhead
 from lib.errors import InputError, PlacementError
 from lib.precision.perturb import perturb, weight_error
 from lib.tiering import attach, load
@@ -115,6 +116,30 @@ def test_compressed_experts_compute_with_what_their_records_decode_to(
                 assert torch.allclose(found, known, atol=2e-2 * float(known.abs().max()))
             for name in packed if budget["HBM"] is None else ():
                 assert torch.equal(model.get_parameter(name) * 1, decoded[name])
+
+
+def test_biases_of_compressed_experts_outlast_the_buffers_they_are_read_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_back = ReadAhead._give_back
+
+    def overwrite(ahead: ReadAhead, piece: Any) -> None:
+        if piece.data is not None:
+            piece.data.fill_(255)
+        give_back(ahead, piece)
+
+    monkeypatch.setattr(ReadAhead, "_give_back", overwrite)
+    monkeypatch.setenv("TIERHINTS_RECORDS", str(tmp_path / "records"))
+    given = tiny_gpt_oss()
+    biases = {name: each for name, each in given.named_parameters() if "experts" in name}
+    biases = {name: each.data.normal_() for name, each in biases.items() if each.dim() == 2}
+    given.save_pretrained(tmp_path)
+    for _ in ("made", "kept"):
+        model: Any = load(tmp_path)
+        with attach(model, budget={"HBM": None, "SSD": None}, precision="int4", weights=tmp_path):
+            for name, bias in biases.items():
+                assert torch.equal(model.get_parameter(name) * 1, bias)
+    assert any((tmp_path / "records").iterdir())
 
 
 def test_each_expert_has_a_precision_and_a_floor_of_its_own() -> None:
