@@ -25,7 +25,7 @@ from lib.commands.cli import Parser, add_json_flag, emit, run_main
 from lib.errors import InputError
 from lib.kconfig import ROOT
 from lib.progress import progress_bar
-from scripts.experiments.decode.models import MODELS, SMOLLM2, BenchModel
+from scripts.experiments.decode.models import BenchModel, add_model_flags
 from scripts.experiments.decode.peers import SYSTEMS, Session, Task
 from scripts.experiments.decode.peers.base import EAGER, WARM_UP_STEPS
 from scripts.experiments.decode.peers.ours import LOSSLESS
@@ -119,21 +119,7 @@ def _row(width: str, turns: list[list[float]], plain: list[list[float]]) -> dict
 def _parser() -> Parser:
     ours = SYSTEMS["ours"]
     parser = Parser("Eager steps of the untouched model and of attached ones, in one process.")
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=MODELS,
-        default=[SMOLLM2, "llama_30x64"],
-        help=f"what is decoded (default: {SMOLLM2} llama_30x64)",
-    )
-    parser.add_argument("--model", type=Path, help=f"a checkpoint in the place of {SMOLLM2}'s")
-    parser.add_argument(
-        "--work-dir",
-        type=Path,
-        default=ROOT / "runs" / "decode",
-        metavar="DIR",
-        help="for the random checkpoint (default: runs/decode)",
-    )
+    add_model_flags(parser)
     parser.add_argument(
         "--widths",
         nargs="+",

@@ -26,7 +26,7 @@ from lib.commands.cli import Parser, add_json_flag, emit, run_main
 from lib.errors import InputError
 from lib.kconfig import ROOT
 from lib.units import MIB
-from scripts.experiments.decode.models import MODELS, SMOLLM2
+from scripts.experiments.decode.models import add_model_flags
 
 LOSSLESS = "lossless"
 _CONTEXT, _WARM_UP = 64, 2
@@ -156,21 +156,7 @@ class Steps:
 
 def _parser() -> Parser:
     parser = Parser("Time steps of decoding under plans that stream weights, eager and compiled.")
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=MODELS,
-        default=[SMOLLM2, "llama_30x64"],
-        help=f"what is decoded (default: {SMOLLM2} llama_30x64)",
-    )
-    parser.add_argument("--model", type=Path, help=f"a checkpoint in the place of {SMOLLM2}'s")
-    parser.add_argument(
-        "--work-dir",
-        type=Path,
-        default=ROOT / "runs" / "decode",
-        metavar="DIR",
-        help="for the random checkpoint (default: runs/decode)",
-    )
+    add_model_flags(parser)
     parser.add_argument(
         "--widths",
         nargs="+",

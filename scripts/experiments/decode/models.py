@@ -1,11 +1,13 @@
 """What is decoded: a trained model, and shapes with random weights, of which time alone counts."""
 
+import argparse
 import hashlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.kconfig import ROOT
 from scripts.demo import HINTS, prepare_model
 from scripts.experiments.decode.peers.llama_cpp import read_shapes
 from scripts.experiments.offload.checkpoint import GPT2_MEDIUM, NARROW, make_checkpoint
@@ -39,6 +41,25 @@ class BenchModel:
         """The weights of its matrices."""
         shapes = read_shapes(self.checkpoint).values()
         return sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name the models, and where they are made."""
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=[SMOLLM2, "llama_30x64"],
+        help=f"what is decoded (default: {SMOLLM2} llama_30x64)",
+    )
+    parser.add_argument("--model", type=Path, help=f"a checkpoint in the place of {SMOLLM2}'s")
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=ROOT / "runs" / "decode",
+        metavar="DIR",
+        help="for the random checkpoint (default: runs/decode)",
+    )
 
 
 def find_model(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lib.errors import InputError, PlacementError
 from lib.progressive.bounds import Kind, Metric, QualityBound, RequestError
@@ -21,24 +21,13 @@ from lib.progressive.ladder import make_ladder
 from lib.progressive.scheduler import Scheduler
 from lib.progressive.served import ServedModel
 from tests.answers import Answer
+from tests.tiny_models import served_llama
 
 EXACT = QualityBound(metric=Metric.EXACT)
 
 
 def llama(**options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 50,
-        "max_position_embeddings": 600,
-        "initializer_range": 0.2,
-        **options,
-    }
-    return LlamaForCausalLM(LlamaConfig(**config)).eval()
+    return served_llama(**{"max_position_embeddings": 600, "initializer_range": 0.2, **options})
 
 
 @pytest.fixture(scope="module")
